@@ -1,0 +1,656 @@
+"""Everything that becomes a training sample: pictures, words, the built-in worlds, the tasks, the batches.
+
+    scene --task--> Sample (prompt with <image> placeholders, reference images, target image) --Collate--> Batch
+
+A picture is a uint8 array (H, W, 3) everywhere in this file; only the batch holds tensors. A sample is a pure
+function of (seed, index): no state, so any step of a run can be replayed and any rank can make its own share.
+
+Read in order: pictures, the text tokenizer, the worlds (Shapes, then Emoji), the six tasks of MENTOR's section 3,
+and at the end the dataset and its batches.
+"""
+
+import difflib
+import functools
+import io
+import random
+import re
+import sys
+import unicodedata
+import zlib
+from collections import namedtuple
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------
+
+CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+def load_image(path):
+    """Read any image file as a picture, uint8 (H, W, 3): turned as its EXIF says, 16 bits scaled to 8, the first
+    frame of an animation, transparency on white. Raises ValueError naming a file that is no readable image."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return np.asarray(image.convert("RGB"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such image file") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable image ({error}); give a PNG, JPEG or WebP file") from None
+
+
+def center_crop(picture, size):
+    """The largest centred square, resized to size x size: box halvings, then bicubic (ADM's, as LlamaGen uses it)."""
+    image = Image.fromarray(picture)
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def clip_crop(picture, size):
+    """CLIP's preprocessing: bicubic resize of the short side to `size`, then a centred square."""
+    image = Image.fromarray(picture)
+    if min(image.size) != size:
+        short = min(image.size)
+        image = image.resize((int(image.width * size / short), int(image.height * size / short)), Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def vision_pixels(picture, size):
+    """A picture as the vision encoder wants it: float32 (3, size, size), normalised with CLIP's mean and std."""
+    pixels = (clip_crop(picture, size).astype(np.float32) / 255 - CLIP_MEAN) / CLIP_STD
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+def tokenizer_pixels(picture, size):
+    """A picture as the VQGAN wants it: float32 (3, size, size) in [-1, 1]."""
+    pixels = center_crop(picture, size) if picture.shape[:2] != (size, size) else picture
+    return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1)
+
+
+def to_picture(image):
+    """An image tensor (3, H, W) in [-1, 1], clamped, back to a picture."""
+    return ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+def contact_sheet(rows, pad=2, scale=1):
+    """A grid of pictures, uint8 (H, W, 3): `rows` is a list of lists of equal-sized pictures (None leaves a gap)."""
+    height, width = next(p for row in rows for p in row if p is not None).shape[:2]
+    columns = max(len(row) for row in rows)
+    sheet = np.full((pad + len(rows) * (height + pad), pad + columns * (width + pad), 3), 255, np.uint8)
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            if picture is not None:
+                y, x = pad + i * (height + pad), pad + j * (width + pad)
+                sheet[y : y + height, x : x + width] = picture
+    return sheet.repeat(scale, 0).repeat(scale, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Words
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class TextTokenizer:
+    """SentencePiece pieces plus T5's added tokens: ids 0 pad, 1 </s>, 2 unknown, then the pieces, then
+    <extra_id_99> .. <extra_id_0> and last <image> (32100 with T5's own 32000 pieces).
+
+    After every added token the text starts anew, with a leading space of its own, as transformers' T5 does:
+    `in <image>.` is `_in <image> _ .`.
+    """
+
+    PAD, EOS, UNKNOWN = 0, 1, 2
+
+    def __init__(self, proto):
+        """proto: the bytes of a SentencePiece model (`spiece.model`)."""
+        self.proto = proto
+        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        first = self.pieces.vocab_size()
+        self.added = {"<pad>": self.PAD, "</s>": self.EOS, "<unk>": self.UNKNOWN}
+        self.added.update({f"<extra_id_{99 - i}>": first + i for i in range(100)})
+        self.image_id = self.added["<image>"] = first + 100
+        self.vocab_size = first + 101
+        self.split = re.compile("(" + "|".join(map(re.escape, self.added)) + ")")
+
+    def encode(self, text, image_tokens=1, max_length=None):
+        """Ids of the text with </s>, a list of int; each <image> becomes `image_tokens` ids.
+
+        With max_length, longer texts are cut on the right and keep their </s> (what the released code does).
+        """
+        ids = []
+        for part in self.split.split(text):
+            if part in self.added:
+                ids += [self.added[part]] * (image_tokens if part == "<image>" else 1)
+            else:
+                ids += self.pieces.encode(part)
+        if max_length is not None:
+            ids = ids[: max_length - 1]
+        return ids + [self.EOS]
+
+    def check_words(self, text):
+        """Raise ValueError naming the first word that the text model has no piece for, and the nearest known one."""
+        for word in re.sub(r"<image>", " ", text).split():
+            if self.UNKNOWN in self.pieces.encode(word):
+                known = sorted({self.pieces.id_to_piece(i).strip("▁") for i in range(3, self.pieces.vocab_size())})
+                near = difflib.get_close_matches(word.lower(), known, n=3) or known
+                raise ValueError(f"the text model does not know the word {word!r}; known words near it: {', '.join(near)}")
+
+    @classmethod
+    def train(cls, sentences):
+        """A word-level SentencePiece model of all words in the sentences (case-folded); for the built-in worlds."""
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences), model_writer=model, model_type="word", vocab_size=8000,
+            hard_vocab_limit=False, normalization_rule_name="nmt_nfkc_cf", pad_id=cls.PAD, eos_id=cls.EOS,
+            unk_id=cls.UNKNOWN, bos_id=-1, minloglevel=2)
+        return cls(model.getvalue())
+
+    @classmethod
+    def from_file(cls, path):
+        """Read `spiece.model`. Raises ValueError naming the file when it is missing or is no SentencePiece model."""
+        try:
+            return cls(Path(path).read_bytes())
+        except FileNotFoundError:
+            raise ValueError(f"{path}: the text tokenizer's SentencePiece model is missing") from None
+        except RuntimeError as error:
+            raise ValueError(f"{path}: not a SentencePiece model ({error})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The built-in worlds
+# ---------------------------------------------------------------------------------------------------------------
+
+COLORS = {"red": (215, 35, 40), "orange": (245, 140, 25), "yellow": (250, 220, 45), "green": (35, 150, 65),
+          "cyan": (45, 190, 215), "blue": (35, 65, 200), "purple": (130, 45, 165), "pink": (245, 140, 190)}
+PATTERNS = ("solid", "striped", "dotted", "split")
+PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+SIZES = ("small", "big")
+SUPERSAMPLE = 8  # masks are drawn this many times larger and averaged: the antialiasing
+
+Placed = namedtuple("Placed", "subject place size")        # a subject, an index into PLACES, an index into SIZES
+Scene = namedtuple("Scene", "color pattern subjects")      # the background's two indices, and one or two Placed
+
+
+def polygon(*corners):
+    """Corners as (angle in degrees from the top, radius) pairs -> points in the unit box, y down."""
+    return [(r * np.sin(np.radians(a)), -r * np.cos(np.radians(a))) for a, r in corners]
+
+
+HEART = [(16 * np.sin(t) ** 3 / 17, (2 - 13 * np.cos(t) + 5 * np.cos(2 * t) + 2 * np.cos(3 * t) + np.cos(4 * t)) / -17 * -1 - 0.1)
+         for t in np.linspace(0, 2 * np.pi, 60)]
+SHAPES = {
+    "circle": polygon(*((a, 1.0) for a in range(0, 360, 6))),
+    "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
+    "triangle": [(0, -0.95), (1, 0.85), (-1, 0.85)],
+    "diamond": [(0, -1), (0.8, 0), (0, 1), (-0.8, 0)],
+    "star": polygon(*((a, 1.05 if a % 72 == 0 else 0.48) for a in range(0, 360, 36))),
+    "heart": HEART,
+    "cross": [(x * s, y * t) for s, t, pts in ((1, -1, ((0.36, 1), (0.36, 0.36), (1, 0.36))), (1, 1, ((1, 0.36), (0.36, 0.36), (0.36, 1))),
+              (-1, 1, ((0.36, 1), (0.36, 0.36), (1, 0.36))), (-1, -1, ((1, 0.36), (0.36, 0.36), (0.36, 1)))) for x, y in pts],
+    "ring": polygon(*((a, 1.0) for a in range(0, 361, 6)), *((a, 0.42) for a in range(360, -1, -6))),
+}
+
+
+class World:
+    """Scenes of one or two subjects on a patterned background, and the words for them.
+
+    A subclass says what a subject is: `draw_subject`, `subject_mask`, `label`, `describe`, `subjects`.
+    Subjects stand on a 3 x 3 grid of places and are 14/32 or 20/32 of the image wide; places are whole cells of
+    a code grid of 8 a side, so a subject's codes look alike wherever it stands.
+    """
+
+    def __init__(self, image_size):
+        self.image_size = image_size
+        self.widths = [round(image_size * w / 32) for w in (14, 20)]
+
+    def center(self, place, size):
+        """Pixel centre (x, y) of a place: 8, 16, 24 of 32 for small subjects and 12, 16, 20 for big ones."""
+        unit = self.image_size // 32
+        step = unit * (8, 4)[size]
+        return self.image_size // 2 + (place % 3 - 1) * step, self.image_size // 2 + (place // 3 - 1) * step
+
+    @functools.lru_cache(maxsize=None)
+    def pattern_mask(self, pattern, x, y, upright):
+        """Where a pattern shows its second colour: float32 (S, S, 1) in [0, 1], anchored at (x, y) pixels.
+        Stripes lie flat on subjects and stand upright on backgrounds; a split likewise."""
+        fine = self.image_size * SUPERSAMPLE
+        grid = (np.arange(fine, dtype=np.float32) + 0.5) / SUPERSAMPLE
+        u, v = (grid[None, :] - x, grid[:, None] - y) if upright else (grid[:, None] - y, grid[None, :] - x)
+        u, v = np.broadcast_arrays(u, v)
+        band = self.image_size / 8
+        if PATTERNS[pattern] == "solid":
+            mask = np.zeros_like(u)
+        elif PATTERNS[pattern] == "striped":
+            mask = np.floor(u / band) % 2
+        elif PATTERNS[pattern] == "dotted":
+            mask = np.hypot((u % band) - band / 2, (v % band) - band / 2) < 0.32 * band
+        else:
+            mask = v >= 0
+        return self.shrink(mask)
+
+    def shrink(self, fine):
+        """Average a supersampled mask down to (S, S, 1)."""
+        s = self.image_size
+        return np.asarray(fine, np.float32).reshape(s, SUPERSAMPLE, s, SUPERSAMPLE).mean((1, 3))[..., None]
+
+    @functools.lru_cache(maxsize=None)
+    def background(self, color, pattern):
+        """The empty scene, float32 (S, S, 3) in [0, 255]: a light tone of the colour, patterned in a lighter one."""
+        rgb = np.array(list(COLORS.values())[color], np.float32)
+        base, second = 0.55 * rgb + 0.45 * 255, 0.2 * rgb + 0.8 * 255
+        mask = self.pattern_mask(pattern, 0, self.image_size // 2, True)
+        return base + mask * (second - base)
+
+    def draw(self, scene):
+        """The picture of a scene, uint8 (S, S, 3)."""
+        image = self.background(scene.color, scene.pattern)
+        for placed in scene.subjects:
+            image = image + self.subject_mask(placed) * (self.draw_subject(placed) - image)
+        return (image + 0.5).astype(np.uint8)
+
+    def cut_out(self, placed):
+        """The subject's pixels, the rest black: the target of segmentation. uint8 (S, S, 3)."""
+        return (self.subject_mask(placed) * self.draw_subject(placed) + 0.5).astype(np.uint8)
+
+    def held_out(self, subject):
+        """Whether a subject is kept out of training: an eighth of them, by a hash of what it is."""
+        return zlib.crc32(repr(tuple(subject)).encode()) % 8 == 0
+
+    def random_subject(self, rng, held_out=False):
+        """A subject drawn evenly from the training ones, or from the held-out ones."""
+        return rng.choice(self.subjects[held_out])
+
+    @functools.cached_property
+    def subjects(self):
+        """{False: the training subjects, True: the held-out ones}."""
+        split = {False: [], True: []}
+        for subject in self.all_subjects():
+            split[self.held_out(subject)].append(subject)
+        return split
+
+    def random_scene(self, rng, subjects):
+        """The subjects at random places on a random background; two stand two columns or two rows apart."""
+        color, pattern = rng.randrange(len(COLORS)), rng.randrange(len(PATTERNS))
+        if len(subjects) == 1:
+            return Scene(color, pattern, (Placed(subjects[0], rng.randrange(9), rng.randrange(2)),))
+        while True:
+            a, b = rng.randrange(9), rng.randrange(9)
+            if max(abs(a // 3 - b // 3), abs(a % 3 - b % 3)) == 2:
+                return Scene(color, pattern, (Placed(subjects[0], a, 0), Placed(subjects[1], b, 0)))
+
+    def random_subjects(self, rng, count, held_out=False):
+        """`count` subjects with different labels, so that a label names one of them."""
+        first = self.random_subject(rng, held_out)
+        while count == 2:
+            second = self.random_subject(rng, held_out)
+            if self.label(second) != self.label(first):
+                return [first, second]
+        return [first]
+
+    def caption(self, scene, looks=True):
+        """The sentence for a scene. With looks=False the subjects' colours and patterns stay unsaid: then only a
+        reference image can tell them."""
+        words = []
+        for subject, place, size in scene.subjects:
+            what, tail = self.describe(subject) if looks else (self.label(subject), "")
+            words.append(f"a {SIZES[size]} {what}{tail} at the {PLACES[place]}")
+        color, pattern = list(COLORS)[scene.color], PATTERNS[scene.pattern]
+        ground = f"{color} {pattern} background" if pattern != "solid" else f"{color} background"
+        text = " and ".join(words) + f" on {'an' if ground[0] == 'o' else 'a'} {ground}"
+        return text[0].upper() + text[1:]
+
+    def text_tokenizer(self):
+        """The word model of every sentence this world can say."""
+        return TextTokenizer.train(self.sentences())
+
+    def sentences(self):
+        """Sentences that hold every word of the world's prompts."""
+        grounds = [f"on an on a {c} {p} background" for c in COLORS for p in PATTERNS[1:]]
+        places = [f"a {s} at the {p} and" for s in SIZES for p in PLACES]
+        things = [" ".join(self.describe(s)) for kind in self.subjects.values() for s in kind]
+        return grounds + places + things + [self.label(s) for s in self.all_subjects()] + ["The in", ".", "The image is", "whole image"]
+
+
+ShapeSubject = namedtuple("ShapeSubject", "shape color color2 pattern")  # indices; color2 == color when solid
+
+
+class Shapes(World):
+    """8 shapes x 8 colours x second colour x 4 fill patterns: 1,408 subjects."""
+
+    name = "shapes"
+
+    def all_subjects(self):
+        """Every subject there is; a solid one has no second colour."""
+        colors = range(len(COLORS))
+        return [ShapeSubject(s, a, b, p) for s in range(len(SHAPES)) for p in range(len(PATTERNS)) for a in colors for b in colors
+                if (a == b) == (PATTERNS[p] == "solid")]
+
+    def label(self, subject):
+        """The name that prompts use for a subject: its shape."""
+        return list(SHAPES)[subject.shape]
+
+    def describe(self, subject):
+        """The full description, in the words before and after the name's place: ("red star", " with blue stripes")."""
+        color, color2 = list(COLORS)[subject.color], list(COLORS)[subject.color2]
+        tail = {"solid": "", "striped": f" with {color2} stripes", "dotted": f" with {color2} dots", "split": f" with a {color2} half"}
+        return f"{color} {self.label(subject)}", tail[PATTERNS[subject.pattern]]
+
+    @functools.lru_cache(maxsize=None)
+    def shape_mask(self, shape, place, size):
+        """A shape's coverage, float32 (S, S, 1) in [0, 1]."""
+        (x, y), radius, fine = self.center(place, size), self.widths[size] / 2, self.image_size * SUPERSAMPLE
+        points = [((x + px * radius) * SUPERSAMPLE - 0.5, (y + py * radius) * SUPERSAMPLE - 0.5) for px, py in list(SHAPES.values())[shape]]
+        canvas = Image.new("L", (fine, fine))
+        ImageDraw.Draw(canvas).polygon(points, fill=1)
+        return self.shrink(np.asarray(canvas))
+
+    def subject_mask(self, placed):
+        """Coverage of a placed subject, float32 (S, S, 1) in [0, 1]."""
+        return self.shape_mask(placed.subject.shape, placed.place, placed.size)
+
+    def draw_subject(self, placed):
+        """Colours of a placed subject, float32 (S, S, 3) in [0, 255]; only those under its mask are seen."""
+        first, second = (np.array(list(COLORS.values())[c], np.float32) for c in (placed.subject.color, placed.subject.color2))
+        mask = self.pattern_mask(placed.subject.pattern, *self.center(placed.place, placed.size), False)
+        return first + mask * (second - first)
+
+
+EMOJI_FONTS = ("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf", "/System/Library/Fonts/Apple Color Emoji.ttc",
+               "C:/Windows/Fonts/seguiemj.ttf")
+EmojiSubject = namedtuple("EmojiSubject", "character")
+
+
+class Emoji(World):
+    """The same scenes with emoji as subjects: real drawings with exact masks, labelled with their Unicode names."""
+
+    name = "emoji"
+    COUNT = 1280  # drawings kept, in Unicode order
+
+    def __init__(self, image_size, font=""):
+        """font: a colour emoji font's path; empty looks where systems keep theirs. Raises ValueError without one."""
+        super().__init__(image_size)
+        found = [f for f in ([font] if font else EMOJI_FONTS) if Path(f).is_file()]
+        if not found:
+            raise ValueError(f"no colour emoji font at {font or ', '.join(EMOJI_FONTS)}; install one (Debian: `apt install fonts-noto-color-emoji`) or name a file with --emoji_font=PATH")
+        for strike in (109, 160, 96, 64, 137):  # bitmap fonts open only at the sizes they hold
+            try:
+                self.font = ImageFont.truetype(found[0], strike)
+                break
+            except OSError:
+                continue
+        else:
+            raise ValueError(f"emoji_font={found[0]}: cannot be opened at any known bitmap size; use Noto Color Emoji")
+
+    @functools.lru_cache(maxsize=None)
+    def glyph(self, character):
+        """The drawing cut to its own bounds, RGBA image, or None when the font has no colour drawing of it."""
+        canvas = Image.new("RGBA", (200, 200))
+        ImageDraw.Draw(canvas).text((20, 20), character, font=self.font, embedded_color=True)
+        box = canvas.getchannel("A").getbbox()
+        return canvas.crop(box) if box else None
+
+    @functools.cached_property
+    def characters(self):
+        """{character: name} of the drawings kept: one code point, a colour drawing of its own, a name."""
+        kept, missing = {}, self.glyph("\U0010FFFD")
+        missing = missing.tobytes() if missing else None
+        for code in range(0x231A, 0x1FB00):
+            name = unicodedata.name(chr(code), "").lower()
+            if not name or "regional indicator" in name or "modifier" in name or "component" in name:
+                continue
+            glyph = self.glyph(chr(code)) if code < 0x3300 or code >= 0x1F000 else None
+            if glyph and glyph.tobytes() != missing and len(glyph.convert("RGB").getcolors(1 << 16) or range(9)) > 8:
+                kept[chr(code)] = name
+            if len(kept) == self.COUNT:
+                break
+        return kept
+
+    def all_subjects(self):
+        """Every emoji kept."""
+        return [EmojiSubject(c) for c in self.characters]
+
+    def label(self, subject):
+        """The emoji's Unicode name in lower case."""
+        return self.characters[subject.character]
+
+    def describe(self, subject):
+        """An emoji's name is all there is to say of it."""
+        return self.label(subject), ""
+
+    @functools.lru_cache(maxsize=50000)
+    def sprite(self, placed):
+        """RGBA of a placed emoji, float32 (S, S, 4) in [0, 255], colours premultiplied by coverage."""
+        canvas, width = Image.new("RGBa", (self.image_size,) * 2), self.widths[placed.size]
+        glyph = self.glyph(placed.subject.character).convert("RGBa")
+        scale = width / max(glyph.size)
+        glyph = glyph.resize((max(1, round(glyph.width * scale)), max(1, round(glyph.height * scale))), Image.LANCZOS)
+        x, y = self.center(placed.place, placed.size)
+        canvas.paste(glyph, (x - glyph.width // 2, y - glyph.height // 2))
+        return np.asarray(canvas, np.float32)
+
+    def subject_mask(self, placed):
+        """Coverage of a placed emoji, float32 (S, S, 1) in [0, 1]."""
+        return self.sprite(placed)[..., 3:] / 255
+
+    def draw_subject(self, placed):
+        """Colours of a placed emoji, float32 (S, S, 3) in [0, 255]; black where its mask is zero."""
+        sprite = self.sprite(placed)
+        return sprite[..., :3] / np.maximum(sprite[..., 3:] / 255, 1e-3)
+
+
+WORLDS = {"shapes": Shapes, "emoji": Emoji}
+
+# ---------------------------------------------------------------------------------------------------------------
+# The tasks (MENTOR section 3.2): each turns random scenes into a prompt, reference images and a target
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sample:
+    """One example of a task, before tokenization."""
+
+    task: str
+    prompt: str                                         # with one <image> per reference
+    images: list[np.ndarray]                            # the references
+    names: list[str]                                    # what each reference is there for: the query connector's words
+    target: np.ndarray                                  # the picture to draw
+    scene: Scene                                        # the target's scene, for whoever judges the drawing
+    unconditional: bool = False                         # train this one without its prompt (for guidance)
+
+
+WHOLE = "whole image"  # the query connector's words where no subject is meant (section 3.1)
+TWO_SUBJECTS = 0.25    # share of scenes with two subjects, where the task allows them
+
+
+def some_scene(world, rng, held_out):
+    """A scene of one or two subjects."""
+    return world.random_scene(rng, world.random_subjects(rng, 2 if rng.random() < TWO_SUBJECTS else 1, held_out))
+
+
+def text_to_image(world, rng, held_out=False):
+    """`{caption}` -> the image."""
+    scene = some_scene(world, rng, held_out)
+    return Sample("text_to_image", world.caption(scene), [], [], world.draw(scene), scene)
+
+
+def reconstruction(world, rng, held_out=False):
+    """`The image is <image>`, half the time with its caption -> the same image."""
+    scene = some_scene(world, rng, held_out)
+    image = world.draw(scene)
+    caption = f"\n{world.caption(scene)}" if rng.random() < 0.5 else ""
+    return Sample("reconstruction", "The image is <image>" + caption, [image], [WHOLE], image, scene)
+
+
+def segmentation(world, rng, held_out=False):
+    """`The {label} in <image>.` -> the named object's pixels, the rest black."""
+    scene = some_scene(world, rng, held_out)
+    placed = scene.subjects[rng.randrange(len(scene.subjects))]
+    label = world.label(placed.subject)
+    return Sample("segmentation", f"The {label} in <image>.", [world.draw(scene)], [label], world.cut_out(placed),
+                  scene._replace(subjects=(placed,)))
+
+
+def subject_prompt(world, scene):
+    """`The {label} in <image>.` for each subject, then the new scene's caption without its looks."""
+    lines = [f"The {world.label(placed.subject)} in <image>." for placed in scene.subjects]
+    return "\n".join([*lines, world.caption(scene, looks=False)])
+
+
+def recovery(world, rng, held_out=False):
+    """The segmented object, distorted, on a random other image, and the caption -> the original image."""
+    scene = world.random_scene(rng, world.random_subjects(rng, 1, held_out))
+    label = world.label(scene.subjects[0].subject)
+    other = some_scene(world, rng, held_out)
+    while label in [world.label(placed.subject) for placed in other.subjects]:
+        other = some_scene(world, rng, held_out)
+    mask = world.subject_mask(scene.subjects[0])
+    pasted = paste_distorted(world.cut_out(scene.subjects[0]), mask, world.draw(other), rng)
+    return Sample("recovery", subject_prompt(world, scene), [pasted], [label], world.draw(scene), scene)
+
+
+def paste_distorted(cut_out, mask, background, rng):
+    """Paste a segmented object at a random place and scale (0.6 to 1.1) onto another picture; with probability 1/2 it
+    is also rotated within 20 degrees, stretched, sheared and seen in perspective.
+
+    cut_out, background uint8 (H, W, 3) of one size; mask float (H, W, 1) in [0, 1], not all zero.
+    """
+    height, width = mask.shape[:2]
+    sprite = Image.fromarray(np.concatenate([cut_out, (mask * 255).astype(np.uint8)], axis=-1), "RGBa")
+    left, top, right, bottom = sprite.getchannel("a").getbbox()
+    # Output pixel -> input pixel, as homogeneous 3 x 3 matrices: from the new centre, undistort, to the old centre.
+    matrix = np.eye(3)
+    scale = rng.uniform(0.6, 1.1)
+    if rng.random() < 0.5:
+        angle, stretch, shear = np.radians(rng.uniform(-20, 20)), rng.uniform(0.85, 1.18), rng.uniform(-0.2, 0.2)
+        matrix = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+        matrix = matrix @ np.array([[stretch, shear, 0], [0, 1 / stretch, 0], [0, 0, 1]])
+        matrix[2, :2] = [rng.uniform(-0.3, 0.3) / width, rng.uniform(-0.3, 0.3) / height]
+    half_w, half_h = scale * (right - left) / 2, scale * (bottom - top) / 2
+    x = rng.uniform(min(half_w, width / 2), max(width - half_w, width / 2))
+    y = rng.uniform(min(half_h, height / 2), max(height - half_h, height / 2))
+    to_old = np.array([[1, 0, (left + right) / 2], [0, 1, (top + bottom) / 2], [0, 0, 1]])
+    from_new = np.array([[1 / scale, 0, -x / scale], [0, 1 / scale, -y / scale], [0, 0, 1]])
+    whole = to_old @ matrix @ from_new
+    warped = sprite.transform((width, height), Image.PERSPECTIVE, (whole / whole[2, 2]).flatten()[:8].tolist(), Image.BILINEAR)
+    warped = np.asarray(warped, np.float32)
+    return (warped[..., :3] + (1 - warped[..., 3:] / 255) * background + 0.5).clip(0, 255).astype(np.uint8)
+
+
+def subject_driven(world, rng, held_out=False):
+    """A reference of the subject and the caption of a new scene -> the new scene with the same subject."""
+    subjects = world.random_subjects(rng, 1, held_out)
+    reference, scene = world.random_scene(rng, subjects), world.random_scene(rng, subjects)
+    label = world.label(subjects[0])
+    return Sample("subject_driven", subject_prompt(world, scene), [world.draw(reference)], [label], world.draw(scene), scene)
+
+
+def multi_image(world, rng, held_out=False):
+    """One object an image, centred on black, and the caption of a scene with all of them -> that scene."""
+    scene = world.random_scene(rng, world.random_subjects(rng, 2, held_out))
+    images = [world.cut_out(placed._replace(place=PLACES.index("center"), size=1)) for placed in scene.subjects]
+    return Sample("multi_image", subject_prompt(world, scene), images, [world.label(p.subject) for p in scene.subjects],
+                  world.draw(scene), scene)
+
+
+TASKS = {f.__name__: f for f in (text_to_image, reconstruction, segmentation, recovery, subject_driven, multi_image)}
+
+# ---------------------------------------------------------------------------------------------------------------
+# Datasets and batches
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class WorldDataset(torch.utils.data.Dataset):
+    """Samples of a world's tasks, mixed by shares. Endless: any index is legal, and (seed, index) fixes the sample."""
+
+    def __init__(self, world, mix, seed, held_out=False, prefix_drop=0.0):
+        """mix: {task: share}, any positive numbers; prefix_drop: probability that a sample goes without its prompt."""
+        self.world, self.seed, self.held_out, self.prefix_drop = world, seed, held_out, prefix_drop
+        self.tasks, self.shares = list(mix), list(mix.values())
+
+    def __getitem__(self, index):
+        rng = random.Random(f"{self.seed} {index}")
+        task, = rng.choices(self.tasks, self.shares)
+        unconditional = rng.random() < self.prefix_drop
+        return replace(TASKS[task](self.world, rng, self.held_out), unconditional=unconditional)
+
+
+@dataclass
+class Batch:
+    """What the model is given: prompts as padded ids, and all their images in one row."""
+
+    text_ids: torch.Tensor          # (B, L) int64, padded with 0 on the right
+    lengths: torch.Tensor           # (B,) int64: real ids of each prompt
+    pixels: torch.Tensor            # (M, 3, S, S) float32, the vision encoder's; the images of sample 0, then of 1, ...
+    image_slots: torch.Tensor       # (M * image_tokens,) int64: where they go in the flattened text_ids
+    name_ids: torch.Tensor          # (M, Q) int64: the words of each image's subject, for the query connector
+    name_mask: torch.Tensor         # (M, Q) bool
+    targets: torch.Tensor           # (B, 3, S, S) float32 in [-1, 1], the tokenizer's; empty when there are none
+    unconditional: torch.Tensor     # (B,) bool: samples trained without their prompt
+    tasks: list[str]
+
+    def to(self, device):
+        """The same batch with its tensors on the device."""
+        moved = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in vars(self).items()}
+        return Batch(**moved)
+
+    def __len__(self):
+        return len(self.text_ids)
+
+
+class Collate:
+    """Makes a Batch of Samples. Checks what would otherwise go wrong unseen: placeholders and prompt lengths."""
+
+    def __init__(self, text_tokenizer, vision_size, image_tokens, context, target_size):
+        """vision_size, target_size: pixels a side; image_tokens: ids an image; context: ids a prompt may have."""
+        self.text_tokenizer, self.vision_size, self.target_size = text_tokenizer, vision_size, target_size
+        self.image_tokens, self.context = image_tokens, context
+
+    def encode(self, sample):
+        """Ids of a sample's prompt. Raises ValueError on a wrong number of placeholders or too long a prompt."""
+        placeholders = sample.prompt.count("<image>")
+        if placeholders != len(sample.images):
+            raise ValueError(f"the prompt has {placeholders} <image> placeholders, but {len(sample.images)} images were given: {sample.prompt!r}")
+        ids = self.text_tokenizer.encode(sample.prompt, self.image_tokens)
+        if len(ids) > self.context:
+            images = f", {placeholders * self.image_tokens} of them for {placeholders} images" if placeholders else ""
+            raise ValueError(f"the prompt takes {len(ids)} tokens{images}, but the model reads at most {self.context}: shorten the text or give fewer images: {sample.prompt!r}")
+        return ids
+
+    def __call__(self, samples):
+        ids = [self.encode(s) for s in samples]
+        text_ids = pad(ids)
+        images = [image for s in samples for image in s.images]
+        names = pad([self.text_tokenizer.encode(name) for s in samples for name in s.names])
+        size, target_size = self.vision_size, self.target_size
+        return Batch(
+            text_ids=text_ids,
+            lengths=torch.tensor([len(i) for i in ids]),
+            pixels=torch.stack([vision_pixels(i, size) for i in images]) if images else torch.zeros(0, 3, size, size),
+            image_slots=(text_ids.flatten() == self.text_tokenizer.image_id).nonzero().flatten(),
+            name_ids=names, name_mask=names != self.text_tokenizer.PAD,
+            targets=torch.stack([tokenizer_pixels(s.target, target_size) for s in samples if s.target is not None] or [torch.zeros(0)]),
+            unconditional=torch.tensor([s.unconditional for s in samples]),
+            tasks=[s.task for s in samples])
+
+
+def pad(rows):
+    """Lists of ids -> (len(rows), longest) int64, zeros on the right."""
+    longest = max((len(row) for row in rows), default=1)
+    return torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.long).view(len(rows), longest)

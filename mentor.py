@@ -1,0 +1,692 @@
+"""The model of MENTOR (arXiv 2507.09574): a prompt of words and pictures becomes a prefix, the prefix becomes an image.
+
+    pixels --VisionEncoder--> patches --Connector--> image tokens ┐
+                                                                  ├ splice --TextEncoder--> hidden states
+    text ids ------------------------> word embeddings -----------┘
+    hidden states --Projector--> prefix --ImageDecoder--> image codes, one after the other (eqs. 1 and 2)
+
+One sequence, no cross-attention: the decoder sees [prefix | codes] and predicts the next code. The file follows the
+data: configs and PRESETS, vision encoder (CLIP), connectors, text encoder (T5), their union, projector, decoder
+(Llama with a 2-D rotary embedding, as LlamaGen), and Mentor, which puts them together. It knows nothing of training;
+`sample.py` shows how to draw with it, `train.py` how to train it.
+
+Shapes: B samples, M images in all prompts together, L text positions, P prefix positions, N = grid_size**2 codes,
+D the width at hand, V codebook_size.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+# ---------------------------------------------------------------------------------------------------------------
+# Configuration: the defaults are the published model, PRESETS holds what differs
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """CLIP's vision transformer; by default ViT-L/14."""
+
+    image_size: int = 224   # pixels a side
+    patch_size: int = 14
+    width: int = 1024
+    n_layer: int = 24       # features are taken before the last one
+    n_head: int = 16
+    mlp_width: int = 4096
+
+    @property
+    def n_patch(self):
+        """Patches, and so features, an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class ConnectorConfig:
+    """From patches to tokens of the text encoder."""
+
+    kind: str = "mlp"       # mlp: one token a patch; query: n_query learned queries that read patches and words
+    n_query: int = 32
+    width: int = 768        # of the query connector; the MLP has the text encoder's
+    n_layer: int = 6
+    n_head: int = 12
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """T5's encoder; by default Flan-T5-XL's."""
+
+    vocab_size: int = 32128
+    width: int = 2048
+    n_layer: int = 24
+    n_head: int = 32
+    head_width: int = 64
+    mlp_width: int = 5120
+    n_bucket: int = 32      # relative distances share this many biases a head ...
+    max_distance: int = 128 # ... and beyond this many positions they share one
+    dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The image decoder; by default LlamaGen-XL, for 512-pixel images."""
+
+    codebook_size: int = 16384
+    grid_size: int = 32     # codes a side
+    width: int = 1280
+    n_layer: int = 36
+    n_head: int = 20
+    dropout: float = 0.1    # on embeddings, attention output and MLP output
+
+    @property
+    def n_code(self):
+        """Codes an image."""
+        return self.grid_size**2
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How to draw unless told otherwise; it travels with the weights."""
+
+    cfg_scale: float = 7.5      # guidance: 1 is the conditional model alone, 0 the unconditional one
+    temperature: float = 1.0    # 0 is greedy
+    top_k: int = 0              # keep this many best codes; 0 keeps all
+    top_p: float = 1.0          # keep the best codes of this total probability; 1 keeps all
+
+
+@dataclass(frozen=True)
+class MentorConfig:
+    """The whole model."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    context: int = 512          # the longest prefix; rows of the unconditional table
+
+    def __post_init__(self):
+        checks = [
+            ("vision.image_size", self.vision.image_size % self.vision.patch_size == 0, f"a multiple of vision.patch_size={self.vision.patch_size}"),
+            ("vision.width", self.vision.width % self.vision.n_head == 0, f"a multiple of vision.n_head={self.vision.n_head}"),
+            ("connector.kind", self.connector.kind in ("mlp", "query"), "mlp or query"),
+            ("connector.width", self.connector.width % self.connector.n_head == 0, f"a multiple of connector.n_head={self.connector.n_head}"),
+            ("decoder.width", self.decoder.width % (4 * self.decoder.n_head) == 0, f"a multiple of 4 * decoder.n_head={4 * self.decoder.n_head}, so that rotary pairs split into rows and columns"),
+            ("context", self.context > self.image_tokens, f"more than the {self.image_tokens} tokens of one image"),
+        ]
+        for key, fine, legal in checks:
+            if not fine:
+                value = self
+                for part in key.split("."):
+                    value = getattr(value, part)
+                raise ValueError(f"{key}={value} is not legal: it must be {legal}")
+
+    @property
+    def image_tokens(self):
+        """Tokens that one <image> takes in the prompt."""
+        return self.connector.n_query if self.connector.kind == "query" else self.vision.n_patch
+
+
+def from_dict(cls, values):
+    """A (nested) config dataclass from what json.loads gives. Raises ValueError for a key that is not one."""
+    known = {f.name: f for f in fields(cls)}
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{cls.__name__} has no key {key!r}; it has {', '.join(known)}")
+    nested = {k: type(known[k].default_factory()) for k in known if is_dataclass(known[k].type)}
+    return cls(**{k: from_dict(nested[k], v) if k in nested else v for k, v in values.items()})
+
+
+PRESETS = {
+    # 32-pixel worlds: trains in minutes on two CPU cores
+    "tiny": MentorConfig(
+        vision=VisionConfig(image_size=32, patch_size=8, width=96, n_layer=3, n_head=4, mlp_width=384),
+        connector=ConnectorConfig(n_query=8, width=96, n_layer=2, n_head=4),
+        text=TextConfig(vocab_size=256, width=128, n_layer=2, n_head=4, head_width=32, mlp_width=256, dropout=0.0),
+        decoder=DecoderConfig(codebook_size=512, grid_size=8, width=128, n_layer=4, n_head=4, dropout=0.0),
+        sampling=SamplingConfig(cfg_scale=2.0),
+        context=96),
+    # 64-pixel worlds: one GPU, half an hour
+    "small": MentorConfig(
+        vision=VisionConfig(image_size=64, patch_size=8, width=256, n_layer=6, n_head=4, mlp_width=1024),
+        connector=ConnectorConfig(n_query=16, width=256, n_layer=2, n_head=4),
+        text=TextConfig(vocab_size=4096, width=256, n_layer=4, n_head=4, head_width=64, mlp_width=512, dropout=0.0),
+        decoder=DecoderConfig(codebook_size=2048, grid_size=16, width=384, n_layer=8, n_head=6, dropout=0.05),
+        sampling=SamplingConfig(cfg_scale=3.0),
+        context=192),
+    # 256-pixel photographs: a few GPUs, days
+    "base": MentorConfig(
+        text=TextConfig(width=768, n_layer=12, n_head=12, mlp_width=2048),
+        decoder=DecoderConfig(codebook_size=8192, grid_size=16, width=768, n_layer=12, n_head=12)),
+    # the published model
+    "full": MentorConfig(),
+}
+
+# ---------------------------------------------------------------------------------------------------------------
+# Vision encoder
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Multi-head attention with biases, from x to `context` (itself by default). (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, width, n_head, context_width=None):
+        super().__init__()
+        self.n_head = n_head
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(context_width or width, width)
+        self.v = nn.Linear(context_width or width, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x, context=None, mask=None):
+        context = x if context is None else context
+        q, k, v = (linear(y).unflatten(-1, (self.n_head, -1)).transpose(1, 2)             # (B, H, L, D/H)
+                   for linear, y in ((self.q, x), (self.k, context), (self.v, context)))
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+
+def quick_gelu(x):
+    """CLIP's cheap GELU: x * sigmoid(1.702 x)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class VisionBlock(nn.Module):
+    """A pre-norm transformer block with quick-GELU (CLIP)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width)
+        self.attention = Attention(config.width, config.n_head)
+        self.norm2 = nn.LayerNorm(config.width)
+        self.fc1 = nn.Linear(config.width, config.mlp_width)
+        self.fc2 = nn.Linear(config.mlp_width, config.width)
+
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.fc2(quick_gelu(self.fc1(self.norm2(x))))
+
+
+class VisionEncoder(nn.Module):
+    """CLIP's vision transformer (arXiv 2103.00020): pixels (M, 3, S, S), CLIP-normalised, to patch features."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.class_embedding = nn.Parameter(torch.randn(config.width) * config.width**-0.5)
+        self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
+        self.position_embedding = nn.Parameter(torch.randn(1 + config.n_patch, config.width) * 0.02)
+        self.pre_norm = nn.LayerNorm(config.width)
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.n_layer))
+        self.post_norm = nn.LayerNorm(config.width)
+
+    def embed(self, pixels):
+        """Class token and patches with their positions: (M, 1 + n_patch, D)."""
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)                # (M, n_patch, D)
+        first = self.class_embedding.expand(len(pixels), 1, -1)
+        return self.pre_norm(torch.cat([first, patches], dim=1) + self.position_embedding)
+
+    def forward(self, pixels):
+        """Features for the connector, (M, n_patch, D): what enters the last block, without norm and class token."""
+        x = self.embed(pixels)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return x[:, 1:]
+
+    def pool(self, pixels):
+        """One vector an image, (M, D): the class token after all blocks. Only contrastive pretraining uses it."""
+        x = self.embed(pixels)
+        for block in self.blocks:
+            x = block(x)
+        return self.post_norm(x[:, 0])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Connectors: from patch features to tokens of the text encoder
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class MLPConnector(nn.Module):
+    """Two layers with GELU, as LLaVA's (section 3.1): one token a patch. (M, n_patch, Dv) -> (M, n_patch, Dt)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = nn.Linear(config.vision.width, config.text.width)
+        self.fc2 = nn.Linear(config.text.width, config.text.width)
+
+    def forward(self, patches, words, words_mask):
+        return self.fc2(F.gelu(self.fc1(patches)))
+
+
+class QueryBlock(nn.Module):
+    """Queries and words attend to each other; then the queries alone attend to the patches (BLIP-2, 2301.12597)."""
+
+    def __init__(self, width, n_head, vision_width):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.attention = Attention(width, n_head)
+        self.cross_attention = Attention(width, n_head, vision_width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x, patches, mask, n_query):
+        x = x + self.attention(self.norm1(x), mask=mask)
+        queries, words = x[:, :n_query], x[:, n_query:]
+        x = torch.cat([queries + self.cross_attention(self.norm2(queries), patches), words], dim=1)
+        return x + self.fc2(F.gelu(self.fc1(self.norm3(x))))
+
+
+class QueryConnector(nn.Module):
+    """A small Q-Former: learned queries gather from the patches what the words ask for (section 3.1).
+
+    (M, n_patch, Dv) -> (M, n_query, Dt), few tokens whatever the image's size. The words are the subject's name.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c = config.connector
+        self.n_query = c.n_query
+        self.queries = nn.Parameter(torch.randn(c.n_query, c.width) * 0.02)
+        self.word_in = nn.Linear(config.text.width, c.width)
+        self.patch_norm = nn.LayerNorm(config.vision.width)
+        self.blocks = nn.ModuleList(QueryBlock(c.width, c.n_head, config.vision.width) for _ in range(c.n_layer))
+        self.norm = nn.LayerNorm(c.width)
+        self.out = nn.Linear(c.width, config.text.width)
+
+    def forward(self, patches, words, words_mask):
+        """words (M, Q, Dt): embeddings of the names; words_mask (M, Q) bool: True at real words."""
+        queries = self.queries.expand(len(patches), -1, -1)
+        x = torch.cat([queries, self.word_in(words)], dim=1)                             # (M, n_query + Q, D)
+        mask = F.pad(words_mask, (self.n_query, 0), value=True)[:, None, None]           # (M, 1, 1, n_query + Q)
+        patches = self.patch_norm(patches)
+        for block in self.blocks:
+            x = block(x, patches, mask, self.n_query)
+        return self.out(self.norm(x[:, : self.n_query]))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Text encoder
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, statistics in float32: no mean, no bias. T5 uses eps 1e-6, Llama 1e-5."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+def relative_position_bucket(distance, n_bucket, max_distance):
+    """T5's buckets for signed distances (key - query), any shape int64 -> int64 in [0, n_bucket).
+
+    Half the buckets are for keys to the right. Of each half, half are exact and the rest grow logarithmically up to
+    max_distance (T5, arXiv 1910.10683, section 2.1).
+    """
+    half = n_bucket // 2
+    side = (distance > 0).long() * half
+    distance = distance.abs()
+    exact = half // 2
+    ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    far = (exact + (ratio * (half - exact)).long()).clamp(max=half - 1)
+    return side + torch.where(distance < exact, distance, far)
+
+
+class TextBlock(nn.Module):
+    """T5's encoder block: attention without score scaling or biases, then a GELU-gated MLP."""
+
+    def __init__(self, config):
+        super().__init__()
+        inner = config.n_head * config.head_width
+        self.n_head = config.n_head
+        self.norm1 = RMSNorm(config.width, 1e-6)
+        self.q = nn.Linear(config.width, inner, bias=False)
+        self.k = nn.Linear(config.width, inner, bias=False)
+        self.v = nn.Linear(config.width, inner, bias=False)
+        self.o = nn.Linear(inner, config.width, bias=False)
+        self.norm2 = RMSNorm(config.width, 1e-6)
+        self.wi_0 = nn.Linear(config.width, config.mlp_width, bias=False)
+        self.wi_1 = nn.Linear(config.width, config.mlp_width, bias=False)
+        self.wo = nn.Linear(config.mlp_width, config.width, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, bias):
+        h = self.norm1(x)
+        q, k, v = (linear(h).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)  # (B, H, L, head_width)
+        x = x + self.dropout(self.o(h.transpose(1, 2).flatten(2)))
+        h = self.norm2(x)
+        h = F.gelu(self.wi_0(h), approximate="tanh") * self.wi_1(h)
+        return x + self.dropout(self.wo(self.dropout(h)))
+
+
+class TextEncoder(nn.Module):
+    """T5's encoder on embeddings (B, L, D) of words and image tokens alike."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.relative_bias = nn.Embedding(config.n_bucket, config.n_head)
+        self.blocks = nn.ModuleList(TextBlock(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.width, 1e-6)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def attention_bias(self, mask):
+        """Relative position bias with padded keys masked: mask (B, L) bool -> (B, H, L, L), shared by all blocks."""
+        position = torch.arange(mask.shape[1], device=mask.device)
+        bucket = relative_position_bucket(position[None] - position[:, None], self.config.n_bucket, self.config.max_distance)
+        bias = self.relative_bias(bucket).permute(2, 0, 1)[None]                         # (1, H, L, L)
+        return bias.masked_fill(~mask[:, None, None], torch.finfo(bias.dtype).min)
+
+    def forward(self, embeddings, mask):
+        """embeddings (B, L, D), mask (B, L) bool, True at real positions -> hidden states (B, L, D)."""
+        x, bias = self.dropout(embeddings), self.attention_bias(mask)
+        for block in self.blocks:
+            x = block(x, bias)
+        return self.dropout(self.norm(x))
+
+
+class MultimodalEncoder(nn.Module):
+    """phi of equation 1: words and images of a prompt, read as one sequence."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.vision = VisionEncoder(config.vision)
+        self.connector = {"mlp": MLPConnector, "query": QueryConnector}[config.connector.kind](config)
+        self.text = TextEncoder(config.text)
+
+    def image_tokens(self, batch):
+        """All images of the batch, in order, as tokens of the text encoder: (M, image_tokens, D)."""
+        return self.connector(self.vision(batch.pixels), self.text.embedding(batch.name_ids), batch.name_mask)
+
+    def forward(self, batch):
+        """batch: a data.Batch (text_ids, lengths, pixels, image_slots, name_ids, name_mask) -> (B, L, D)."""
+        embeddings = splice(self.text.embedding(batch.text_ids), batch.image_slots, self.image_tokens(batch))
+        return self.text(embeddings, positions_below(batch.lengths, batch.text_ids.shape[1]))
+
+
+def splice(embeddings, slots, tokens):
+    """Put image tokens (M, n, D) into embeddings (B, L, D) at the flat positions slots (M * n,), batch-major.
+
+    Raises ValueError when there are not exactly as many placeholders as tokens: nothing is cut or left over.
+    """
+    if len(slots) != tokens.shape[0] * tokens.shape[1]:
+        raise ValueError(f"{len(slots)} image placeholders in the text, but {tokens.shape[0]} images of {tokens.shape[1]} tokens each")
+    flat = embeddings.flatten(0, 1)
+    return flat.index_copy(0, slots, tokens.flatten(0, 1).to(flat.dtype)).view_as(embeddings)
+
+
+def positions_below(lengths, size):
+    """lengths (B,) -> (B, size) bool, True at the first lengths[b] positions."""
+    return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Projector
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Projector(nn.Module):
+    """MLP of equation 1, to the decoder's width, and the learned unconditional prefix of classifier-free guidance."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = nn.Linear(config.text.width, config.decoder.width, bias=False)
+        self.fc2 = nn.Linear(config.decoder.width, config.decoder.width, bias=False)
+        # differs from the released code, where this table is a buffer and stays random
+        self.unconditional = nn.Parameter(torch.randn(config.context, config.text.width) * config.text.width**-0.5)
+
+    def forward(self, hidden, lengths, drop):
+        """hidden (B, P, Dt), lengths (B,) int64, drop (B,) bool -> prefix (B, P, D).
+
+        A dropped sample keeps its length n and takes the *last* n rows of the unconditional table, as the
+        released code's right-aligned prefix does.
+        """
+        rows = len(self.unconditional) - lengths[:, None] + torch.arange(hidden.shape[1], device=hidden.device)
+        unconditional = self.unconditional[rows.clamp(max=len(self.unconditional) - 1)]  # (B, P, Dt)
+        hidden = torch.where(drop[:, None, None], unconditional.to(hidden.dtype), hidden)
+        return self.fc2(F.gelu(self.fc1(hidden), approximate="tanh"))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Image decoder
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def rotary_table(grid_size, head_width, base=10000.0):
+    """Cosines and sines, (1 + N, head_width / 2, 2) float32: row 0 for the prefix, row 1 + k for code k.
+
+    Half of a head's pairs turn with the code's row in the grid, half with its column (LlamaGen 2.2). The prefix is not
+    turned: row 0 is the identity. (LlamaGen's own code has zeros there, which erases the prefix's queries and keys.)
+    """
+    quarter = head_width // 4
+    frequency = base ** (-torch.arange(quarter).float() / quarter)                       # (quarter,)
+    cell = torch.arange(grid_size).float()[:, None] * frequency                          # (grid, quarter)
+    rows = cell[:, None].expand(-1, grid_size, -1)
+    columns = cell[None].expand(grid_size, -1, -1)
+    angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)                            # (N, head_width / 2)
+    angles = torch.cat([torch.zeros_like(angles[:1]), angles])
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotate(x, turns):
+    """Turn the interleaved pairs (2i, 2i + 1) of x (B, T, H, hd) by turns (B, T, hd / 2, 2)."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                                   # (B, T, H, hd / 2)
+    cos, sin = turns[:, :, None].unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of everything the decoder has read, sized once: prefix slots first, then one slot a code.
+
+    A prefix shorter than its slots leaves some unused; `mask` hides them. Where a key lies does not matter to
+    attention, since its position is in its rotation.
+    """
+
+    def __init__(self, config, lengths, n_prefix, device, dtype):
+        """lengths (B,) int64: the real prefix lengths; n_prefix: the prefix slots (the batch's longest)."""
+        size = n_prefix + config.n_code - 1  # the last code is never read
+        shape = (config.n_layer, len(lengths), config.n_head, size, config.width // config.n_head)
+        self.k = torch.empty(shape, device=device, dtype=dtype)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.mask = positions_below(lengths, size)
+        self.mask[:, n_prefix:] = True
+        self.used = 0
+
+    def append(self, layer, k, v):
+        """Store k and v (B, H, T, hd) after what is there; return all of the layer's, (B, H, used + T, hd)."""
+        end = self.used + k.shape[2]
+        self.k[layer, :, :, self.used : end] = k
+        self.v[layer, :, :, self.used : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class DecoderAttention(nn.Module):
+    """Causal self-attention with rotary positions (Llama)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.wqkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.wo = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x, turns, layer, cache):
+        q, k, v = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).unbind(2)             # each (B, T, H, hd)
+        q, k, v = rotate(q, turns).transpose(1, 2), rotate(k, turns).transpose(1, 2), v.transpose(1, 2)
+        mask = None
+        if cache is not None:
+            first = cache.used == 0
+            k, v = cache.append(layer, k, v)
+            mask = None if first else cache.mask[:, None, None, : k.shape[2]]            # one query sees all before it
+        # Without a cache, and when it is filled: plain causal attention, no mask tensor, so the flash kernel runs.
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.wo(y.transpose(1, 2).flatten(2))
+
+
+class DecoderMLP(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x), hidden width 8/3 of the model's, rounded up to a multiple of 256."""
+
+    def __init__(self, config):
+        super().__init__()
+        hidden = -(-int(8 * config.width / 3) // 256) * 256
+        self.w1 = nn.Linear(config.width, hidden, bias=False)
+        self.w3 = nn.Linear(config.width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, config.width, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class DecoderBlock(nn.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = RMSNorm(config.width, 1e-5)
+        self.attention = DecoderAttention(config)
+        self.norm2 = RMSNorm(config.width, 1e-5)
+        self.mlp = DecoderMLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, turns, layer, cache):
+        x = x + self.dropout(self.attention(self.norm1(x), turns, layer, cache))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class ImageDecoder(nn.Module):
+    """The causal decoder of equation 2 (LlamaGen-XL at full size, arXiv 2406.06525)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        # A table of its own rather than the tokenizer's codebook: 8 dimensions chosen for pixels carry too little.
+        self.code_embedding = nn.Embedding(config.codebook_size, config.width)
+        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.width, 1e-5)
+        self.output = nn.Linear(config.width, config.codebook_size, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        self.register_buffer("rotary", rotary_table(config.grid_size, config.width // config.n_head), persistent=False)
+
+    def forward(self, x, positions, cache=None):
+        """Embeddings x (B, T, D) and positions (B, T) int64 (0: prefix, 1 + k: code k) -> hidden states (B, T, D).
+
+        With a cache, x follows what the cache holds and is added to it: first the whole prefix, then code by code.
+        """
+        x, turns = self.dropout(x), self.rotary[positions]                               # (B, T, hd / 2, 2)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, turns, layer, cache)
+        if cache is not None:
+            cache.used += positions.shape[1]
+        return self.norm(x)
+
+
+def sequence_order(lengths, n_prefix, n_code):
+    """How to reorder [padded prefix | codes] into [prefix | codes | padding], (B, n_prefix + n_code) int64.
+
+    With the padding last, plain causal attention is exact: no code ever sees it. The released code pads in front
+    instead, which needs a dense mask; prefix tokens have no position, so both are the same function.
+    """
+    t, n = torch.arange(n_prefix + n_code, device=lengths.device)[None], lengths[:, None]
+    code, padding = n_prefix + t - n, t - n_code
+    return torch.where(t < n, t, torch.where(t < n + n_code, code, padding))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The whole model
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Mentor(nn.Module):
+    """Multimodal encoder, projector and image decoder; trained on the next-code loss alone (equation 3)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = MultimodalEncoder(config)
+        self.projector = Projector(config)
+        self.decoder = ImageDecoder(config.decoder)
+        init_weights(self)
+
+    def prefix(self, batch, drop):
+        """The prefix of a batch's prompts, (B, P, D); drop (B,) bool: samples to get the unconditional one."""
+        return self.projector(self.encoder(batch), batch.lengths, drop)
+
+    def forward(self, batch, codes, drop):
+        """Logits for every code given the prompt and the codes before it.
+
+        batch: a data.Batch; codes (B, N) int64; drop (B,) bool: samples trained without their prompt.
+        Returns (B, N, V) float32.
+        """
+        return self.next_code_logits(self.prefix(batch, drop), batch.lengths, codes)
+
+    def next_code_logits(self, prefix, lengths, codes):
+        """prefix (B, P, D) with lengths (B,), codes (B, N) -> logits (B, N, V) float32. Teacher forcing in one pass."""
+        (B, P, D), N = prefix.shape, codes.shape[1]
+        order = sequence_order(lengths, P, N - 1)                                        # the last code is never read
+        x = torch.cat([prefix, self.decoder.code_embedding(codes[:, :-1]).to(prefix.dtype)], dim=1)
+        x = x.gather(1, order[..., None].expand(-1, -1, D))                              # [prefix | codes | padding]
+        positions = (order - P + 1).clamp(min=0)                                         # 0 in the prefix, 1 + k at code k
+        hidden = self.decoder(x, positions)
+        predicts = lengths[:, None] - 1 + torch.arange(N, device=codes.device)           # from the last prefix position on
+        hidden = hidden.gather(1, predicts[..., None].expand(-1, -1, D))                 # only these go through the head
+        return self.decoder.output(hidden).float()
+
+    def prefill(self, prefix, lengths):
+        """Read the prefix into a new cache. Returns the first code's logits (B, V) float32 and the cache."""
+        cache = KVCache(self.config.decoder, lengths, prefix.shape[1], prefix.device, prefix.dtype)
+        hidden = self.decoder(prefix, torch.zeros(prefix.shape[:2], dtype=torch.long, device=prefix.device), cache)
+        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]      # (B, D)
+        return self.decoder.output(last).float(), cache
+
+    def decode_step(self, codes, k, cache):
+        """Read code number k of every sample, codes (B,) int64; returns the next code's logits (B, V) float32."""
+        positions = torch.full((len(codes), 1), k + 1, device=codes.device)
+        hidden = self.decoder(self.decoder.code_embedding(codes)[:, None], positions, cache)
+        return self.decoder.output(hidden[:, 0]).float()
+
+    def save_pretrained(self, folder):
+        """Write `config.json` and `model.safetensors` into the folder."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        save_file(self.state_dict(), Path(folder) / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Read what save_pretrained wrote. Raises ValueError naming the file when one is missing."""
+        for name in ("config.json", "model.safetensors"):
+            if not (Path(folder) / name).is_file():
+                raise ValueError(f"{Path(folder) / name} is missing; `python train.py PRESET` makes it")
+        model = cls(from_dict(MentorConfig, json.loads((Path(folder) / "config.json").read_text())))
+        model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+        return model.eval()
+
+
+def init_weights(model):
+    """Draw the weights of a new model.
+
+    projector, decoder     N(0, 0.02) as LlamaGen; output head zero, so that the first loss is ln(V)
+    text encoder           T5's: 1/sqrt(fan in), queries also / sqrt(head_width) in place of the missing score scaling
+    vision, connectors     PyTorch's defaults, position and query tables N(0, 0.02)
+    """
+    for module in (*model.projector.modules(), *model.decoder.modules()):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+    nn.init.zeros_(model.decoder.output.weight)
+    text = model.encoder.text
+    nn.init.normal_(text.embedding.weight, std=1.0)
+    nn.init.normal_(text.relative_bias.weight, std=text.config.width**-0.5)
+    for block in text.blocks:
+        for name, linear in block.named_children():
+            if isinstance(linear, nn.Linear):
+                scale = text.config.head_width**-0.5 if name == "q" else 1.0
+                nn.init.normal_(linear.weight, std=scale * linear.in_features**-0.5)

@@ -1,0 +1,349 @@
+"""Draw with a trained model, and score it.
+
+    python sample.py out/tiny "The star in <image>.\\nA big star at the top left on a green background" --images=ref.png
+
+Read in order: choosing a code (filters, guidance), generate (prefill, then one cached step a code), the judge that
+reads a drawing back into a scene, the scores (CP, PF and their bounds), pictures for people, and the command line.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+import data
+from data import Collate, Sample, Scene, ShapeSubject, Placed, TextTokenizer, WORLDS, contact_sheet, to_picture, tokenizer_pixels
+from mentor import Mentor
+from tokenizer import VQGAN
+
+# ---------------------------------------------------------------------------------------------------------------
+# Choosing a code
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def guide(conditional, unconditional, cfg_scale):
+    """Classifier-free guidance on logits: l_u + (l_c - l_u) * cfg_scale. 1 is conditional, 0 unconditional."""
+    return unconditional + (conditional - unconditional) * cfg_scale
+
+
+def filter_logits(logits, temperature, top_k, top_p):
+    """Temperature, then top-k (ties of the k-th stay), then top-p (the best code always stays): (B, V) -> (B, V),
+    minus infinity where a code is out. top_k 0 and top_p 1 keep all."""
+    logits = logits / max(temperature, 1e-5)
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1.0:
+        ordered, order = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)                    # probability of all better codes
+        out = (before > top_p).scatter(1, order, before > top_p)
+        logits = logits.masked_fill(out, -torch.inf)
+    return logits
+
+
+def choose(logits, sampling, generator):
+    """One code a row: logits (B, V) float32 -> (B,) int64. Temperature 0 takes the best."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    probabilities = filter_logits(logits, sampling.temperature, sampling.top_k, sampling.top_p).softmax(-1)
+    # argmax(p / Exp(1)) is a draw from p, without multinomial's wait for the GPU
+    noise = torch.empty(probabilities.shape).exponential_(generator=generator).to(probabilities.device)
+    return (probabilities / noise).argmax(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Generation
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(model, batch, sampling, generator):
+    """Draw the codes of every prompt in the batch.
+
+    model: Mentor in eval mode; batch: a data.Batch on its device; sampling: a mentor.SamplingConfig;
+    generator: a CPU torch.Generator. Returns codes (B, N) int64.
+
+    With guidance the batch runs twice as tall: the conditional half above the unconditional one, whose prefixes have
+    the same lengths. The prefix is read once, then every step reads one code.
+    """
+    guided, unguided = sampling.cfg_scale not in (0, 1), sampling.cfg_scale == 1
+    hidden, lengths = model.encoder(batch), batch.lengths
+    drop = torch.zeros(len(batch), dtype=torch.bool, device=lengths.device)
+    halves = [(hidden, drop), (hidden, ~drop)] if guided else [(hidden, drop if unguided else ~drop)]
+    prefix = torch.cat([model.projector(h, lengths, d) for h, d in halves])
+    logits, cache = model.prefill(prefix, lengths.repeat(len(halves)))
+    codes = torch.empty(len(batch), model.config.decoder.n_code, dtype=torch.long, device=lengths.device)
+    for k in range(codes.shape[1]):
+        if guided:
+            logits = guide(*logits.chunk(2), sampling.cfg_scale)
+        codes[:, k] = choose(logits, sampling, generator)
+        if k + 1 < codes.shape[1]:
+            logits = model.decode_step(codes[:, k].repeat(len(halves)), k, cache)
+    return codes
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The judge: reads a drawing back into the scene it shows
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class ShapesJudge:
+    """Analysis by synthesis: every scene of one subject is rendered, the nearest one is what the picture shows.
+
+    8 shapes x 9 places x 2 sizes x 176 fills x 32 backgrounds are too many to render one by one, but the squared
+    distance falls apart into regions (outside, first colour, second colour), so the search over fills and backgrounds
+    is a few matrix products. The best geometries are then compared exactly, antialiased edges included.
+    """
+
+    SHORTLIST = 12
+
+    def __init__(self, world):
+        self.world = world
+        self.geometries = [(shape, place, size) for shape in range(len(data.SHAPES)) for place in range(len(data.PLACES)) for size in range(len(data.SIZES))]
+        coverage = np.stack([world.shape_mask(*g).ravel() for g in self.geometries])                       # (G, P)
+        second = np.stack([[world.pattern_mask(p, *world.center(place, size), False).ravel() for p in range(len(data.PATTERNS))]
+                           for _, place, size in self.geometries])                                         # (G, 4, P)
+        self.first = torch.from_numpy(coverage[:, None] * (1 - second))      # weight of the first colour at each pixel
+        self.second = torch.from_numpy(coverage[:, None] * second)
+        self.outside = torch.from_numpy(1 - coverage)
+        self.colors = torch.tensor(list(data.COLORS.values()), dtype=torch.float32) / 255                  # (8, 3)
+        grounds = [world.background(c, p).reshape(-1, 3) for c in range(len(data.COLORS)) for p in range(len(data.PATTERNS))]
+        self.grounds = torch.from_numpy(np.stack(grounds)) / 255                                           # (32, P, 3)
+        same = torch.eye(len(self.colors), dtype=torch.bool)
+        self.forbidden = torch.stack([~same if p == "solid" else same for p in data.PATTERNS])             # (4, 8, 8)
+
+    def read(self, picture):
+        """The nearest scene of one subject to a picture, uint8 (S, S, 3)."""
+        x = torch.from_numpy(picture.reshape(-1, 3).astype(np.float32)) / 255                              # (P, 3)
+        to_color = (x[:, None] - self.colors).square().sum(-1)                                             # (P, 8)
+        to_ground = (x[:, None] - self.grounds.transpose(0, 1)).square().sum(-1)                           # (P, 32)
+        fill = (self.first @ to_color)[..., :, None] + (self.second @ to_color)[..., None, :]              # (G, 4, 8, 8)
+        fill = fill.masked_fill(self.forbidden, torch.inf).flatten(2).amin(-1)                             # (G, 4)
+        ground_error, ground = (self.outside @ to_ground).min(-1)                                          # (G,)
+        shortlist = (fill + ground_error[:, None]).flatten().topk(self.SHORTLIST, largest=False).indices.tolist()
+        candidates = [self.exact(x, *divmod(index, len(data.PATTERNS)), ground) for index in shortlist]
+        return min(candidates, key=lambda candidate: candidate[0])[1]
+
+    def exact(self, x, geometry, pattern, ground):
+        """The best colours for one geometry and pattern: (squared distance, Scene)."""
+        shape, place, size = self.geometries[geometry]
+        color, ground_pattern = divmod(ground[geometry].item(), len(data.PATTERNS))
+        w1, w2 = self.first[geometry, pattern], self.second[geometry, pattern]
+        rest = x - self.outside[geometry][:, None] * self.grounds[ground[geometry]]
+        # |rest - w1 a - w2 b|^2 for all pairs of colours a, b, multiplied out
+        one = (w1 @ w1) * self.colors.square().sum(1) - 2 * self.colors @ (w1 @ rest)
+        two = (w2 @ w2) * self.colors.square().sum(1) - 2 * self.colors @ (w2 @ rest)
+        error = one[:, None] + two[None] + 2 * (w1 @ w2) * (self.colors @ self.colors.T) + rest.square().sum()
+        best = error.masked_fill(self.forbidden[pattern], torch.inf).flatten().min(0)
+        a, b = divmod(best.indices.item(), len(self.colors))
+        return best.values.item(), Scene(color, ground_pattern, (Placed(ShapeSubject(shape, a, b, pattern), place, size),))
+
+
+def concept_preservation(seen, meant):
+    """Share of the subject's attributes (shape, colours, pattern) that are as in the reference, in [0, 1]."""
+    a, b = seen.subjects[0].subject, meant.subjects[0].subject
+    return sum(x == y for x, y in zip(a, b)) / len(b)
+
+
+def prompt_following(seen, meant):
+    """Share of what the prompt asked for (background colour and pattern, place, size), in [0, 1]."""
+    a, b = seen.subjects[0], meant.subjects[0]
+    return ((seen.color == meant.color) + (seen.pattern == meant.pattern) + (a.place == b.place) + (a.size == b.size)) / 4
+
+
+class EmojiJudge:
+    """Analysis by synthesis for emoji: the background that most pixels fit, then the nearest of all emoji at all places."""
+
+    def __init__(self, world):
+        self.world = world
+        self.grounds = np.stack([world.background(c, p) for c in range(len(data.COLORS)) for p in range(len(data.PATTERNS))])
+        self.subjects = world.all_subjects()
+        self.sprites = []  # for each size: all emoji around the centre, (K, w, w, 4) premultiplied
+        for size, width in enumerate(world.widths):
+            x, y = world.center(data.PLACES.index("center"), size)
+            half = (width + 1) // 2
+            window = np.s_[y - half : y + half, x - half : x + half]
+            self.sprites.append((half, np.stack([world.sprite(Placed(s, data.PLACES.index("center"), size))[window] for s in self.subjects])))
+
+    def read(self, picture):
+        """The nearest scene of one emoji to a picture, uint8 (S, S, 3)."""
+        x = picture.astype(np.float32)
+        distance = np.square(x - self.grounds).sum(-1)                                   # (32, S, S)
+        ground = np.minimum(distance, 60.0**2).sum((1, 2)).argmin()                      # a subject's pixels count little
+        best = None
+        for size, (half, sprites) in enumerate(self.sprites):
+            for place in range(len(data.PLACES)):
+                cx, cy = self.world.center(place, size)
+                window = np.s_[max(cy - half, 0) : cy + half, max(cx - half, 0) : cx + half]
+                seen = np.s_[:, max(half - cy, 0) : half - cy + len(x), max(half - cx, 0) : half - cx + len(x)]
+                colors, rest = sprites[seen][..., :3], 1 - sprites[seen][..., 3:] / 255
+                error = np.square(x[window] - colors - rest * self.grounds[ground][window]).sum((1, 2, 3))
+                error += distance[ground].sum() - distance[ground][window].sum()
+                k = error.argmin()
+                if best is None or error[k] < best[0]:
+                    best = error[k], Placed(self.subjects[k], place, size)
+        return Scene(*divmod(int(ground), len(data.PATTERNS)), (best[1],))
+
+
+JUDGES = {"shapes": ShapesJudge, "emoji": EmojiJudge}
+
+# ---------------------------------------------------------------------------------------------------------------
+# A trained model and everything it needs
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def weights_hash(folder):
+    """The first 16 hex digits of the SHA-256 of a model's weights file."""
+    file = Path(folder) / "model.safetensors"
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: train the stage {Path(folder).name} first (--stage={Path(folder).name}, or all stages by leaving --stage out)")
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+
+
+class Pipeline:
+    """Model, image tokenizer and text tokenizer, opened from the folder that train.py writes."""
+
+    def __init__(self, model, vqgan, text_tokenizer, run, device):
+        self.model, self.vqgan = model.to(device).eval(), vqgan.to(device).eval()
+        self.text_tokenizer, self.run, self.device = text_tokenizer, run, device
+        self.collate = Collate(text_tokenizer, model.config.vision.image_size, model.config.image_tokens, model.config.context, vqgan.config.image_size)
+
+    @classmethod
+    def open(cls, folder, device):
+        """Open a run's folder (its last finished stage) or one stage's folder in it. Raises ValueError if incomplete."""
+        folder = Path(folder)
+        stages = ("instruct", "align", "pretrain")
+        root = folder.parent if folder.name in stages else folder
+        found = [folder] if root != folder else [root / s for s in stages if (root / s / "model.safetensors").is_file()]
+        if not found or not (root / "run.json").is_file():
+            raise ValueError(f"{folder} holds no trained model; `python train.py tiny --out={folder}` makes one")
+        model, vqgan = Mentor.from_pretrained(found[0]), VQGAN.from_pretrained(root / "tokenizer")
+        trained_with = json.loads((found[0] / "stage.json").read_text())["weights of tokenizer"]
+        if weights_hash(root / "tokenizer") != trained_with:
+            raise ValueError(f"{found[0]} was trained with another tokenizer (weights {trained_with}) than {root / 'tokenizer'} holds ({weights_hash(root / 'tokenizer')}): its codes would mean nothing")
+        return cls(model, vqgan, TextTokenizer.from_file(root / "spiece.model"), json.loads((root / "run.json").read_text()), device)
+
+    def world(self):
+        """The built-in world of the run."""
+        font = {"font": self.run["emoji_font"]} if self.run["world"] == "emoji" else {}
+        return WORLDS[self.run["world"]](self.vqgan.config.image_size, **font)
+
+    def draw(self, samples, sampling=None, seed=0, batch_size=128):
+        """Draw the prompts of the samples: pictures, uint8 (S, S, 3) each, and their codes (B, N)."""
+        generator = torch.Generator().manual_seed(seed)
+        codes = torch.cat([generate(self.model, self.collate(samples[i : i + batch_size]).to(self.device), sampling or self.model.config.sampling, generator)
+                           for i in range(0, len(samples), batch_size)])
+        return self.decode(codes), codes
+
+    def decode(self, codes):
+        """Codes (B, N) -> pictures."""
+        return [to_picture(image) for part in codes.split(64) for image in self.vqgan.decode(part)]
+
+    def tokenize(self, pictures):
+        """Pictures of any size -> codes (B, N): what the tokenizer makes of them."""
+        images = torch.stack([tokenizer_pixels(p, self.vqgan.config.image_size) for p in pictures]).to(self.device)
+        return torch.cat([self.vqgan.encode(part) for part in images.split(64)])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Scores
+# ---------------------------------------------------------------------------------------------------------------
+
+PROMPTS, FEWER_PROMPTS, SCALES = 512, 128, (1.0, 2.0, 4.0, 7.5)
+
+
+def held_out_samples(world, task, count):
+    """The fixed prompts all scores are computed on: subjects that no training stage has seen."""
+    dataset = data.WorldDataset(world, {task: 1.0}, "scores", held_out=True)
+    return [dataset[i] for i in range(count)]
+
+
+def judge_pictures(judge, pictures, samples):
+    """CP, PF, CP*PF and CP/PF of pictures against the scenes that were asked for, means over the prompts."""
+    seen = [judge.read(picture) for picture in pictures]
+    cp = float(np.mean([concept_preservation(s, sample.scene) for s, sample in zip(seen, samples, strict=True)]))
+    pf = float(np.mean([prompt_following(s, sample.scene) for s, sample in zip(seen, samples, strict=True)]))
+    return {"cp": cp, "pf": pf, "cp_pf": cp * pf, "cp_over_pf": cp / max(pf, 1e-9)}
+
+
+def pixel_l2(pictures, samples):
+    """Root of the mean squared pixel difference to the targets, pixels in [0, 1], mean over the pictures."""
+    return float(np.mean([np.sqrt(np.square((p.astype(np.float32) - s.target) / 255).mean()) for p, s in zip(pictures, samples, strict=True)]))
+
+
+def segmentation_iou(pictures, samples):
+    """Intersection over union of the pixels that are not black (any channel above 64 of 255), mean over the pictures."""
+    masks = [(p.max(-1) > 64, s.target.max(-1) > 64) for p, s in zip(pictures, samples, strict=True)]
+    return float(np.mean([(a & b).sum() / max((a | b).sum(), 1) for a, b in masks]))
+
+
+def score(pipeline, out):
+    """Score a model on held-out subjects; print the table, write scores.json, sheet.png and guidance.png into `out`."""
+    started, world = time.perf_counter(), pipeline.world()
+    judge, default = JUDGES[world.name](world), pipeline.model.config.sampling
+    subject, rebuilt, cut = (held_out_samples(world, task, count) for task, count in
+                             (("subject_driven", PROMPTS), ("reconstruction", FEWER_PROMPTS), ("segmentation", FEWER_PROMPTS)))
+    through_tokenizer = lambda samples: pipeline.decode(pipeline.tokenize([s.target for s in samples]))  # noqa: E731
+    drawn, _ = pipeline.draw(subject)
+    scores = {**judge_pictures(judge, drawn, subject),
+              "reconstruction_l2": pixel_l2(pipeline.draw(rebuilt)[0], rebuilt),
+              "segmentation_iou": segmentation_iou(pipeline.draw(cut)[0], cut),
+              "cfg_scale": default.cfg_scale, "prompts": PROMPTS,
+              "bounds": {"true renders": judge_pictures(judge, [s.target for s in subject], subject),
+                         "tokenizer": {**judge_pictures(judge, through_tokenizer(subject), subject),
+                                       "reconstruction_l2": pixel_l2(through_tokenizer(rebuilt), rebuilt),
+                                       "segmentation_iou": segmentation_iou(through_tokenizer(cut), cut)},
+                         "copying the reference": judge_pictures(judge, [s.images[0] for s in subject], subject)},
+              "guidance": {}}
+    few, strip = subject[:FEWER_PROMPTS], []
+    for scale in SCALES:
+        pictures, _ = pipeline.draw(few, dataclasses.replace(default, cfg_scale=scale))
+        scores["guidance"][f"{scale:g}"] = judge_pictures(judge, pictures, few)
+        strip.append(pictures[:8])
+    scores["seconds"] = time.perf_counter() - started
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    Image.fromarray(labelled_sheet(subject[:12], drawn)).save(out / "sheet.png")
+    Image.fromarray(contact_sheet([[s.images[0] for s in few[:8]], *strip], scale=2)).save(out / "guidance.png")
+    print(score_table(scores))
+    return scores
+
+
+def score_table(scores):
+    """The scores as a table in markdown."""
+    rows = [(f"**model**, guidance {scores['cfg_scale']:g}, {scores['prompts']} prompts", scores)]
+    rows += [(f"model, guidance {scale}, {FEWER_PROMPTS} prompts", row) for scale, row in scores["guidance"].items()]
+    rows += list(scores["bounds"].items())
+    columns = {"CP": "cp", "PF": "pf", "CP*PF": "cp_pf", "CP/PF": "cp_over_pf", "recon. L2": "reconstruction_l2", "segm. IoU": "segmentation_iou"}
+    lines = ["| held-out subjects | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for name, row in rows:
+        lines.append(f"| {name} | " + " | ".join(f"{row[key]:.3f}" if key in row else "" for key in columns.values()) + " |")
+    return "\n".join([*lines, f"scored in {scores['seconds']:.0f} s"])
+
+
+def labelled_sheet(samples, pictures, scale=3):
+    """`reference | prompt | output | ideal`, one row a sample, uint8 (H, W, 3)."""
+    size = samples[0].target.shape[0] * scale
+    enlarge = lambda picture: Image.fromarray(picture).resize((size, size), Image.NEAREST)  # noqa: E731
+    column, pad, text_width = size + 8, 8, 330
+    sheet = Image.new("RGB", (3 * column + text_width + pad, 24 + len(samples) * column), "white")
+    pen = ImageDraw.Draw(sheet)
+    for x, title in zip((pad, pad + column, pad + column + text_width, pad + 2 * column + text_width), ("reference", "prompt", "output", "ideal")):
+        pen.text((x, 6), title, fill="black")
+    for i, (s, picture) in enumerate(zip(samples, pictures)):
+        y = 24 + i * column
+        sheet.paste(enlarge(s.images[0]), (pad, y))
+        lines = [part for line in s.prompt.split("\n") for part in textwrap.wrap(line, 50)]
+        pen.multiline_text((pad + column, y + 4), "\n".join(lines), fill="black")
+        sheet.paste(enlarge(picture), (pad + column + text_width, y))
+        sheet.paste(enlarge(s.target), (pad + 2 * column + text_width, y))
+    return np.asarray(sheet)

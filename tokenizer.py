@@ -1,0 +1,412 @@
+"""The image tokenizer: a VQGAN that turns pixels into codes and codes into pixels.
+
+    image (B, 3, S, S) in [-1, 1] --Encoder--> z --VectorQuantizer--> codes (B, N) --PixelDecoder--> image
+
+This is LlamaGen's VQ-16 (arXiv 2406.06525, section 2.1), which MENTOR uses as it is: the convolutional
+encoder and decoder of taming-transformers' VQGAN (arXiv 2012.09841) around a codebook of many short,
+L2-normalised vectors. Parameters carry the released names, so `vq_ds16_t2i.pt` fits name for name.
+
+Read in order: TokenizerConfig and PRESETS, the blocks, Encoder, VectorQuantizer, PixelDecoder, VQGAN; then
+what only its training needs: PatchDiscriminator, LPIPS, the losses and CodebookUsage.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Sizes of the VQGAN; the defaults are the published VQ-16."""
+
+    image_size: int = 512                 # pixels a side; must divide by `downsample`
+    ch: int = 128                         # channels at full resolution
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # channels per level, in units of `ch`; each level halves the image
+    num_res_blocks: int = 2               # ResNet blocks a level (the decoder has one more)
+    norm_groups: int = 32                 # groups of every GroupNorm; must divide every level's channels
+    z_channels: int = 256                 # channels at the grid, before the codebook's projection
+    codebook_size: int = 16384
+    codebook_dim: int = 8                 # few dimensions keep every code in use (LlamaGen, table 2)
+    beta: float = 0.25                    # weight of the commitment loss, the pull of z towards its code
+
+    def __post_init__(self):
+        object.__setattr__(self, "ch_mult", tuple(self.ch_mult))  # json gives lists
+        if self.image_size % self.downsample:
+            legal = ", ".join(str(self.downsample * g) for g in (8, 16, 24, 32))
+            raise ValueError(f"image_size={self.image_size} is no multiple of the downsampling factor {self.downsample}; legal sizes are for example {legal}")
+        for multiple in self.ch_mult:
+            if self.ch * multiple % self.norm_groups:
+                raise ValueError(f"norm_groups={self.norm_groups} does not divide {self.ch * multiple} channels (ch={self.ch}, ch_mult={self.ch_mult})")
+
+    @property
+    def downsample(self):
+        """Pixels a side of one code's cell."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+    @property
+    def grid_size(self):
+        """Codes a side: an image is grid_size**2 codes in raster order."""
+        return self.image_size // self.downsample
+
+
+PRESETS = {
+    "tiny": dict(image_size=32, ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, norm_groups=8, z_channels=64, codebook_size=512),
+    "small": dict(image_size=64, ch=64, ch_mult=(1, 2, 2, 4), num_res_blocks=2, norm_groups=32, z_channels=128, codebook_size=2048),
+    "base": dict(image_size=256, ch=128, ch_mult=(1, 1, 2, 2, 4), codebook_size=8192),
+    "full": dict(),
+}
+
+
+def normalize(channels, groups):
+    """The GroupNorm used everywhere in the VQGAN (eps 1e-6, not PyTorch's 1e-5)."""
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions with GroupNorm and swish, and a residual path (VQGAN). (B, C, H, W) -> (B, C', H, W)."""
+
+    def __init__(self, in_channels, out_channels, groups):
+        super().__init__()
+        self.norm1 = normalize(in_channels, groups)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = normalize(out_channels, groups)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all positions (VQGAN). Used only where the grid is smallest: its cost is
+    quadratic in the number of positions. (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.norm = normalize(channels, groups)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))  # each (B, H*W, C)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)         # (B, C, H, W)
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    """Halve the image with a strided convolution, padded on the right and below only, as VQGAN does."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the image: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The ResNet blocks of one resolution, each followed by attention at the lowest one, then the change of size."""
+
+    def __init__(self, in_channels, out_channels, blocks, groups, attention, resize=None):
+        super().__init__()
+        self.res = nn.ModuleList(ResnetBlock(in_channels if i == 0 else out_channels, out_channels, groups) for i in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(out_channels, groups) for _ in range(blocks if attention else 0))
+        if resize is Downsample:
+            self.downsample = Downsample(out_channels)
+        elif resize is Upsample:
+            self.upsample = Upsample(out_channels)
+
+    def forward(self, x):
+        for i, block in enumerate(self.res):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        if hasattr(self, "downsample"):
+            x = self.downsample(x)
+        if hasattr(self, "upsample"):
+            x = self.upsample(x)
+        return x
+
+
+def middle(channels, groups):
+    """ResNet block, attention, ResNet block at the lowest resolution."""
+    return nn.ModuleList([ResnetBlock(channels, channels, groups), AttnBlock(channels, groups), ResnetBlock(channels, channels, groups)])
+
+
+class Encoder(nn.Module):
+    """Pixels to features at the grid: (B, 3, S, S) -> (B, z_channels, S/downsample, S/downsample)."""
+
+    def __init__(self, config):
+        super().__init__()
+        groups, widths = config.norm_groups, [config.ch * m for m in config.ch_mult]
+        self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
+        self.conv_blocks = nn.ModuleList()
+        for level, width in enumerate(widths):
+            lowest = level == len(widths) - 1
+            before = widths[level - 1] if level else config.ch
+            self.conv_blocks.append(Level(before, width, config.num_res_blocks, groups, lowest, None if lowest else Downsample))
+        self.mid = middle(widths[-1], groups)
+        self.norm_out = normalize(widths[-1], groups)
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for block in (*self.conv_blocks, *self.mid):
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class VectorQuantizer(nn.Module):
+    """Replace every vector by the nearest of `codebook_size` learned ones, both L2-normalised (LlamaGen 2.1).
+
+    On the unit sphere "nearest" is "largest cosine", so a code cannot win by being long, and 8 dimensions
+    are enough to keep 16,384 codes in use.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.beta = config.beta
+        self.embedding = nn.Embedding(config.codebook_size, config.codebook_dim)
+        nn.init.normal_(self.embedding.weight)  # uniform on the sphere once normalised
+
+    def codebook(self):
+        """The normalised codebook, (codebook_size, codebook_dim) float32."""
+        return F.normalize(self.embedding.weight.float(), dim=-1)
+
+    def forward(self, z):
+        """Quantize z (B, C, h, w) of any dtype.
+
+        Returns the straight-through codes' vectors (B, C, h, w) float32, the loss (codebook + beta * commitment,
+        scalar), and codes (B, h, w) int64. Runs in float32 inside autocast: half precision merges close codes.
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            z = F.normalize(z.float().permute(0, 2, 3, 1), dim=-1)    # (B, h, w, C)
+            codebook = self.codebook()
+            with torch.no_grad():
+                codes = self.nearest(z.flatten(0, 2), codebook).view(z.shape[:3])
+            z_q = F.embedding(codes, codebook)                        # (B, h, w, C)
+            # The codebook loss moves the codes to the encoder's outputs; beta holds the outputs near their codes.
+            loss = F.mse_loss(z_q, z.detach()) + self.beta * F.mse_loss(z, z_q.detach())
+            z_q = z + (z_q - z).detach()                              # straight-through: the gradient skips the argmin
+            return z_q.permute(0, 3, 1, 2), loss, codes
+
+    @staticmethod
+    def nearest(z, codebook):
+        """Index of the nearest code for each row of z (M, C): (M,) int64. |z - e|^2 = 2 - 2 z.e on the sphere."""
+        return torch.cat([(chunk @ codebook.T).argmax(1) for chunk in z.split(65536)])
+
+    def lookup(self, codes):
+        """codes (B, h, w) int64 -> vectors (B, C, h, w) float32."""
+        return F.embedding(codes, self.codebook()).permute(0, 3, 1, 2)
+
+
+class PixelDecoder(nn.Module):
+    """Features at the grid to pixels, the encoder's mirror: (B, z_channels, h, w) -> (B, 3, S, S)."""
+
+    def __init__(self, config):
+        super().__init__()
+        groups, widths = config.norm_groups, [config.ch * m for m in config.ch_mult][::-1]
+        self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
+        self.mid = middle(widths[0], groups)
+        self.conv_blocks = nn.ModuleList()
+        for level, width in enumerate(widths):
+            before = widths[level - 1] if level else widths[0]
+            highest = level == len(widths) - 1
+            self.conv_blocks.append(Level(before, width, config.num_res_blocks + 1, groups, level == 0, None if highest else Upsample))
+        self.norm_out = normalize(widths[-1], groups)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    @property
+    def last_layer(self):
+        """The weight whose gradients balance reconstruction against the discriminator (see adaptive_weight)."""
+        return self.conv_out.weight
+
+    def forward(self, z):
+        x = self.conv_in(z)
+        for block in (*self.mid, *self.conv_blocks):
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class VQGAN(nn.Module):
+    """The whole tokenizer. `encode` and `decode` are all that the rest of the project ever calls."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
+        self.quantize = VectorQuantizer(config)
+        self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
+        self.decoder = PixelDecoder(config)
+
+    def forward(self, images):
+        """Images (B, 3, S, S) in [-1, 1] -> reconstruction (same shape), quantizer loss (scalar), codes (B, h, w)."""
+        z_q, loss, codes = self.quantize(self.quant_conv(self.encoder(images)))
+        return self.decoder(self.post_quant_conv(z_q)), loss, codes
+
+    @torch.no_grad()
+    def encode(self, images):
+        """Images (B, 3, S, S) in [-1, 1] -> codes (B, N) int64 in raster order."""
+        z = F.normalize(self.quant_conv(self.encoder(images)).float().permute(0, 2, 3, 1), dim=-1)
+        return self.quantize.nearest(z.flatten(0, 2), self.quantize.codebook()).view(len(images), -1)
+
+    @torch.no_grad()
+    def decode(self, codes):
+        """codes (B, N) int64 of a square grid -> images (B, 3, S, S), about in [-1, 1] (not clamped)."""
+        side = round(codes.shape[1] ** 0.5)
+        if side * side != codes.shape[1]:
+            raise ValueError(f"{codes.shape[1]} codes are no square grid; expected {self.config.grid_size ** 2}")
+        z_q = self.quantize.lookup(codes.view(-1, side, side))
+        return self.decoder(self.post_quant_conv(z_q.to(self.post_quant_conv.weight.dtype)))
+
+    def save_pretrained(self, folder):
+        """Write `config.json` and `model.safetensors` into the folder."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        save_file(self.state_dict(), Path(folder) / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Read what save_pretrained wrote. Raises ValueError naming the file when one is missing."""
+        for name in ("config.json", "model.safetensors"):
+            if not (Path(folder) / name).is_file():
+                raise ValueError(f"{Path(folder) / name} is missing; `python train.py PRESET --stage=tokenizer` makes it")
+        model = cls(TokenizerConfig(**json.loads((Path(folder) / "config.json").read_text())))
+        model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+        return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What only the training needs
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class PatchDiscriminator(nn.Module):
+    """Says for every patch whether it looks real (PatchGAN, arXiv 1611.07004): (B, 3, S, S) -> (B, 1, h, w) logits.
+
+    GroupNorm in place of pix2pix's BatchNorm, so that a sample's score does not hang on its batch or its GPU.
+    """
+
+    def __init__(self, ch=64, layers=3):
+        super().__init__()
+        blocks, width = [nn.Conv2d(3, ch, 4, stride=2, padding=1), nn.LeakyReLU(0.2)], ch
+        for level in range(1, layers + 1):
+            before, width = width, ch * min(2**level, 8)
+            stride = 2 if level < layers else 1
+            blocks += [nn.Conv2d(before, width, 4, stride, 1, bias=False), nn.GroupNorm(16, width), nn.LeakyReLU(0.2)]
+        self.net = nn.Sequential(*blocks, nn.Conv2d(width, 1, 4, padding=1))
+
+    def forward(self, images):
+        return self.net(images)
+
+
+class LPIPS(nn.Module):
+    """Perceptual distance in VGG16's features (arXiv 1801.03924), from two local files.
+
+    `folder` holds torchvision's `vgg16-397923af.pth` and LPIPS v0.1's linear heads `vgg.pth`. There is no random
+    fallback: without the files the loss is off, and train.py says so. Raises ValueError naming a missing file.
+    """
+
+    LAYERS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # VGG16's five convolution blocks
+
+    def __init__(self, folder):
+        super().__init__()
+        files = [Path(folder) / "vgg16-397923af.pth", Path(folder) / "vgg.pth"]
+        for file in files:
+            if not file.is_file():
+                raise ValueError(f"lpips={folder}: {file} is missing; give a folder with torchvision's vgg16-397923af.pth and LPIPS v0.1's vgg.pth, or leave lpips empty")
+        vgg, heads = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
+        self.blocks, index, before = nn.ModuleList(), 0, 3
+        for widths in self.LAYERS:
+            block = nn.Sequential()
+            for width in widths:
+                conv = nn.Conv2d(before, width, 3, padding=1)
+                conv.load_state_dict({k: vgg[f"features.{index}.{k}"] for k in ("weight", "bias")})
+                block.extend([conv, nn.ReLU()])
+                index, before = index + 2, width
+            self.blocks.append(block)
+            index += 1  # the max-pool that follows each block
+        for i in range(len(self.LAYERS)):
+            self.register_buffer(f"head{i}", heads[f"lin{i}.model.1.weight"])  # (1, C, 1, 1)
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+        self.requires_grad_(False)
+
+    def forward(self, a, b):
+        """Mean distance of two image batches (B, 3, S, S) in [-1, 1]: scalar."""
+        x, total = (torch.cat([a, b]) - self.shift) / self.scale, 0.0
+        for i, block in enumerate(self.blocks):
+            x = block(x if i == 0 else F.max_pool2d(x, 2))
+            fa, fb = F.normalize(x, dim=1, eps=1e-10).chunk(2)
+            total = total + F.conv2d((fa - fb).square(), getattr(self, f"head{i}")).mean()
+        return total
+
+
+def hinge_d_loss(real, fake):
+    """The discriminator's hinge loss on its logits for real and generated patches: scalar."""
+    return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+
+
+def adaptive_weight(reconstruction_loss, generator_loss, last_layer, limit=1e4):
+    """VQGAN's balance (eq. 7): how strongly each loss pulls at the decoder's last layer, as a ratio in [0, limit]."""
+    reconstruction_grad, = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
+    generator_grad, = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)
+    return (reconstruction_grad.norm() / (generator_grad.norm() + 1e-4)).clamp(0, limit).detach()
+
+
+class CodebookUsage:
+    """How often each code was chosen since the last restart of dead codes.
+
+    Counted over a window of steps: the perplexity of one batch says more about the batch than about the codebook.
+    """
+
+    def __init__(self, codebook_size, device):
+        self.counts = torch.zeros(codebook_size, device=device)
+
+    def add(self, codes):
+        """Count a batch of codes, any shape, int64."""
+        self.counts += torch.bincount(codes.flatten(), minlength=len(self.counts))
+
+    def usage(self):
+        """Share of the codes chosen at least once in the window, in [0, 1]."""
+        return (self.counts > 0).float().mean().item()
+
+    def perplexity(self):
+        """exp(entropy) of the window's code distribution, in [1, codebook_size]."""
+        p = self.counts / self.counts.sum().clamp(min=1)
+        return torch.exp(-(p * (p + 1e-10).log()).sum()).item()
+
+    @torch.no_grad()
+    def restart_dead(self, quantizer, z, generator):
+        """Move every code the window never chose onto a random encoder output z (M, C); start a new window.
+
+        Returns how many moved. The same z and generator state on every rank keep the ranks equal.
+        """
+        dead = (self.counts == 0).nonzero().flatten()
+        rows = torch.randint(len(z), (len(dead),), generator=generator).to(z.device)
+        quantizer.embedding.weight[dead] = F.normalize(z[rows].float(), dim=-1).to(quantizer.embedding.weight)
+        self.counts.zero_()
+        return len(dead)

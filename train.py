@@ -1,0 +1,721 @@
+"""Train Mentor from nothing, or any one stage of it.
+
+    python train.py tiny                                    # everything, on the built-in world
+    python train.py tiny --stage=align --align.lr=0.001     # one stage, one key changed
+    torchrun --nproc_per_node=8 train.py full --stage=align # the same on 8 GPUs
+
+The four stages, each starting from what the one before wrote:
+
+    tokenizer   VQGAN: pixels to codes and back
+    pretrain    what the paper downloads: next-code loss on captions, contrastive loss for the vision encoder
+    align       the paper's stage 1: reconstruction, segmentation and text-to-image teach what an image prompt means
+    instruct    the paper's stage 2: subject-driven generation and recovery teach to keep and to change
+
+Read in order: the configuration and its presets, the command line, processes and devices, the stages (what is
+trained and on which loss), the optimizer, checkpoints, the one loop, the report, main.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
+from inspect import getsource
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import mentor
+import sample
+import tokenizer
+from data import CLIP_MEAN, CLIP_STD, TASKS, WORLDS, Collate, WorldDataset
+from mentor import Mentor, MentorConfig
+from tokenizer import VQGAN, CodebookUsage, LPIPS, PatchDiscriminator, TokenizerConfig, adaptive_weight, hinge_d_loss
+
+# ---------------------------------------------------------------------------------------------------------------
+# Configuration
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenizerStageConfig:
+    """How the tokenizer is trained."""
+
+    steps: int = 100000
+    global_batch: int = 128        # images a step, over all processes and micro-batches
+    lr: float = 1e-4               # AdamW's peak
+    disc_start: float = 0.3        # fraction of the run after which the discriminator joins; 1 leaves it out
+    disc_weight: float = 0.5       # of the generator's loss, on top of the adaptive weight
+    lpips: str = ""                # folder with VGG16 and LPIPS weights; empty leaves the perceptual loss out
+    restart_every: int = 500       # steps in a usage window, after which dead codes restart
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """How one of Mentor's stages is trained."""
+
+    steps: int = 20000
+    global_batch: int = 128        # samples a step, over all processes and micro-batches
+    lr: float = 5e-4               # AdamW's peak
+    muon_lr: float = 0.0           # Muon's peak, for the matrices of hidden layers; 0 leaves all to AdamW
+    mix: str = "text_to_image:1"   # tasks and their shares
+
+
+ALIGN_MIX = "text_to_image:700,reconstruction:180,segmentation:1600"                       # thousands of samples,
+INSTRUCT_MIX = "text_to_image:600,segmentation:150,recovery:150,subject_driven:400"        # as published
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run. Nested keys are written with dots: --align.lr=0.001 --model.decoder.n_layer=6."""
+
+    out: str = ""                  # folder to write; empty: out/PRESET
+    stage: str = "all"             # all, tokenizer, pretrain, align or instruct
+    world: str = "shapes"          # built-in world: shapes or emoji
+    emoji_font: str = ""           # colour emoji font file; empty looks where systems keep theirs
+    seed: int = 0                  # everything random follows from it
+    train_scale: float = 1.0       # stretches the steps of every stage
+    recipe: str = "scratch"        # which parts train in which stage, a row of TRAINED: scratch, paper or released
+    micro_batch: int = 0           # samples a process takes at once; 0: all of its share of global_batch
+    weight_decay: float = 0.05     # AdamW's and Muon's, on matrices
+    clip: float = 1.0              # largest gradient norm
+    warmup: float = 0.05           # fraction of a stage's steps with rising learning rate
+    final_lr: float = 0.1          # fraction of the peak at which the cosine ends
+    prefix_drop: float = 0.1       # share of samples trained without their prompt, for guidance
+    device: str = "auto"           # auto (cuda, then mps, then cpu) or a torch device
+    dtype: str = "auto"            # of autocast: auto (bfloat16 on a GPU that has it), bfloat16 or float32
+    workers: int = 0               # data processes
+    save_every: int = 1000         # steps between checkpoints
+    vqgan: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: MentorConfig = field(default_factory=MentorConfig)
+    tokenizer: TokenizerStageConfig = field(default_factory=TokenizerStageConfig)
+    pretrain: StageConfig = field(default_factory=StageConfig)
+    align: StageConfig = field(default_factory=lambda: StageConfig(steps=19375, lr=5e-4, mix=ALIGN_MIX))
+    instruct: StageConfig = field(default_factory=lambda: StageConfig(steps=20312, lr=1e-4, mix=INSTRUCT_MIX))
+
+
+PRESETS = {
+    "tiny": RunConfig(
+        final_lr=0.0, weight_decay=0.01,
+        tokenizer=TokenizerStageConfig(steps=1000, global_batch=16, lr=2e-3, disc_start=1.0, restart_every=50),
+        pretrain=StageConfig(steps=800, global_batch=32, lr=3e-3, muon_lr=0.02),
+        align=StageConfig(steps=1000, global_batch=32, lr=3e-3, muon_lr=0.02, mix=ALIGN_MIX),
+        instruct=StageConfig(steps=1500, global_batch=32, lr=3e-3, muon_lr=0.02, mix=INSTRUCT_MIX)),
+    "small": RunConfig(
+        final_lr=0.0, weight_decay=0.01, world="emoji", workers=4,
+        tokenizer=TokenizerStageConfig(steps=8000, global_batch=32, lr=5e-4, disc_start=0.5, restart_every=100),
+        pretrain=StageConfig(steps=8000, global_batch=64, lr=1e-3, muon_lr=0.02),
+        align=StageConfig(steps=8000, global_batch=64, lr=1e-3, muon_lr=0.02, mix=ALIGN_MIX),
+        instruct=StageConfig(steps=16000, global_batch=64, lr=1e-3, muon_lr=0.02, mix=INSTRUCT_MIX)),
+    "base": RunConfig(workers=8),
+    "full": RunConfig(workers=8, recipe="paper"),
+}
+PRESETS = {name: replace(run, out=f"out/{name}", vqgan=TokenizerConfig(**tokenizer.PRESETS[name]), model=mentor.PRESETS[name])
+           for name, run in PRESETS.items()}
+
+STAGES = ("tokenizer", "pretrain", "align", "instruct")
+EVERYTHING_BUT_VISION = ("encoder.connector", "encoder.text", "projector", "decoder")
+PRETRAINED = ("encoder.vision", "encoder.text", "projector", "decoder")
+TRAINED = {  # recipe -> stage -> the parts of Mentor that train, as prefixes of parameter names; the rest is frozen
+    # nothing is downloaded, so nobody has trained the connector before alignment
+    "scratch": {"pretrain": PRETRAINED, "align": EVERYTHING_BUT_VISION, "instruct": EVERYTHING_BUT_VISION},
+    # section 3.2: alignment trains projector and generator
+    "paper": {"pretrain": PRETRAINED, "align": ("projector", "decoder"), "instruct": EVERYTHING_BUT_VISION},
+    # the released stage 1 script
+    "released": {"pretrain": PRETRAINED, "align": ("encoder.text", "encoder.connector", "decoder.code_embedding", "decoder.output"), "instruct": EVERYTHING_BUT_VISION},
+}
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def flatten(config, prefix=""):
+    """{dotted key: (value, meaning)} of a nested config; the meaning is the comment behind the field."""
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", getsource(type(config)), re.M))
+    keys = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            keys.update(flatten(value, f"{prefix}{f.name}."))
+        else:
+            keys[prefix + f.name] = (value, comments.get(f.name, ""))
+    return keys
+
+
+def with_key(config, key, text):
+    """The config with one dotted key set from text, by the type of its present value."""
+    head, _, rest = key.partition(".")
+    value = getattr(config, head)
+    if rest:
+        return replace(config, **{head: with_key(value, rest, text)})
+    try:
+        if isinstance(value, tuple):
+            new = tuple(int(part) for part in text.strip("()").split(",") if part)
+        elif isinstance(value, bool):
+            new = {"true": True, "false": False}[text.lower()]
+        else:
+            new = type(value)(text)
+    except (ValueError, KeyError):
+        raise ValueError(f"--{key}={text}: not {'a list of int' if isinstance(value, tuple) else 'of type ' + type(value).__name__}; the default is {value!r}") from None
+    return replace(config, **{head: new})
+
+
+def parse(arguments):
+    """Command line -> (preset name, RunConfig). Raises ValueError naming the argument and the nearest legal one."""
+    if not arguments or arguments[0] not in PRESETS:
+        raise ValueError(f"the first argument must be a preset, one of {', '.join(PRESETS)}; got {arguments[0] if arguments else 'nothing'!r}")
+    run = PRESETS[arguments[0]]
+    for argument in arguments[1:]:
+        key, equals, text = argument.removeprefix("--").partition("=")
+        known = flatten(run)
+        if not argument.startswith("--") or not equals or key not in known:
+            near = get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{argument}: {'no such key' if equals else 'want --key=value'}; the nearest is --{near}={known[near][0]}. `python train.py --help` lists all")
+        run = with_key(run, key, text)
+    return arguments[0], validate(run)
+
+
+def validate(run):
+    """The run itself, if its keys are legal together; else a ValueError that says which are not."""
+    choices = {"stage": ("all", *STAGES), "world": tuple(WORLDS), "recipe": tuple(TRAINED), "dtype": ("auto", "bfloat16", "float32")}
+    for key, legal in choices.items():
+        if getattr(run, key) not in legal:
+            raise ValueError(f"--{key}={getattr(run, key)}: must be one of {', '.join(legal)}")
+    for stage in STAGES[1:]:
+        parse_mix(stage, getattr(run, stage).mix)
+    if run.vqgan.grid_size != run.model.decoder.grid_size or run.vqgan.codebook_size != run.model.decoder.codebook_size:
+        raise ValueError(f"the tokenizer gives {run.vqgan.grid_size}x{run.vqgan.grid_size} codes of {run.vqgan.codebook_size}, but model.decoder.grid_size={run.model.decoder.grid_size} and model.decoder.codebook_size={run.model.decoder.codebook_size}: make them equal")
+    return run
+
+
+def parse_mix(stage, mix):
+    """"task:share,task:share" -> {task: share}. Raises ValueError naming the part that is wrong."""
+    shares = {}
+    for part in mix.split(","):
+        task, _, share = part.partition(":")
+        try:
+            shares[task] = float(share)
+        except ValueError:
+            raise ValueError(f"--{stage}.mix: {part!r} is not task:share") from None
+        if task not in TASKS or shares[task] < 0:
+            raise ValueError(f"--{stage}.mix: {part!r}: the task must be one of {', '.join(TASKS)} and the share at least 0")
+    if not sum(shares.values()):
+        raise ValueError(f"--{stage}.mix={mix}: all shares are 0")
+    return shares
+
+
+def print_help():
+    """Every key with the default of `full` and its meaning."""
+    print(__doc__.split("\n\n")[0], f"\n\n    python train.py {{{','.join(PRESETS)}}} [--key=value ...]\n\nKeys, with the defaults of full:\n")
+    for key, (value, meaning) in flatten(PRESETS["full"]).items():
+        print(f"  --{key}={value if not isinstance(value, tuple) else ','.join(map(str, value))}".ljust(44), meaning)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Processes and devices
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where this process runs."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def main(self):
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+    def autocast(self):
+        """Autocast to the run's dtype; nothing for float32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def wrap(self, module):
+        """The module, averaging gradients over processes if there are several."""
+        if self.world_size == 1 or not any(p.requires_grad for p in module.parameters()):
+            return module
+        return DistributedDataParallel(module, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def gather(self, tensor):
+        """All processes' tensors, one after the other along the first dimension, in rank order."""
+        if self.world_size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def say(self, *words):
+        """Print, once."""
+        if self.main:
+            tqdm.write(" ".join(str(w) for w in words), file=sys.stdout)
+
+
+def start_machine(run):
+    """Read torchrun's environment, choose device and dtype, and say why."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = run.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if run.dtype != "auto":
+        dtype, why = getattr(torch, run.dtype), "asked for"
+    elif device.type == "cuda" and torch.cuda.is_bf16_supported():
+        dtype, why = torch.bfloat16, "the GPU has it"
+    else:
+        dtype, why = torch.float32, f"{device.type} gains nothing from bfloat16 here, and float16 is never chosen: T5 overflows in it"
+    machine = Machine(rank, world_size, device, dtype)
+    machine.say(f"device {device}, {world_size} process{'es' * (world_size > 1)}, {str(dtype)[6:]} ({why}), torch {torch.__version__}")
+    return machine
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The stages: what is trained, on which samples, on which loss
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class TokenizerStage(nn.Module):
+    """VQGAN: reconstruction, codebook and commitment losses; LPIPS and a discriminator if the config has them."""
+
+    def __init__(self, run, machine):
+        super().__init__()
+        self.config, self.machine = run.tokenizer, machine
+        self.model = VQGAN(run.vqgan)
+        self.usage = CodebookUsage(run.vqgan.codebook_size, machine.device)
+        self.extras = {"lpips": LPIPS(self.config.lpips).to(machine.device) if self.config.lpips else None}
+        if not self.config.lpips:
+            machine.say("tokenizer: no LPIPS weights given (--tokenizer.lpips=FOLDER), so no perceptual loss")
+        self.disc_start = round(self.config.disc_start * self.config.steps)
+        if self.config.disc_start < 1:
+            disc = PatchDiscriminator().to(machine.device)
+            self.extras["disc"] = machine.wrap(disc)
+            self.extras["disc_optimizer"] = torch.optim.AdamW(disc.parameters(), self.config.lr, betas=(0.5, 0.9))
+        self.mix = dict.fromkeys(TASKS, 1.0)
+
+    def trained(self):
+        """Named parameters to train."""
+        return list(self.model.named_parameters())
+
+    def forward(self, batch, step):
+        """Loss of a batch and what to log. Keeps codes and images for after_step."""
+        z = self.model.quant_conv(self.model.encoder(batch.targets))
+        z_q, quantizer_loss, codes = self.model.quantize(z)
+        fake = self.model.decoder(self.model.post_quant_conv(z_q.to(z.dtype))).float()
+        reconstruction = F.mse_loss(fake, batch.targets)
+        if self.extras["lpips"]:
+            reconstruction = reconstruction + self.extras["lpips"](fake, batch.targets)
+        loss, logs = reconstruction + quantizer_loss, {"reconstruction": reconstruction.detach(), "quantizer": quantizer_loss.detach()}
+        if "disc" in self.extras and self.training and step >= self.disc_start * 1.05:  # the discriminator learns a little first
+            generator_loss = -self.extras["disc"](fake).mean()
+            d_weight = adaptive_weight(reconstruction, generator_loss, self.model.decoder.last_layer)
+            loss, logs["d_weight"] = loss + self.config.disc_weight * d_weight * generator_loss, d_weight
+        self.usage.add(codes)
+        self.last = z.detach().permute(0, 2, 3, 1).flatten(0, 2), fake.detach(), batch.targets
+        return loss, logs
+
+    def after_step(self, step):
+        """The discriminator's step, and at a window's end the restart of codes that nobody chose."""
+        z, fake, real = self.last
+        logs = {}
+        if "disc" in self.extras and step >= self.disc_start:
+            self.extras["disc_optimizer"].zero_grad()
+            with self.machine.autocast():
+                logs["disc"] = hinge_d_loss(self.extras["disc"](real).float(), self.extras["disc"](fake).float())
+            logs["disc"].backward()
+            self.extras["disc_optimizer"].step()
+        if (step + 1) % self.config.restart_every == 0:
+            if self.machine.world_size > 1:
+                dist.all_reduce(self.usage.counts)
+            logs["usage"], logs["perplexity"] = self.usage.usage(), self.usage.perplexity()
+            if step + 1 < 0.8 * self.config.steps:  # the last codes to move need time to settle
+                generator = torch.Generator().manual_seed(step)
+                logs["restarted"] = self.usage.restart_dead(self.model.quantize, self.machine.gather(z), generator)
+            self.usage.counts.zero_()
+        return logs
+
+
+class ContrastiveHead(nn.Module):
+    """CLIP's loss (arXiv 2103.00020): each image should be nearest to its own caption, and each caption to its image."""
+
+    def __init__(self, config, width=128):
+        super().__init__()
+        self.image = nn.Linear(config.vision.width, width, bias=False)
+        self.text = nn.Linear(config.text.width, width, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, image, text):
+        """Pooled features (B, Dv) and (B, Dt) -> scalar loss."""
+        image, text = F.normalize(self.image(image).float(), dim=-1), F.normalize(self.text(text).float(), dim=-1)
+        logits = self.log_scale.clamp(max=math.log(100)).exp() * image @ text.T
+        own = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+class MentorStage(nn.Module):
+    """Pretraining, alignment and instruction tuning: the next-code loss (eq. 3) on the stage's mix of tasks."""
+
+    def __init__(self, name, run, machine, model, vqgan):
+        super().__init__()
+        self.name, self.machine, self.model = name, machine, model
+        self.mix = parse_mix(name, getattr(run, name).mix)
+        self.parts = TRAINED[run.recipe][name]
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter_name.startswith(self.parts))
+        self.contrastive = ContrastiveHead(model.config) if name == "pretrain" else None
+        self.vqgan = (vqgan.requires_grad_(False),)  # in a tuple: outside the module tree, never trained or saved
+
+    def trained(self):
+        """Named parameters to train."""
+        return [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+
+    def forward(self, batch, step):
+        """Loss of a batch and what to log: the loss of each task, the contrastive loss."""
+        with torch.no_grad(), torch.autocast(batch.targets.device.type, enabled=False):
+            codes = self.vqgan[0].encode(batch.targets)                                  # (B, N)
+        hidden = self.model.encoder(batch)                                               # (B, P, Dt)
+        prefix = self.model.projector(hidden, batch.lengths, batch.unconditional)
+        logits = self.model.next_code_logits(prefix, batch.lengths, codes)               # (B, N, V)
+        losses = F.cross_entropy(logits.transpose(1, 2), codes, reduction="none").mean(1)  # (B,)
+        loss, logs = losses.mean(), {}
+        for task in set(batch.tasks):
+            logs[task] = losses.detach()[[t == task for t in batch.tasks]].mean()
+        if self.contrastive:
+            real = mentor.positions_below(batch.lengths, hidden.shape[1])[..., None]
+            text = (hidden * real).sum(1) / batch.lengths[:, None]                       # (B, Dt), mean over real positions
+            pixels = as_vision_pixels(batch.targets, self.model.config.vision.image_size)
+            logs["contrastive"] = self.contrastive(self.model.encoder.vision.pool(pixels), text)
+            loss = loss + logs["contrastive"]
+        return loss, logs
+
+    def after_step(self, step):
+        """Nothing more to do in these stages."""
+        return {}
+
+
+def as_vision_pixels(targets, size):
+    """Targets (B, 3, S, S) in [-1, 1] as the vision encoder wants them, (B, 3, size, size) CLIP-normalised."""
+    if targets.shape[-1] != size:
+        targets = F.interpolate(targets, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+    mean, std = (torch.from_numpy(a).view(3, 1, 1).to(targets.device) for a in (CLIP_MEAN, CLIP_STD))
+    return ((targets + 1) / 2 - mean) / std
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The optimizer
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def make_optimizers(stage, recipe, run):
+    """AdamW (betas 0.9, 0.95, decay on matrices) for everything, or Muon for the matrices of hidden layers.
+
+    Muon orthogonalises each matrix' update, so that all its directions learn at one rate. Tables and the output
+    head, whose rows are separate things, stay with AdamW.
+    """
+    muon_lr, named = getattr(recipe, "muon_lr", 0.0), stage.trained()
+    tables = re.compile("embedding|relative_bias|unconditional|queries|decoder.output|contrastive")
+    matrices = [p for n, p in named if muon_lr and p.ndim == 2 and not tables.search(n)]
+    chosen = {id(p) for p in matrices}
+    rest = [p for _, p in named if id(p) not in chosen]
+    groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": run.weight_decay},
+              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
+    optimizers = [torch.optim.AdamW(groups, recipe.lr, betas=(0.9, 0.95))]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, muon_lr, weight_decay=run.weight_decay))
+    for group in (g for o in optimizers for g in o.param_groups):
+        group["peak"] = group["lr"]
+    return optimizers
+
+
+def schedule(step, steps, run):
+    """Factor on the peak learning rate: linear warm-up, then a cosine down to final_lr."""
+    warmup = max(1, round(run.warmup * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return run.final_lr + (1 - run.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------
+
+NOT_OF_THE_RESULT = ("out", "stage", "device", "dtype", "workers", "save_every", "micro_batch", "train_scale")
+
+
+def stage_record(name, run):
+    """What fixes a stage's result: its keys and the weights it starts from, by hash. Stored beside its weights."""
+    keys = {k: v for k, (v, _) in flatten(run).items() if k.split(".")[0] not in (*NOT_OF_THE_RESULT, *STAGES) or k.startswith(name + ".")}
+    if name == "tokenizer":
+        keys = {k: v for k, v in keys.items() if not k.startswith("model.")}
+    before = [s for s in STAGES[: STAGES.index(name)] if s == "tokenizer" or s == STAGES[STAGES.index(name) - 1]]
+    keys.update({f"weights of {s}": sample.weights_hash(Path(run.out) / s) for s in before})
+    return json.loads(json.dumps(keys))
+
+
+def check_record(folder, record):
+    """Raise ValueError if the folder holds the same stage of another run, naming the first key that differs."""
+    file = folder / "stage.json"
+    if file.is_file():
+        old = json.loads(file.read_text())
+        for key in sorted(record.keys() | old.keys()):
+            if record.get(key) != old.get(key):
+                raise ValueError(f"{folder} was trained with {key}={old.get(key)}, this run has {record.get(key)}; choose another --out, or delete {folder}")
+
+
+def save_state(folder, stage, optimizers, step):
+    """Everything needed to go on from `step`, in one file that is never half written."""
+    state = {"step": step, "stage": stage.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+    if isinstance(stage, TokenizerStage):
+        state["usage"] = stage.usage.counts
+        state["extras"] = {k: v.state_dict() for k, v in stage.extras.items() if k != "lpips" and v}
+    torch.save(state, folder / "state.tmp")
+    os.replace(folder / "state.tmp", folder / "state.pt")
+
+
+def load_state(folder, stage, optimizers, device):
+    """Restore what save_state wrote; returns the step to go on from, 0 if there is nothing."""
+    if not (folder / "state.pt").is_file():
+        return 0
+    state = torch.load(folder / "state.pt", map_location=device, weights_only=True)
+    stage.load_state_dict(state["stage"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    if isinstance(stage, TokenizerStage):
+        stage.usage.counts.copy_(state["usage"])
+        for key, saved in state["extras"].items():
+            stage.extras[key].load_state_dict(saved)
+    return state["step"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def micro_batches(recipe, run, machine):
+    """(micro-batch, micro-batches a step) of one process. Raises ValueError with the arithmetic if it does not divide."""
+    share, rest = divmod(recipe.global_batch, machine.world_size)
+    micro = run.micro_batch or share
+    if rest or share % micro:
+        raise ValueError(f"global_batch={recipe.global_batch} is not processes x micro_batch x a whole number: {machine.world_size} x {micro} x {recipe.global_batch / machine.world_size / micro:.2f}; change micro_batch or global_batch")
+    return micro, share // micro
+
+
+def index_batches(start, steps, global_batch, micro, accumulate, rank):
+    """Sample indices of each micro-batch from step `start` on; all ranks together take each index once, in order."""
+    for step in range(start, steps):
+        for m in range(accumulate):
+            first = step * global_batch + (rank * accumulate + m) * micro
+            yield list(range(first, first + micro))
+
+
+def build_stage(name, run, machine, world, text_tokenizer):
+    """The stage's module with the weights it starts from, and the folder it writes to."""
+    torch.manual_seed(run.seed)
+    if name == "tokenizer":
+        return TokenizerStage(run, machine).to(machine.device)
+    before = STAGES[STAGES.index(name) - 1]
+    vqgan = VQGAN.from_pretrained(Path(run.out) / "tokenizer").to(machine.device)
+    model = Mentor(run.model) if name == "pretrain" else Mentor.from_pretrained(Path(run.out) / before)
+    return MentorStage(name, run, machine, model, vqgan).to(machine.device)
+
+
+def train_stage(name, run, machine, world, text_tokenizer):
+    """Train one stage from its last checkpoint, or from the stage before, and save its weights."""
+    folder, recipe = Path(run.out) / name, getattr(run, name)
+    record = stage_record(name, run)
+    check_record(folder, record)
+    if (folder / "model.safetensors").is_file():
+        machine.say(f"{name}: done already, {folder} holds its weights")
+        return
+    stage = build_stage(name, run, machine, world, text_tokenizer)
+    optimizers = make_optimizers(stage, recipe, run)
+    start = load_state(folder, stage, optimizers, machine.device)
+    micro, accumulate = micro_batches(recipe, run, machine)
+    if machine.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "stage.json").write_text(json.dumps(record, indent=2) + "\n")
+    describe_stage(name, stage, recipe, machine, micro, accumulate, start)
+
+    dataset = WorldDataset(world, stage.mix, f"{run.seed} {name}", prefix_drop=run.prefix_drop)
+    collate = Collate(text_tokenizer, run.model.vision.image_size, run.model.image_tokens, run.model.context, run.vqgan.image_size)
+    batches = iter(torch.utils.data.DataLoader(
+        dataset, batch_sampler=index_batches(start, recipe.steps, recipe.global_batch, micro, accumulate, machine.rank),
+        collate_fn=collate, num_workers=run.workers, pin_memory=machine.device.type == "cuda"))
+    wrapped = machine.wrap(stage.train())
+    log = Log(folder, name, recipe, start, machine)
+    for step in range(start, recipe.steps):
+        torch.manual_seed(run.seed * 1_000_003 + step * machine.world_size + machine.rank)  # dropout is a function of the step
+        factor = schedule(step, recipe.steps, run)
+        for group in (g for o in optimizers for g in o.param_groups):
+            group["lr"] = group["peak"] * factor
+        for m in range(accumulate):
+            batch = next(batches).to(machine.device)
+            last = m == accumulate - 1
+            with nullcontext() if last or wrapped is stage else wrapped.no_sync():  # gradients travel once a step
+                with machine.autocast():
+                    loss, logs = wrapped(batch, step)
+                (loss / accumulate).backward()
+            log.add({"loss": loss.detach(), **logs})
+        grad_norm = nn.utils.clip_grad_norm_([p for _, p in stage.trained()], run.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        log.add(stage.after_step(step))
+        log.step(step, grad_norm, recipe.lr * factor)
+        if machine.main and (step + 1) % run.save_every == 0 and step + 1 < recipe.steps:
+            save_state(folder, stage, optimizers, step + 1)
+    log.close()
+    if machine.main:
+        stage.model.save_pretrained(folder)
+        (folder / "state.pt").unlink(missing_ok=True)
+    if machine.world_size > 1:
+        dist.barrier()
+
+
+def describe_stage(name, stage, recipe, machine, micro, accumulate, start):
+    """Say what will be trained, on how much, and what the first loss should be."""
+    trained = {id(p) for _, p in stage.trained()}
+    parts = {"vqgan": stage.model} if name == "tokenizer" else {
+        "vision": stage.model.encoder.vision, "connector": stage.model.encoder.connector, "text": stage.model.encoder.text,
+        "projector": stage.model.projector, "decoder": stage.model.decoder}
+    counts = []
+    for part, module in parts.items():
+        total, learning = sum(p.numel() for p in module.parameters()), sum(p.numel() for p in module.parameters() if id(p) in trained)
+        counts.append(f"{part} {total / 1e6:.2f}M" + (" frozen" if not learning else "" if learning == total else f" ({learning / 1e6:.2f}M trained)"))
+    machine.say(f"{name}: {', '.join(counts)}")
+    machine.say(f"{name}: {recipe.steps} steps of {recipe.global_batch} = {machine.world_size} processes x {accumulate} micro-batches x {micro}"
+                + (f", from step {start}" if start else ""))
+    if name == "pretrain":
+        machine.say(f"{name}: guessing codes costs ln({stage.model.config.decoder.codebook_size}) = {math.log(stage.model.config.decoder.codebook_size):.2f}, the right loss to start at (the contrastive loss comes on top)")
+
+
+class Log:
+    """Progress bar and log.jsonl: means since the last line. Values stay on the device until a line is written."""
+
+    def __init__(self, folder, name, recipe, start, machine):
+        self.name, self.recipe, self.machine, self.every = name, recipe, machine, max(1, recipe.steps // 200)
+        self.values, self.since, self.started = {}, start, time.perf_counter()
+        if machine.main:
+            self.file = open(folder / "log.jsonl", "a" if start else "w")
+            self.bar = tqdm(total=recipe.steps, initial=start, desc=name.ljust(9), dynamic_ncols=True, smoothing=0.05)
+
+    def add(self, values):
+        """Note values, each a number or a scalar tensor."""
+        for key, value in values.items():
+            self.values.setdefault(key, []).append(value)
+
+    def step(self, step, grad_norm, lr):
+        """Count a step; every so often write a line. Raises ValueError when the loss or gradient is not finite."""
+        if self.machine.main:
+            self.bar.update()
+        if (step + 1) % self.every and step + 1 < self.recipe.steps:
+            return
+        means = {k: float(torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in vs]).mean()) for k, vs in self.values.items()}
+        if not math.isfinite(means["loss"]) or not math.isfinite(float(grad_norm)):
+            raise ValueError(f"{self.name}: loss {means['loss']}, gradient norm {float(grad_norm)} at step {step + 1}, learning rate {lr:.2e}: lower --{self.name}.lr; the last checkpoint is sound")
+        now = time.perf_counter()
+        rate = (step + 1 - self.since) * self.recipe.global_batch / (now - self.started)
+        self.values, self.since, self.started = {}, step + 1, now
+        if self.machine.main:
+            line = {"stage": self.name, "step": step + 1, **means, "grad_norm": float(grad_norm), "lr": lr, "samples_per_s": rate}
+            self.file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+            self.file.flush()
+            self.bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.0f} samples/s")
+
+    def close(self):
+        """Finish the bar and the file."""
+        if self.machine.main:
+            self.bar.close()
+            self.file.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The report and main
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def draw_curves(out, path):
+    """The loss of every stage that left a log, side by side in one picture."""
+    logs = [(name, [json.loads(line) for line in (Path(out) / name / "log.jsonl").read_text().splitlines()])
+            for name in STAGES if (Path(out) / name / "log.jsonl").is_file()]
+    width, height, pad = 300, 200, 36
+    canvas = Image.new("RGB", (width * len(logs), height), "white")
+    pen = ImageDraw.Draw(canvas)
+    for i, (name, lines) in enumerate(logs):
+        left, right, top, bottom = i * width + pad, (i + 1) * width - 12, 24, height - 24
+        losses, last = [line["loss"] for line in lines], lines[-1]["step"]
+        low, high = min(losses), max(losses)
+        points = [(left + (right - left) * line["step"] / last, bottom - (bottom - top) * (line["loss"] - low) / max(high - low, 1e-9)) for line in lines]
+        pen.rectangle((left, top, right, bottom), outline="#bbbbbb")
+        pen.line(points, fill="#2060c0", width=2)
+        pen.text((left, 6), f"{name}: loss {losses[0]:.3g} to {losses[-1]:.3g}", fill="black")
+        pen.text((left, bottom + 6), f"0 to {last} steps", fill="#666666")
+    canvas.save(path)
+
+
+def main(arguments):
+    """Train what the command line asks for, then score and show the result."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        return print_help()
+    preset, run = parse(arguments)
+    for name in STAGES:  # train_scale stretches every stage
+        recipe = getattr(run, name)
+        run = replace(run, **{name: replace(recipe, steps=max(1, round(recipe.steps * run.train_scale)))})
+    started = time.perf_counter()
+    machine = start_machine(run)
+    world = WORLDS[run.world](run.vqgan.image_size, **({"font": run.emoji_font} if run.world == "emoji" else {}))
+    text_tokenizer = world.text_tokenizer()
+    run = replace(run, model=replace(run.model, text=replace(run.model.text, vocab_size=text_tokenizer.vocab_size)))
+    if machine.main:
+        Path(run.out).mkdir(parents=True, exist_ok=True)
+        (Path(run.out) / "spiece.model").write_bytes(text_tokenizer.proto)
+        (Path(run.out) / "run.json").write_text(json.dumps(asdict(run), indent=2) + "\n")
+    for name in STAGES if run.stage == "all" else (run.stage,):
+        train_stage(name, run, machine, world, text_tokenizer)
+        machine.say(f"{name}: finished after {time.perf_counter() - started:.0f} s in all")
+    if machine.main:
+        draw_curves(run.out, Path(run.out) / "curves.png")
+        if run.stage in ("all", "instruct"):
+            sample.score(sample.Pipeline.open(run.out, machine.device), Path(run.out))
+            machine.say(f"everything took {time.perf_counter() - started:.0f} s; look at {run.out}/sheet.png and {run.out}/curves.png, then try\n"
+                        f'    python sample.py {run.out} "A big red star at the top left on a green striped background"')
+    if machine.world_size > 1:
+        dist.destroy_process_group()
+
+
+def cli():
+    """main with user errors as one line and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"train.py: out of memory ({str(error).splitlines()[0]}). Halve --micro_batch: global_batch, and so the result, stays the same", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli()
