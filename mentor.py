@@ -464,7 +464,7 @@ class Projector(nn.Module):
 
 
 def rotary_table(grid_size, head_width, base=10000.0):
-    """Cosines and sines, (1 + N, head_width / 2, 2) float32: row 0 for the prefix, row 1 + k for code k.
+    """Rotations as unit complex numbers, (1 + N, head_width / 2): row 0 for the prefix, row 1 + k for code k.
 
     Half of a head's pairs turn with the code's row in the grid, half with its column (LlamaGen 2.2). The prefix is not
     turned: row 0 is the identity. (LlamaGen's own code has zeros there, which erases the prefix's queries and keys.)
@@ -476,14 +476,13 @@ def rotary_table(grid_size, head_width, base=10000.0):
     columns = cell[None].expand(grid_size, -1, -1)
     angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)                            # (N, head_width / 2)
     angles = torch.cat([torch.zeros_like(angles[:1]), angles])
-    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+    return torch.polar(torch.ones_like(angles), angles)
 
 
 def rotate(x, turns):
-    """Turn the interleaved pairs (2i, 2i + 1) of x (B, T, H, hd) by turns (B, T, hd / 2, 2)."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                                   # (B, T, H, hd / 2)
-    cos, sin = turns[:, :, None].unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+    """Turn the interleaved pairs (2i, 2i + 1) of x (B, T, H, hd), as complex numbers, by turns (B, T, hd / 2) complex."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))                      # (B, T, H, hd / 2)
+    return torch.view_as_real(pairs * turns[:, :, None]).flatten(-2).to(x.dtype)
 
 
 class KVCache:
@@ -582,7 +581,7 @@ class ImageDecoder(nn.Module):
 
         With a cache, x follows what the cache holds and is added to it: first the whole prefix, then code by code.
         """
-        x, turns = self.dropout(x), self.rotary[positions]                               # (B, T, hd / 2, 2)
+        x, turns = self.dropout(x), self.rotary[positions]                               # (B, T, hd / 2)
         for layer, block in enumerate(self.blocks):
             x = block(x, turns, layer, cache)
         if cache is not None:

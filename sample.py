@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import re
 import sys
 import textwrap
 import time
@@ -347,3 +348,111 @@ def labelled_sheet(samples, pictures, scale=3):
         sheet.paste(enlarge(picture), (pad + column + text_width, y))
         sheet.paste(enlarge(s.target), (pad + 2 * column + text_width, y))
     return np.asarray(sheet)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def enlarged(picture, least=256):
+    """Repeat the pixels of a small picture until it is at least `least` wide, so that people can see it."""
+    scale = max(1, least // picture.shape[1])
+    return picture.repeat(scale, 0).repeat(scale, 1)
+
+
+def save_gif(pipeline, codes, path, frames=32):
+    """An animation of one image appearing code by code, codes (N,): cells not yet drawn are grey."""
+    side = pipeline.model.config.decoder.grid_size
+    shown, pictures = np.linspace(1, len(codes), min(frames, len(codes))).round().astype(int), []
+    for count, picture in zip(shown, pipeline.decode(torch.stack([torch.where(torch.arange(len(codes), device=codes.device) < n, codes, codes[n - 1]) for n in shown]))):
+        cell = picture.shape[0] // side
+        drawn = (np.arange(len(codes)) < count).reshape(side, side).repeat(cell, 0).repeat(cell, 1)
+        pictures.append(Image.fromarray(enlarged(np.where(drawn[..., None], picture, 200).astype(np.uint8))))
+    pictures[0].save(path, save_all=True, append_images=pictures[1:] + [pictures[-1]] * 15, duration=80, loop=0)
+
+
+def draw_prompt(pipeline, options):
+    """Draw one prompt `--n` times; returns the grid of pictures, one row of up to four after the other."""
+    images = [data.load_image(path) for path in options.images]
+    names = re.findall(r"[Tt]he ([^.\n]*?) in <image>", options.prompt)
+    names = names if len(names) == len(images) else [data.WHOLE] * len(images)
+    sample = Sample("prompt", options.prompt, images, names, None, None)
+    pipeline.text_tokenizer.check_words(options.prompt)
+    chosen = {key: getattr(options, key) for key in SAMPLING_KEYS if getattr(options, key) is not None}
+    sampling = dataclasses.replace(pipeline.model.config.sampling, **chosen)
+    started = time.perf_counter()
+    pictures, codes = pipeline.draw([sample] * options.n, sampling, options.seed)
+    seconds = time.perf_counter() - started
+    print(f"{options.n} x {codes.shape[1]} codes in {seconds:.2f} s, {codes.numel() / seconds:.0f} codes/s; " + ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(sampling).items()))
+    if options.gif:
+        save_gif(pipeline, codes[0], Path(options.out).with_suffix(".gif"))
+        print(f"wrote {Path(options.out).with_suffix('.gif')}")
+    return [pictures[i : i + 4] for i in range(0, len(pictures), 4)]
+
+
+def reconstruct(pipeline, options):
+    """The image, what the tokenizer alone makes of it, and what the model draws when asked for it; prints their L2."""
+    size = pipeline.vqgan.config.image_size
+    image = data.center_crop(data.load_image(options.reconstruct), size)
+    ceiling = pipeline.decode(pipeline.tokenize([image]))[0]
+    options.prompt, options.images, options.n = "The image is <image>", [options.reconstruct], 1
+    drawn = draw_prompt(pipeline, options)[0][0]
+    target = [Sample("reconstruction", "", [], [], image, None)]
+    print(f"pixel L2: tokenizer {pixel_l2([ceiling], target):.4f}, model {pixel_l2([drawn], target):.4f} (image | tokenizer | model)")
+    return [[image, ceiling, drawn]]
+
+
+SAMPLING_KEYS = ("cfg_scale", "temperature", "top_k", "top_p")
+
+
+def parse(arguments):
+    """The command line, as an argparse Namespace."""
+    parser = argparse.ArgumentParser(prog="sample.py", description="Draw with a trained model, or score it.")
+    parser.add_argument("folder", help="what train.py wrote, for example out/tiny or out/tiny/align")
+    parser.add_argument("prompt", nargs="?", default="", help=r"text with one <image> for each of --images; \n is a line break")
+    parser.add_argument("--images", nargs="+", default=[], metavar="FILE", help="reference images, in the order of their <image>")
+    parser.add_argument("--segment", metavar="NAME", help="cut the named subject out of the one image in --images")
+    parser.add_argument("--reconstruct", metavar="FILE", help="draw this image again, beside the tokenizer's own reconstruction")
+    parser.add_argument("--score", action="store_true", help="score the model on held-out subjects of its world")
+    parser.add_argument("--out", default="sample.png", help="file to write (--score: folder to write into; default %(default)s)")
+    parser.add_argument("--n", type=int, default=1, help="how many samples to draw, as a grid (default %(default)s)")
+    parser.add_argument("--cfg_scale", type=float, help="guidance: 0 unconditional, 1 conditional, more follows the prompt harder (default: the model's)")
+    parser.add_argument("--temperature", type=float, help="0 is greedy (default: the model's)")
+    parser.add_argument("--top_k", type=int, help="keep this many codes, 0 all (default: the model's)")
+    parser.add_argument("--top_p", type=float, help="keep codes of this total probability (default: the model's)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same picture (default %(default)s)")
+    parser.add_argument("--gif", action="store_true", help="also write an animation of the first sample appearing")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    options = parser.parse_args(arguments)
+    options.prompt = options.prompt.replace("\\n", "\n")
+    if options.segment:
+        options.prompt = f"The {options.segment} in <image>."
+    legal = {"n": (1, None), "cfg_scale": (0, None), "temperature": (0, None), "top_k": (0, None), "top_p": (0, 1)}
+    for key, (low, high) in legal.items():
+        value = getattr(options, key)
+        if value is not None and (value < low or high is not None and value > high):
+            raise ValueError(f"--{key}={value}: must be at least {low}" + (f" and at most {high}" if high is not None else ""))
+    if not (options.prompt or options.score or options.reconstruct):
+        raise ValueError('give a prompt ("A big red star at the top on a green background"), --segment, --reconstruct or --score')
+    return options
+
+
+def main(arguments):
+    """Do what the command line asks for."""
+    options = parse(arguments)
+    pipeline = Pipeline.open(options.folder, torch.device(options.device))
+    if options.score:
+        score(pipeline, Path(options.folder if options.out == "sample.png" else options.out))
+        return
+    rows = reconstruct(pipeline, options) if options.reconstruct else draw_prompt(pipeline, options)
+    Image.fromarray(contact_sheet([[enlarged(p) for p in row] for row in rows], pad=8)).save(options.out)
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        sys.exit(2)
