@@ -1,0 +1,185 @@
+"""The model: masks, padding, rotary positions, cache, guidance, splice, frozen parts are right, not only plausible."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from conftest import only, randomize, small_config
+from mentor import Mentor, MentorConfig, SamplingConfig, from_dict, relative_position_bucket, rotary_table, rotate, sequence_order, splice
+from sample import generate, guide
+
+
+def some_codes(model, count, seed=1):
+    shape = (count, model.config.decoder.n_code)
+    return torch.randint(model.config.decoder.codebook_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def nobody(count):
+    return torch.zeros(count, dtype=torch.bool)
+
+
+def test_logits_of_a_batch_equal_each_sample_alone(model, make_batch):
+    """Padding changes nothing: neither the text encoder nor the decoder sees it."""
+    batch, codes = make_batch(model.config, 6), some_codes(model, 6)
+    assert batch.lengths.unique().numel() > 2
+    together = model(batch, codes, nobody(6))
+    for i in range(6):
+        torch.testing.assert_close(together[i : i + 1], model(only(batch, i), codes[i : i + 1], nobody(1)), atol=2e-5, rtol=1e-4)
+
+
+def test_appending_padding_changes_no_logit(model, make_batch):
+    batch, codes = make_batch(model.config, 3, text_to_image=1.0), some_codes(model, 3)
+    longer = replace(batch, text_ids=F.pad(batch.text_ids, (0, 7)))
+    torch.testing.assert_close(model(longer, codes, nobody(3)), model(batch, codes, nobody(3)), atol=2e-5, rtol=1e-4)
+
+
+def test_a_code_is_predicted_from_earlier_codes_only(model, make_batch):
+    batch, codes = make_batch(model.config, 2), some_codes(model, 2)
+    changed = codes.clone()
+    changed[:, 20] = (changed[:, 20] + 1) % model.config.decoder.codebook_size
+    before, after = model(batch, codes, nobody(2)), model(batch, changed, nobody(2))
+    torch.testing.assert_close(before[:, :21], after[:, :21], atol=0, rtol=0)
+    assert (before[:, 21] != after[:, 21]).any(-1).all()
+
+
+def test_samples_do_not_see_each_other(model, make_batch):
+    batch, codes = make_batch(model.config, 3, text_to_image=1.0), some_codes(model, 3)
+    changed, ids = codes.clone(), batch.text_ids.clone()
+    changed[1], ids[1, 0] = 0, ids[1, 0] + 1
+    before, after = model(batch, codes, nobody(3)), model(replace(batch, text_ids=ids), changed, nobody(3))
+    torch.testing.assert_close(before[[0, 2]], after[[0, 2]], atol=0, rtol=0)
+    assert (before[1] != after[1]).any()
+
+
+@pytest.mark.parametrize("uncond", [False, True])
+def test_cached_decoding_equals_the_full_forward_everywhere(model, make_batch, uncond):
+    batch, codes = make_batch(model.config, 5), some_codes(model, 5)
+    drop = torch.full((5,), uncond)
+    full = model(batch, codes, drop)
+    logits, cache = model.prefill(model.prefix(batch, drop), batch.lengths)
+    for k in range(codes.shape[1]):
+        torch.testing.assert_close(logits, full[:, k], atol=5e-5, rtol=1e-4)
+        if k + 1 < codes.shape[1]:
+            logits = model.decode_step(codes[:, k], k, cache)
+
+
+def test_training_forward_and_backward_run_on_the_flash_kernel_alone(text_tokenizer, make_batch):
+    """Ragged prefixes and all: no mask tensor reaches the decoder's attention."""
+    model = randomize(Mentor(small_config(text_tokenizer)))
+    batch = make_batch(model.config, 5)
+    prefix = model.prefix(batch, nobody(5))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        model.next_code_logits(prefix, batch.lengths, some_codes(model, 5)).sum().backward()
+    assert model.decoder.blocks[0].attention.wqkv.weight.grad.abs().sum() > 0
+
+
+def test_sequence_order_by_hand():
+    order = sequence_order(torch.tensor([3, 1]), n_prefix=3, n_code=2)
+    assert order.tolist() == [[0, 1, 2, 3, 4], [0, 3, 4, 1, 2]]  # prefix, codes, padding
+
+
+def test_rotation_is_the_identity_on_the_prefix_and_differs_along_both_axes():
+    table, x = rotary_table(8, 16), torch.randn(1, 1, 1, 16)
+    assert len(table) == 1 + 64
+    turned = [rotate(x, table[None, i : i + 1]) for i in range(65)]
+    assert torch.equal(turned[0], x)
+    assert torch.equal(turned[1], x)  # cell (0, 0) is turned by nothing
+    assert not torch.allclose(turned[2], x) and not torch.allclose(turned[1 + 8], x)
+    assert torch.equal(turned[2][..., :8], x[..., :8])       # one column on: the row's half stays
+    assert torch.equal(turned[1 + 8][..., 8:], x[..., 8:])   # one row on: the column's half stays
+    torch.testing.assert_close(turned[30].norm(), x.norm())
+
+
+def test_rotation_by_hand():
+    """Pair (2i, 2i + 1) turns by cell * 10000^(-2i / (head / 2)), interleaved."""
+    turned = rotate(torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0]).view(1, 1, 1, 8), rotary_table(4, 8)[None, 1 + 2 * 4 + 3][:, None])
+    angles = torch.tensor([2.0, 2.0 / 100, 3.0, 3.0 / 100])
+    torch.testing.assert_close(turned.flatten(), torch.stack([angles.cos(), angles.sin()], -1).flatten())
+
+
+def test_guidance_one_is_conditional_and_zero_unconditional(model, make_batch):
+    conditional, unconditional = torch.randn(2, 4, 10)
+    torch.testing.assert_close(guide(conditional, unconditional, 1.0), conditional)
+    torch.testing.assert_close(guide(conditional, unconditional, 0.0), unconditional)
+    batch = make_batch(model.config, 3)
+    for scale, drop in ((1.0, False), (0.0, True)):
+        codes = generate(model, batch, SamplingConfig(cfg_scale=scale, temperature=0.0), torch.Generator())
+        greedy = model(batch, codes, torch.full((3,), drop)).argmax(-1)
+        assert torch.equal(codes, greedy)
+
+
+def test_guided_generation_follows_the_guided_logits(model, make_batch):
+    """Greedy codes at guidance 3 are the argmax of the guided full-forward logits at every position."""
+    batch = make_batch(model.config, 4)
+    codes = generate(model, batch, SamplingConfig(cfg_scale=3.0, temperature=0.0), torch.Generator())
+    full = guide(model(batch, codes, nobody(4)), model(batch, codes, ~nobody(4)), 3.0)
+    assert torch.equal(codes, full.argmax(-1))
+
+
+def test_unconditional_prefix_uses_the_last_rows_of_its_table(model, make_batch):
+    batch = make_batch(model.config, 2, text_to_image=1.0)
+    n, table = int(batch.lengths[0]), model.projector.unconditional
+    prefix = model.prefix(batch, torch.ones(2, dtype=torch.bool))
+    torch.testing.assert_close(prefix[0, :n], model.projector.fc2(F.gelu(model.projector.fc1(table[-n:]), approximate="tanh")))
+    assert isinstance(table, torch.nn.Parameter)
+
+
+def test_images_reach_their_own_samples(model, make_batch):
+    """Changing the images of one sample changes that sample and no other."""
+    batch, codes = make_batch(model.config, 4, multi_image=1.0), some_codes(model, 4)
+    pixels = batch.pixels.clone()
+    pixels[3] += 1.0  # the second image of sample 1
+    before, after = model(batch, codes, nobody(4)), model(replace(batch, pixels=pixels), codes, nobody(4))
+    changed = (before != after).flatten(1).any(1)
+    assert changed.tolist() == [False, True, False, False]
+
+
+def test_query_connector_reads_the_name(text_tokenizer, make_batch):
+    model = randomize(Mentor(small_config(text_tokenizer, "query")))
+    batch = make_batch(model.config, 2, segmentation=1.0)
+    names = batch.name_ids.clone()
+    names[0, 0] = names[0, 0] % 20 + 3
+    tokens, other = model.encoder.image_tokens(batch), model.encoder.image_tokens(replace(batch, name_ids=names))
+    assert tokens.shape == (2, 4, 32) and (tokens[0] != other[0]).any() and torch.equal(tokens[1], other[1])
+
+
+def test_splice_refuses_a_wrong_number_of_placeholders():
+    embeddings, tokens = torch.zeros(1, 5, 3), torch.ones(2, 2, 3)
+    assert splice(embeddings, torch.tensor([0, 1, 3, 4]), tokens)[0, :, 0].tolist() == [1, 1, 0, 1, 1]
+    with pytest.raises(ValueError, match="3 image placeholders .* 2 images of 2 tokens"):
+        splice(embeddings, torch.tensor([0, 1, 3]), tokens)
+
+
+def test_relative_buckets_are_signed_and_saturate():
+    bucket = relative_position_bucket(torch.tensor([0, -1, 1, -7, -8, -200, 200, 128]), 32, 128)
+    assert bucket.tolist() == [0, 1, 17, 7, 8, 15, 31, 31]
+
+
+def test_first_loss_is_that_of_guessing(text_tokenizer, make_batch):
+    model = Mentor(small_config(text_tokenizer))
+    logits = model(make_batch(model.config, 2), some_codes(model, 2), nobody(2))
+    torch.testing.assert_close(F.cross_entropy(logits.flatten(0, 1), some_codes(model, 2).flatten()), torch.tensor(64.0).log())
+
+
+def test_behaviour_does_not_hang_on_training_mode(model, make_batch):
+    """Dropout is 0 here, so train() and eval() are the same function."""
+    batch, codes = make_batch(model.config, 2), some_codes(model, 2)
+    before = model(batch, codes, nobody(2))
+    assert torch.equal(model.train()(batch, codes, nobody(2)), before)
+
+
+def test_saved_model_is_the_same_model(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    again = Mentor.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_illegal_configs_name_the_key():
+    with pytest.raises(ValueError, match="connector.kind=resampler .* mlp or query"):
+        from_dict(MentorConfig, {"connector": {"kind": "resampler"}})
+    with pytest.raises(ValueError, match="no key 'heads'"):
+        from_dict(MentorConfig, {"decoder": {"heads": 4}})
