@@ -159,7 +159,7 @@ class TextTokenizer:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sentences), model_writer=model, model_type="word", vocab_size=8000,
             hard_vocab_limit=False, normalization_rule_name="nmt_nfkc_cf", pad_id=cls.PAD, eos_id=cls.EOS,
-            unk_id=cls.UNKNOWN, bos_id=-1, minloglevel=2)
+            unk_id=cls.UNKNOWN, bos_id=-1, character_coverage=1.0, minloglevel=2)
         return cls(model.getvalue())
 
     @classmethod
@@ -452,7 +452,7 @@ class Emoji(World):
     def draw_subject(self, placed):
         """Colours of a placed emoji, float32 (S, S, 3) in [0, 255]; black where its mask is zero."""
         sprite = self.sprite(placed)
-        return sprite[..., :3] / np.maximum(sprite[..., 3:] / 255, 1e-3)
+        return (sprite[..., :3] / np.maximum(sprite[..., 3:] / 255, 1e-3)).clip(0, 255)
 
 
 WORLDS = {"shapes": Shapes, "emoji": Emoji}

@@ -165,33 +165,34 @@ class EmojiJudge:
 
     def __init__(self, world):
         self.world = world
-        self.grounds = np.stack([world.background(c, p) for c in range(len(data.COLORS)) for p in range(len(data.PATTERNS))])
+        self.grounds = np.stack([world.background(c, p) for c in range(len(data.COLORS)) for p in range(len(data.PATTERNS))]) / 255
         self.subjects = world.all_subjects()
-        self.sprites = []  # for each size: all emoji around the centre, (K, w, w, 4) premultiplied
+        self.candidates = []  # every place and size: (place, size, window, and per emoji its colours and what shows through)
         for size, width in enumerate(world.widths):
-            x, y = world.center(data.PLACES.index("center"), size)
-            half = (width + 1) // 2
-            window = np.s_[y - half : y + half, x - half : x + half]
-            self.sprites.append((half, np.stack([world.sprite(Placed(s, data.PLACES.index("center"), size))[window] for s in self.subjects])))
+            for place in range(len(data.PLACES)):
+                x, y, half = *world.center(place, size), (width + 1) // 2
+                window = np.s_[max(y - half, 0) : y + half, max(x - half, 0) : x + half]
+                sprites = np.stack([world.sprite(Placed(s, place, size))[window] for s in self.subjects]) / 255  # (K, h, w, 4)
+                colors, through = sprites[..., :3], 1 - sprites[..., 3]
+                self.candidates.append((place, size, window, colors.reshape(len(sprites), -1), through.reshape(len(sprites), -1),
+                                        (colors * through[..., None]).reshape(len(sprites), -1), np.square(colors).sum((1, 2, 3))))
 
     def read(self, picture):
         """The nearest scene of one emoji to a picture, uint8 (S, S, 3)."""
-        x = picture.astype(np.float32)
+        x = picture.astype(np.float32) / 255
         distance = np.square(x - self.grounds).sum(-1)                                   # (32, S, S)
-        ground = np.minimum(distance, 60.0**2).sum((1, 2)).argmin()                      # a subject's pixels count little
+        ground = int(np.minimum(distance, 0.05).sum((1, 2)).argmin())                    # a subject's pixels count little
         best = None
-        for size, (half, sprites) in enumerate(self.sprites):
-            for place in range(len(data.PLACES)):
-                cx, cy = self.world.center(place, size)
-                window = np.s_[max(cy - half, 0) : cy + half, max(cx - half, 0) : cx + half]
-                seen = np.s_[:, max(half - cy, 0) : half - cy + len(x), max(half - cx, 0) : half - cx + len(x)]
-                colors, rest = sprites[seen][..., :3], 1 - sprites[seen][..., 3:] / 255
-                error = np.square(x[window] - colors - rest * self.grounds[ground][window]).sum((1, 2, 3))
-                error += distance[ground].sum() - distance[ground][window].sum()
-                k = error.argmin()
-                if best is None or error[k] < best[0]:
-                    best = error[k], Placed(self.subjects[k], place, size)
-        return Scene(*divmod(int(ground), len(data.PATTERNS)), (best[1],))
+        for place, size, window, colors, through, both, squared in self.candidates:
+            seen, behind = x[window], self.grounds[ground][window]
+            # |seen - colors - through * behind|^2 for all emoji at once, multiplied out
+            error = (squared - 2 * colors @ seen.ravel() - 2 * through @ (seen * behind).sum(-1).ravel() + 2 * both @ behind.ravel()
+                     + np.square(through) @ np.square(behind).sum(-1).ravel() + np.square(seen).sum())
+            error += distance[ground].sum() - distance[ground][window].sum()
+            k = error.argmin()
+            if best is None or error[k] < best[0]:
+                best = error[k], Placed(self.subjects[k], place, size)
+        return Scene(*divmod(ground, len(data.PATTERNS)), (best[1],))
 
 
 JUDGES = {"shapes": ShapesJudge, "emoji": EmojiJudge}

@@ -58,6 +58,7 @@ class TokenizerStageConfig:
     lr: float = 1e-4               # AdamW's peak
     disc_start: float = 0.3        # fraction of the run after which the discriminator joins; 1 leaves it out
     disc_weight: float = 0.5       # of the generator's loss, on top of the adaptive weight
+    codebook_weight: float = 1.0   # of the quantizer's loss beside the reconstruction's
     lpips: str = ""                # folder with VGG16 and LPIPS weights; empty leaves the perceptual loss out
     restart_every: int = 500       # steps in a usage window, after which dead codes restart
 
@@ -109,7 +110,7 @@ class RunConfig:
 PRESETS = {
     "tiny": RunConfig(
         final_lr=0.0, weight_decay=0.01,
-        tokenizer=TokenizerStageConfig(steps=1000, global_batch=16, lr=2e-3, disc_start=1.0, restart_every=50),
+        tokenizer=TokenizerStageConfig(steps=3000, global_batch=8, lr=2e-3, disc_start=1.0, codebook_weight=0.2, restart_every=50),
         pretrain=StageConfig(steps=800, global_batch=32, lr=3e-3, muon_lr=0.02),
         align=StageConfig(steps=1000, global_batch=32, lr=3e-3, muon_lr=0.02, mix=ALIGN_MIX),
         instruct=StageConfig(steps=1500, global_batch=32, lr=3e-3, muon_lr=0.02, mix=INSTRUCT_MIX)),
@@ -325,7 +326,7 @@ class TokenizerStage(nn.Module):
         reconstruction = F.mse_loss(fake, batch.targets)
         if self.extras["lpips"]:
             reconstruction = reconstruction + self.extras["lpips"](fake, batch.targets)
-        loss, logs = reconstruction + quantizer_loss, {"reconstruction": reconstruction.detach(), "quantizer": quantizer_loss.detach()}
+        loss, logs = reconstruction + self.config.codebook_weight * quantizer_loss, {"reconstruction": reconstruction.detach(), "quantizer": quantizer_loss.detach()}
         if "disc" in self.extras and self.training and step >= self.disc_start * 1.05:  # the discriminator learns a little first
             generator_loss = -self.extras["disc"](fake).mean()
             d_weight = adaptive_weight(reconstruction, generator_loss, self.model.decoder.last_layer)

@@ -1,0 +1,222 @@
+"""Worlds, tasks, words, batches, and pictures of every kind."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import COLORS, PATTERNS, PLACES, TASKS, Collate, Emoji, Placed, Scene, ShapeSubject, TextTokenizer, WorldDataset, load_image
+
+RED_STAR_BLUE_STRIPES = ShapeSubject(list(data.SHAPES).index("star"), list(COLORS).index("red"), list(COLORS).index("blue"), PATTERNS.index("striped"))
+
+
+def place(subject, name="center", size=1):
+    return Placed(subject, PLACES.index(name), size)
+
+
+def rng(seed=0):
+    return random.Random(seed)
+
+
+def test_the_world_has_the_stated_counts(world):
+    assert len(data.SHAPES) == len(COLORS) == 8 and len(PATTERNS) == 4 and len(PLACES) == 9 and len(data.SIZES) == 2
+    subjects = world.all_subjects()
+    assert len(subjects) == len(set(subjects)) == 8 * (8 + 3 * 8 * 7)
+    held = sum(map(world.held_out, subjects))
+    assert abs(held / len(subjects) - 1 / 8) < 0.02
+    for attribute in range(4):  # every single attribute value is seen in training, only combinations are new
+        assert {s[attribute] for s in world.subjects[False]} == {s[attribute] for s in subjects}
+
+
+def test_training_samples_never_show_a_held_out_subject(world):
+    for task in TASKS:
+        dataset = WorldDataset(world, {task: 1.0}, 0)
+        assert not any(world.held_out(p.subject) for i in range(100) for p in dataset[i].scene.subjects)
+        held = WorldDataset(world, {task: 1.0}, 0, held_out=True)
+        assert all(world.held_out(p.subject) for i in range(50) for p in held[i].scene.subjects)
+
+
+def test_a_scene_pixel_by_pixel(world):
+    """A big red star with blue stripes in the centre of a plain green background."""
+    scene = Scene(list(COLORS).index("green"), 0, (place(RED_STAR_BLUE_STRIPES),))
+    picture = world.draw(scene)
+    ground = (0.55 * np.array(COLORS["green"]) + 0.45 * 255 + 0.5).astype(np.uint8)
+    assert (picture[0, 0] == ground).all() and (picture[31, 31] == ground).all() and (picture[3, 16] == ground).all()
+    assert (picture[14, 16] == COLORS["blue"]).all()  # the band above the centre
+    assert (picture[17, 16] == COLORS["red"]).all()   # the band below it
+    columns = np.flatnonzero((picture != ground).any((0, 2)))
+    assert columns[0] >= 5 and columns[-1] <= 26 and columns[-1] - columns[0] >= 17  # 20 pixels wide
+    assert world.caption(scene) == "A big red star with blue stripes at the center on a green background"
+    assert world.caption(scene, looks=False) == "A big star at the center on a green background"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_prompts_have_a_placeholder_an_image_and_only_known_words(world, text_tokenizer, task):
+    for i in range(50):
+        sample = TASKS[task](world, rng(i))
+        assert sample.prompt.count("<image>") == len(sample.images) == len(sample.names)
+        assert sample.target.shape == (32, 32, 3) and sample.target.dtype == np.uint8
+        assert text_tokenizer.UNKNOWN not in text_tokenizer.encode(sample.prompt)
+        assert all(text_tokenizer.UNKNOWN not in text_tokenizer.encode(name) for name in sample.names)
+
+
+def test_targets_of_every_task(world):
+    for i in range(30):
+        sample = data.text_to_image(world, rng(i))
+        assert sample.prompt == world.caption(sample.scene) and (sample.target == world.draw(sample.scene)).all()
+        sample = data.reconstruction(world, rng(i))
+        assert (sample.target == sample.images[0]).all()
+        sample = data.segmentation(world, rng(i))
+        mask = world.subject_mask(sample.scene.subjects[0])[..., 0]
+        assert (sample.target[mask == 0] == 0).all()
+        assert (sample.target[mask == 1] == sample.images[0][mask == 1]).all()
+        sample = data.subject_driven(world, rng(i))
+        assert (sample.target == world.draw(sample.scene)).all() and (sample.target != sample.images[0]).any()
+        sample = data.recovery(world, rng(i))
+        assert (sample.target == world.draw(sample.scene)).all()
+        sample = data.multi_image(world, rng(i))
+        for placed, image in zip(sample.scene.subjects, sample.images):
+            assert (image == world.cut_out(place(placed.subject))).all()
+
+
+def test_subject_prompts_never_tell_the_subjects_looks(world):
+    """Neither colours nor pattern: the only colour word is the background's."""
+    for task in ("recovery", "subject_driven", "multi_image"):
+        for i in range(50):
+            sample = TASKS[task](world, rng(i))
+            words = sample.prompt.split()
+            assert sum(word in COLORS for word in words) == 1 and words[words.index("background") - 1] in (*COLORS, *PATTERNS)
+            assert not {"stripes", "dots", "half", "solid"} & set(words)
+
+
+def test_recovery_shows_the_subject_distorted_on_another_picture(world):
+    """The subject's colours are in the input; its place and shape differ from the target's."""
+    same = 0
+    for i in range(40):
+        sample = data.recovery(world, rng(i))
+        color = np.array(list(COLORS.values())[sample.scene.subjects[0].subject.color])
+        near = np.abs(sample.images[0].astype(int) - color).sum(-1) < 40
+        assert near.any()
+        same += (sample.images[0] == sample.target).all()
+    assert same == 0
+
+
+def test_paste_distorted_scales_and_moves(world):
+    """At a fixed draw without distortion the subject's area scales with the square of its scale."""
+    placed, black = place(RED_STAR_BLUE_STRIPES), np.zeros((32, 32, 3), np.uint8)
+    mask, cut = world.subject_mask(placed), world.cut_out(placed)
+
+    class Fixed(random.Random):
+        def random(self):
+            return 0.9  # no rotation, stretch, shear or perspective
+
+        def uniform(self, low, high):
+            return 0.8 if (low, high) == (0.6, 1.1) else (low + high) / 2
+
+    out = data.paste_distorted(cut, mask, black, Fixed())
+    area = (out.max(-1) > 100).sum() / (cut.max(-1) > 100).sum()
+    assert 0.5 < area < 0.8
+    centroid = np.argwhere(out.max(-1) > 100).mean(0)
+    assert np.abs(centroid - 15.5).max() < 2
+
+
+def test_samples_are_a_function_of_seed_and_index(world):
+    mix = dict.fromkeys(TASKS, 1.0)
+    first, again, other = WorldDataset(world, mix, 5), WorldDataset(world, mix, 5), WorldDataset(world, mix, 6)
+    assert first[1000].prompt == again[1000].prompt and (first[1000].target == again[1000].target).all()
+    assert any(first[i].prompt != other[i].prompt for i in range(5))
+
+
+def test_tasks_come_in_their_shares(world):
+    dataset = WorldDataset(world, {"text_to_image": 3.0, "segmentation": 1.0}, 0, prefix_drop=0.1)
+    samples = [dataset[i] for i in range(1000)]
+    assert abs(sum(s.task == "segmentation" for s in samples) / 1000 - 0.25) < 0.05
+    assert abs(sum(s.unconditional for s in samples) / 1000 - 0.1) < 0.03
+
+
+def test_wrong_prompts_are_refused_with_a_reason(world, text_tokenizer):
+    collate = Collate(text_tokenizer, 32, 16, 40, 32)
+    image = np.zeros((32, 32, 3), np.uint8)
+
+    def encode(prompt, images):
+        return collate.encode(data.Sample("", prompt, images, [], None, None))
+
+    with pytest.raises(ValueError, match="0 <image> placeholders, but 1 images"):
+        encode("The star", [image])
+    with pytest.raises(ValueError, match="2 <image> placeholders, but 1 images"):
+        encode("The star in <image> and <image>", [image])
+    with pytest.raises(ValueError, match="at most 40"):
+        encode("The star in <image>.\nThe star in <image>.\nThe star in <image>.", [image] * 3)
+    assert encode("", []) == [text_tokenizer.EOS]  # an empty prompt is a prompt
+    with pytest.raises(ValueError, match="'sqare'.*square"):
+        text_tokenizer.check_words("A big sqare in <image>")
+
+
+def test_text_tokenizer_treats_image_as_one_added_token(text_tokenizer):
+    ids = text_tokenizer.encode("The star in <image>.\nA star", image_tokens=3)
+    assert ids.count(text_tokenizer.image_id) == 3 and ids[-1] == text_tokenizer.EOS
+    assert text_tokenizer.encode("the STAR\n in<image> .  a  star", 3) == ids  # case-folded, white space swallowed
+    cut = text_tokenizer.encode("a star " * 20, max_length=8)
+    assert len(cut) == 8 and cut[-1] == text_tokenizer.EOS
+    assert TextTokenizer(text_tokenizer.proto).encode("a star") == text_tokenizer.encode("a star")
+
+
+def test_collate_puts_every_image_into_its_slots(world, text_tokenizer):
+    dataset = WorldDataset(world, {"multi_image": 1.0, "text_to_image": 1.0}, 0)
+    batch = Collate(text_tokenizer, 32, 16, 96, 32)([dataset[i] for i in range(8)])
+    assert len(batch.pixels) == 2 * batch.tasks.count("multi_image")
+    assert (batch.text_ids.flatten()[batch.image_slots] == text_tokenizer.image_id).all()
+    assert len(batch.image_slots) == 16 * len(batch.pixels) == int((batch.text_ids == text_tokenizer.image_id).sum())
+    for ids, length in zip(batch.text_ids, batch.lengths):
+        assert ids[length - 1] == text_tokenizer.EOS and not ids[length:].any()
+    assert batch.targets.min() >= -1 and batch.targets.max() <= 1
+
+
+def test_pictures_of_every_kind_are_read_right(tmp_path):
+    base = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(base).save(tmp_path / "plain.png")
+    assert (load_image(tmp_path / "plain.png") == base).all()
+    Image.fromarray(base).quantize(256).save(tmp_path / "palette.png")
+    assert np.abs(load_image(tmp_path / "palette.png").astype(int) - base).mean() < 20
+    alpha = np.dstack([base, np.zeros((20, 30), np.uint8)])
+    Image.fromarray(alpha).save(tmp_path / "clear.png")
+    assert (load_image(tmp_path / "clear.png") == 255).all()
+    deep = (base[..., 0].astype(np.uint16)) * 257
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert (load_image(tmp_path / "deep.png")[..., 0] == base[..., 0]).all()
+    Image.fromarray(base).convert("CMYK").save(tmp_path / "cmyk.tif")
+    assert np.abs(load_image(tmp_path / "cmyk.tif").astype(int) - base).max() < 3
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees
+    Image.fromarray(base).save(tmp_path / "turned.png", exif=exif)
+    assert (load_image(tmp_path / "turned.png") == np.rot90(base, -1)).all()
+
+
+def test_broken_pictures_are_named(tmp_path):
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "empty.png").write_bytes(b"")
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
+    for name in ("text.png", "empty.png", "cut.png", "missing.png"):
+        with pytest.raises(ValueError, match=name):
+            load_image(tmp_path / name)
+
+
+def test_emoji_without_a_font_says_how_to_get_one():
+    with pytest.raises(ValueError, match="no colour emoji font at /nowhere.*--emoji_font"):
+        Emoji(64, "/nowhere")
+
+
+def test_emoji_world():
+    try:
+        world = Emoji(64)
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert len(world.all_subjects()) == 1280
+    sample = data.subject_driven(world, rng())
+    assert sample.target.shape == (64, 64, 3) and (sample.target == world.draw(sample.scene)).all()
+    mask = world.subject_mask(sample.scene.subjects[0])
+    assert mask.max() == 1 and mask.min() == 0
