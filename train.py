@@ -34,6 +34,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -255,12 +256,8 @@ class Machine:
         return DistributedDataParallel(module, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def gather(self, tensor):
-        """All processes' tensors, one after the other along the first dimension, in rank order."""
-        if self.world_size == 1:
-            return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
+        """All processes' tensors, one after the other along the first dimension, in rank order; gradients flow back."""
+        return tensor if self.world_size == 1 else torch.cat(all_gather(tensor.contiguous()))
 
     def say(self, *words):
         """Print, once."""
@@ -358,17 +355,19 @@ class TokenizerStage(nn.Module):
 
 
 class ContrastiveHead(nn.Module):
-    """CLIP's loss (arXiv 2103.00020): each image should be nearest to its own caption, and each caption to its image."""
+    """CLIP's loss (arXiv 2103.00020): each image should be nearest to its own caption, and each caption to its image.
+    The others are all the micro-batch's on all processes."""
 
-    def __init__(self, config, width=128):
+    def __init__(self, config, machine, width=128):
         super().__init__()
+        self.machine = machine
         self.image = nn.Linear(config.vision.width, width, bias=False)
         self.text = nn.Linear(config.text.width, width, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, image, text):
         """Pooled features (B, Dv) and (B, Dt) -> scalar loss."""
-        image, text = F.normalize(self.image(image).float(), dim=-1), F.normalize(self.text(text).float(), dim=-1)
+        image, text = (self.machine.gather(F.normalize(x.float(), dim=-1)) for x in (self.image(image), self.text(text)))
         logits = self.log_scale.clamp(max=math.log(100)).exp() * image @ text.T
         own = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
@@ -384,7 +383,7 @@ class MentorStage(nn.Module):
         self.parts = TRAINED[run.recipe][name]
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name.startswith(self.parts))
-        self.contrastive = ContrastiveHead(model.config) if name == "pretrain" else None
+        self.contrastive = ContrastiveHead(model.config, machine) if name == "pretrain" else None
         self.vqgan = (vqgan.requires_grad_(False),)  # in a tuple: outside the module tree, never trained or saved
 
     def trained(self):

@@ -1,0 +1,160 @@
+"""Sampling filters, the judge, the scores, and the command line's messages."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from data import PATTERNS, Placed, Sample, Scene
+from mentor import SamplingConfig
+from sample import ShapesJudge, choose, concept_preservation, filter_logits, judge_pictures, pixel_l2, prompt_following, segmentation_iou
+
+
+def test_top_k_keeps_ties_and_top_p_keeps_the_best():
+    logits = torch.tensor([[3.0, 2.0, 2.0, 1.0]])
+    assert filter_logits(logits, 1.0, 2, 1.0).isfinite().tolist() == [[True, True, True, False]]
+    assert filter_logits(logits, 1.0, 0, 0.0001).isfinite().tolist() == [[True, False, False, False]]
+    assert filter_logits(logits, 1.0, 0, 1.0).isfinite().all()
+    torch.testing.assert_close(filter_logits(logits, 0.5, 0, 1.0), logits * 2)
+
+
+def test_choose_draws_from_the_distribution():
+    probabilities = torch.tensor([0.6, 0.3, 0.1])
+    generator = torch.Generator().manual_seed(0)
+    drawn = choose(probabilities.log().expand(20000, 3), SamplingConfig(), generator)
+    torch.testing.assert_close(torch.bincount(drawn) / 20000, probabilities, atol=0.015, rtol=0)
+    assert choose(torch.tensor([[0.0, 1.0]]), SamplingConfig(temperature=0.0), generator).item() == 1
+
+
+@pytest.fixture(scope="module")
+def judge(world):
+    return ShapesJudge(world)
+
+
+def test_the_judge_reads_true_renders_perfectly(world, judge):
+    rng = random.Random(0)
+    for held_out in (False, True):
+        for _ in range(100):
+            scene = world.random_scene(rng, world.random_subjects(rng, 1, held_out))
+            assert judge.read(world.draw(scene)) == scene
+
+
+def test_the_judge_finds_the_nearest_render_of_a_noisy_picture(world, judge):
+    """On noise there is no right answer, but no scene a random search finds may be nearer than the judge's."""
+    rng = random.Random(1)
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    distance = lambda scene: np.square(world.draw(scene).astype(float) - picture).sum()  # noqa: E731
+    found = distance(judge.read(picture))
+    assert all(found <= distance(world.random_scene(rng, world.random_subjects(rng, 1))) for _ in range(300))
+
+
+def test_scores_count_attributes(world):
+    rng = random.Random(2)
+    a = world.random_scene(rng, world.random_subjects(rng, 1))
+    placed = a.subjects[0]
+    assert concept_preservation(a, a) == prompt_following(a, a) == 1
+    other = placed.subject._replace(shape=(placed.subject.shape + 1) % 8)
+    assert concept_preservation(a._replace(subjects=(placed._replace(subject=other),)), a) == 0.75
+    moved = Scene((a.color + 1) % 8, (a.pattern + 1) % len(PATTERNS), (Placed(placed.subject, (placed.place + 1) % 9, placed.size),))
+    assert prompt_following(moved, a) == 0.25 and concept_preservation(moved, a) == 1
+
+
+def test_bounds_are_what_they_claim(world, judge):
+    samples = sample.held_out_samples(world, "subject_driven", 40)
+    assert all(world.held_out(s.scene.subjects[0].subject) for s in samples)
+    true = judge_pictures(judge, [s.target for s in samples], samples)
+    copied = judge_pictures(judge, [s.images[0] for s in samples], samples)
+    assert true["cp"] == true["pf"] == 1
+    assert copied["cp"] == 1 and copied["pf"] < 0.5
+
+
+def test_pixel_scores():
+    black, white = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
+    half = white.copy()
+    half[:2] = 0
+    target = [Sample("", "", [], [], half, None)]
+    assert pixel_l2([half], target) == 0 and abs(pixel_l2([white], target) - 0.5**0.5) < 1e-6
+    assert segmentation_iou([half], target) == 1 and segmentation_iou([white], target) == 0.5 and segmentation_iou([black], target) == 0
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """A folder as `python train.py tiny` leaves it, after two steps a stage."""
+    import train
+
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    train.main(["tiny", f"--out={folder}", "--stage=all", *SHORT])
+    return folder
+
+
+SHORT = ("--tokenizer.steps=2", "--pretrain.steps=2", "--align.steps=2", "--instruct.steps=2", "--pretrain.global_batch=4", "--align.global_batch=4", "--instruct.global_batch=4")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_prompts():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "PROMPTS", 6)
+        patch.setattr(sample, "FEWER_PROMPTS", 3)
+        yield
+
+
+def test_training_leaves_scores_pictures_and_a_folder_that_opens(out):
+    scores = json.loads((out / "scores.json").read_text())
+    assert {"cp", "pf", "cp_pf", "cp_over_pf", "reconstruction_l2", "segmentation_iou", "bounds", "guidance"} <= scores.keys()
+    assert set(scores["guidance"]) == {"1", "2", "4", "7.5"} and scores["bounds"]["true renders"]["cp"] == 1
+    for name in ("sheet.png", "curves.png", "guidance.png"):
+        assert Image.open(out / name).width > 100
+    for stage in ("pretrain", "align", "instruct"):
+        assert sample.Pipeline.open(out / stage, "cpu").model.config == sample.Pipeline.open(out, "cpu").model.config
+
+
+def test_command_line_draws_reconstructs_and_segments(out, tmp_path, world, capsys):
+    Image.fromarray(np.zeros((50, 70, 3), np.uint8)).save(tmp_path / "ref.png")
+    picture = tmp_path / "drawn.png"
+    sample.main([str(out), r"The star in <image>.\nA big star at the top left on a green striped background", f"--images={tmp_path}/ref.png", f"--out={picture}", "--gif", "--n=5"])
+    assert Image.open(picture).size == (4 * 256 + 5 * 8, 2 * 256 + 3 * 8)
+    assert Image.open(tmp_path / "drawn.gif").n_frames > 20
+    assert "codes/s" in capsys.readouterr().out
+    sample.main([str(out), "A big red star at the top on a green background", f"--out={picture}", "--temperature=0", "--cfg_scale=1"])
+    sample.main([str(out), f"--reconstruct={tmp_path}/ref.png", f"--out={picture}"])
+    assert Image.open(picture).width == 3 * 256 + 4 * 8 and "pixel L2: tokenizer" in capsys.readouterr().out
+    sample.main([str(out), "--segment=star", f"--images={tmp_path}/ref.png", f"--out={picture}"])
+
+
+def test_the_same_seed_draws_the_same_picture(out):
+    pipeline = sample.Pipeline.open(out, "cpu")
+    prompt = Sample("", "A big red star at the top on a green background", [], [], None, None)
+    first, again, other = (pipeline.draw([prompt] * 2, seed=seed)[1] for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["A big red staar on a green background"], "'staar'.*star"),
+    (["The star in <image>."], "1 <image> placeholders, but 0 images"),
+    (["A star", "--images=REF"], "0 <image> placeholders, but 1 images"),
+    (["The star in <image>." * 6, "--images", *["REF"] * 6], "reads at most 96.*fewer images"),
+    (["A star", "--top_p=1.5"], "--top_p=1.5: must be at least 0 and at most 1"),
+    (["A star", "--n=0"], "--n=0: must be at least 1"),
+    ([], "give a prompt"),
+    (["The star in <image>.", "--images=nothing.png"], "nothing.png: there is no such image"),
+])
+def test_mistakes_get_a_message(out, tmp_path, arguments, message):
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "ref.png")
+    with pytest.raises(ValueError, match=message):
+        sample.main([str(out), *(a.replace("REF", str(tmp_path / "ref.png")) for a in arguments), f"--out={tmp_path}/x.png"])
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_folders_that_hold_no_model_or_another_tokenizer_are_refused(out, tmp_path):
+    with pytest.raises(ValueError, match="holds no trained model"):
+        sample.Pipeline.open(tmp_path, "cpu")
+    import shutil
+
+    copy = shutil.copytree(out, tmp_path / "copy")
+    (copy / "tokenizer" / "model.safetensors").write_bytes((copy / "tokenizer" / "model.safetensors").read_bytes()[:-4] + b"\1\2\3\4")
+    with pytest.raises(ValueError, match="trained with another tokenizer"):
+        sample.Pipeline.open(copy, "cpu")

@@ -1,0 +1,276 @@
+"""Stages, freezing, accumulation, resume, several processes, the command line, and the README's commands."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mentor
+import train
+from data import Collate, WorldDataset
+from mentor import Mentor
+from tokenizer import VQGAN
+from train import Machine, MentorStage, TokenizerStage, index_batches, micro_batches, schedule
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--vqgan.ch=8", "--vqgan.ch_mult=1,1,1", "--vqgan.num_res_blocks=1", "--vqgan.norm_groups=4", "--vqgan.z_channels=8", "--vqgan.codebook_size=32", "--tokenizer.restart_every=3",
+         "--model.vision.width=16", "--model.vision.n_head=2", "--model.vision.n_layer=2", "--model.vision.mlp_width=32", "--model.text.width=16", "--model.text.n_head=2",
+         "--model.text.mlp_width=32", "--model.decoder.width=32", "--model.decoder.n_layer=2", "--model.decoder.codebook_size=32", "--model.decoder.dropout=0.1",
+         *(f"--{stage}.{key}" for stage in train.STAGES for key in ("steps=6", "global_batch=4"))]
+CPU = Machine(0, 1, torch.device("cpu"), torch.float32)
+
+
+def small_run(*arguments):
+    return train.parse(["tiny", *SMALL, *arguments])[1]
+
+
+def run_stage(out, stage, *arguments):
+    train.main(["tiny", *SMALL, f"--out={out}", f"--stage={stage}", *arguments])
+
+
+def weights(out, stage):
+    return load_file(Path(out) / stage / "model.safetensors")
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """All four stages, six steps each, without the scoring."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.sample, "score", lambda *arguments: None)
+        train.main(["tiny", *SMALL, f"--out={out}"])
+    return out
+
+
+def stage_and_batch(name, recipe, world, text_tokenizer, unconditional=0.0):
+    run = small_run(f"--recipe={recipe}")
+    run = train.replace(run, model=train.replace(run.model, text=train.replace(run.model.text, vocab_size=text_tokenizer.vocab_size)))
+    torch.manual_seed(0)
+    stage = TokenizerStage(run, CPU) if name == "tokenizer" else MentorStage(name, run, CPU, Mentor(run.model), VQGAN(run.vqgan))
+    dataset = WorldDataset(world, stage.mix, 0, prefix_drop=unconditional)
+    collate = Collate(text_tokenizer, 32, run.model.image_tokens, run.model.context, 32)
+    return run, stage, collate([dataset[i] for i in range(8)])
+
+
+@pytest.mark.parametrize("recipe", train.TRAINED)
+@pytest.mark.parametrize("name", train.STAGES[1:])
+def test_frozen_parts_stay_bit_equal_and_trained_parts_move(name, recipe, world, text_tokenizer):
+    run, stage, batch = stage_and_batch(name, recipe, world, text_tokenizer, unconditional=0.5)
+    with torch.no_grad():
+        stage.model.decoder.output.weight.normal_()  # a zero head would keep everything before it from learning
+    before = {k: v.clone() for k, v in stage.model.state_dict().items()}
+    vqgan = {k: v.clone() for k, v in stage.vqgan[0].state_dict().items()}
+    optimizers = train.make_optimizers(stage, getattr(run, name), run)
+    stage.train()(batch, 0)[0].backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    parts = train.TRAINED[recipe][name]
+    for key, after in stage.model.state_dict().items():
+        moved = not torch.equal(before[key], after)
+        if key.startswith(parts):
+            used = name != "pretrain" or not key.startswith("encoder.connector")
+            assert moved or not used or key == "encoder.text.embedding.weight", key
+        else:
+            assert not moved, key
+    assert equal(vqgan, stage.vqgan[0].state_dict())
+    assert not any("vqgan" in n for n, _ in stage.named_parameters())
+
+
+def test_the_published_table_of_trained_parts():
+    assert train.TRAINED["paper"]["align"] == ("projector", "decoder")
+    assert all("encoder.vision" not in parts for table in train.TRAINED.values() for stage, parts in table.items() if stage != "pretrain")
+
+
+def test_one_batch_can_be_overfitted(world, text_tokenizer):
+    run, stage, batch = stage_and_batch("instruct", "scratch", world, text_tokenizer)
+    with torch.no_grad():  # an untrained tokenizer gives every image the same code; these tell them apart
+        codes = torch.randint(32, (8, 64), generator=torch.Generator().manual_seed(0))
+        stage.vqgan[0].encode = lambda targets: codes
+    optimizer = torch.optim.Adam([p for _, p in stage.trained()], 3e-3)
+    stage.eval()
+    for _ in range(200):
+        loss, logs = stage(batch, 0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.2 and set(logs) == set(batch.tasks)
+
+
+def test_dropping_the_prompt_hides_it(world, text_tokenizer):
+    """With every sample unconditional the loss does not depend on the words."""
+    run, stage, batch = stage_and_batch("instruct", "scratch", world, text_tokenizer, unconditional=1.0)
+    torch.nn.init.normal_(stage.model.decoder.output.weight)
+    stage.eval()
+    other = train.replace(batch, text_ids=torch.where(batch.text_ids == text_tokenizer.image_id, batch.text_ids, 5), pixels=batch.pixels + 1)
+    assert batch.unconditional.all() and torch.equal(stage(batch, 0)[0], stage(other, 0)[0])
+    seen = train.replace(batch, unconditional=~batch.unconditional)
+    assert not torch.equal(stage(seen, 0)[0], stage(train.replace(seen, text_ids=other.text_ids), 0)[0])
+
+
+def test_four_micro_batches_equal_one(trained, tmp_path):
+    """Accumulation: the same weights to rounding, whatever the micro-batch."""
+    for micro in (1, 4):
+        out = tmp_path / str(micro)
+        link_stages(trained, out, "tokenizer", "pretrain")
+        run_stage(out, "align", f"--micro_batch={micro}", "--model.decoder.dropout=0", "--align.muon_lr=0", "--align.lr=0.001")
+    one, four = weights(tmp_path / "1", "align"), weights(tmp_path / "4", "align")
+    assert max((one[k] - four[k]).abs().max() for k in one) < 2e-4
+    assert any((one[k] != weights(trained, "pretrain")[k]).any() for k in one)
+
+
+def link_stages(source, out, *stages):
+    out.mkdir(parents=True, exist_ok=True)
+    for stage in stages:
+        (out / stage).symlink_to(Path(source) / stage)
+
+
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_a_stage_that_was_stopped_goes_on_bit_for_bit(stage, trained, tmp_path, monkeypatch):
+    """Stopped after 5 of 6 steps with a checkpoint at 3, then started again: the same weights as in one go."""
+    link_stages(trained, tmp_path, *train.STAGES[: train.STAGES.index(stage)])
+    step = train.Log.step
+
+    def stop(self, done, *arguments):
+        if done == 4:
+            raise KeyboardInterrupt
+        step(self, done, *arguments)
+
+    monkeypatch.setattr(train.sample, "score", lambda *arguments: None)
+    monkeypatch.setattr(train.Log, "step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(tmp_path, stage, "--save_every=3")
+    monkeypatch.setattr(train.Log, "step", step)
+    assert (tmp_path / stage / "state.pt").is_file() and not (tmp_path / stage / "model.safetensors").is_file()
+    run_stage(tmp_path, stage, "--save_every=3")
+    assert equal(weights(tmp_path, stage), weights(trained, stage))
+    assert not (tmp_path / stage / "state.pt").is_file()
+
+
+@pytest.mark.parametrize("stage", train.STAGES[:3])
+def test_two_processes_equal_one(stage, trained, tmp_path):
+    link_stages(trained, tmp_path, *train.STAGES[: train.STAGES.index(stage)])
+    keys = [*SMALL, "--model.decoder.dropout=0.1"]
+    keys += ["--model.decoder.dropout=0"]
+    for name in (["one"], ["two"]):
+        link_stages(trained, tmp_path / name[0], *train.STAGES[: train.STAGES.index(stage)])
+    arguments = ["tiny", *keys, f"--stage={stage}"]
+    train.main([*arguments, f"--out={tmp_path / 'one'}"])
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29512", str(ROOT / "train.py"), *arguments, f"--out={tmp_path / 'two'}"],
+                   check=True, capture_output=True, timeout=120, env={**__import__("os").environ, "OMP_NUM_THREADS": "1"})
+    one, two = weights(tmp_path / "one", stage), weights(tmp_path / "two", stage)
+    assert max((one[k] - two[k]).abs().max() for k in one) < 1e-3
+    assert (tmp_path / "two" / stage / "log.jsonl").read_text().count("\n") == 6  # rank 0 alone writes
+
+
+def test_another_run_in_the_same_folder_is_refused(trained):
+    with pytest.raises(ValueError, match="align was trained with align.lr=.*this run has 0.5.*another --out"):
+        run_stage(trained, "align", "--align.lr=0.5")
+
+
+def test_a_stage_without_its_predecessor_says_what_to_run(tmp_path):
+    with pytest.raises(ValueError, match="tokenizer.*is missing.*--stage=tokenizer"):
+        run_stage(tmp_path, "pretrain")
+
+
+def test_batches_cover_every_sample_once():
+    indices = [i for rank in (0, 1) for batch in index_batches(0, 3, 8, 2, 2, rank) for i in batch]
+    assert sorted(indices) == list(range(24))
+    assert list(index_batches(2, 3, 8, 2, 2, 1)) == [[20, 21], [22, 23]]  # going on from a step is the same order
+    assert micro_batches(train.StageConfig(global_batch=8), small_run("--micro_batch=2"), CPU) == (2, 4)
+    with pytest.raises(ValueError, match="global_batch=8 .* 1 x 3 x 2.67"):
+        micro_batches(train.StageConfig(global_batch=8), small_run("--micro_batch=3"), CPU)
+
+
+def test_schedule_warms_up_and_ends_at_its_fraction():
+    run = train.PRESETS["full"]
+    factors = [schedule(s, 1000, run) for s in range(1000)]
+    assert factors[0] == 1 / 50 and factors[49] == 1 and max(factors) == 1
+    assert abs(factors[-1] - 0.1) < 1e-3 and abs(factors[525] - 0.55) < 1e-2
+
+
+def test_muon_is_torchs_muon():
+    torch.manual_seed(0)
+    a = torch.nn.Parameter(torch.randn(12, 20))
+    b = torch.nn.Parameter(a.detach().clone())
+    ours, theirs = train.Muon([a], 0.02, 0.1), torch.optim.Muon([b], 0.02, 0.1)
+    for _ in range(5):
+        a.grad = torch.randn(12, 20)
+        b.grad = a.grad.clone()
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(a, b, atol=1e-3, rtol=0)  # theirs iterates in bfloat16
+
+
+def test_published_recipe_is_the_default_of_full():
+    run = train.PRESETS["full"]
+    assert (run.align.lr, run.align.global_batch, run.align.muon_lr) == (5e-4, 128, 0) and (run.instruct.lr, run.instruct.global_batch, run.instruct.muon_lr) == (1e-4, 128, 0)
+    assert (run.clip, run.warmup, run.final_lr, run.weight_decay, run.prefix_drop, run.recipe) == (1.0, 0.05, 0.1, 0.05, 0.1, "paper")
+    assert run.align.steps == 2_480_000 // 128 and run.instruct.steps == 2 * 1_300_000 // 128
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "first argument must be a preset"),
+    (["tinny"], "tiny, small, base, full; got 'tinny'"),
+    (["tiny", "--sede=1"], "--sede=1: no such key; the nearest is --seed=0"),
+    (["tiny", "--seed"], "--seed: want --key=value"),
+    (["tiny", "--seed=abc"], "--seed=abc: not of type int; the default is 0"),
+    (["tiny", "--vqgan.ch_mult=1,x"], "not a list of int"),
+    (["tiny", "--world=cubes"], "--world=cubes: must be one of shapes, emoji"),
+    (["tiny", "--align.mix=drawing:1"], "'drawing:1': the task must be one of text_to_image"),
+    (["tiny", "--align.mix=segmentation"], "'segmentation' is not task:share"),
+    (["tiny", "--model.decoder.codebook_size=64"], "codes of 512, but .*codebook_size=64"),
+    (["tiny", "--model.decoder.n_head=5"], "decoder.width=128 is not legal"),
+])
+def test_mistakes_on_the_command_line_get_a_message(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        train.main(arguments)
+
+
+def test_mistakes_exit_with_code_2_and_one_line():
+    done = subprocess.run([sys.executable, ROOT / "train.py", "tiny", "--sede=1"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nearest is --seed" in done.stderr
+
+
+def test_help_shows_every_key_with_its_meaning(capsys):
+    train.main(["--help"])
+    text = capsys.readouterr().out
+    for key in ("--seed=0", "--align.lr=0.0005", "--model.decoder.n_layer=36", "--vqgan.codebook_size=16384"):
+        assert key in text
+    described = [line for line in text.splitlines() if re.match(r"  --\S+\s+\w", line)]
+    assert len(described) > 0.7 * text.count("\n  --")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(trained, tmp_path):
+    link_stages(trained, tmp_path, "tokenizer", "pretrain")
+    with pytest.raises(ValueError, match="align: loss .* at step .* lower --align.lr"):
+        run_stage(tmp_path, "align", "--align.lr=1e30", "--align.muon_lr=0")
+
+
+def test_presets_fit_together():
+    for name, run in train.PRESETS.items():
+        train.validate(run)
+        assert run.model is mentor.PRESETS[name] and run.vqgan.image_size % run.vqgan.downsample == 0
+
+
+def test_the_readmes_commands_exist():
+    """Every `python train.py ...` in the README parses, every `python sample.py ...` too."""
+    import sample
+
+    commands = re.findall(r"^\s*(?:python|torchrun \S+) (train|sample)\.py (.*)$", (ROOT / "README.md").read_text(), re.M)
+    assert len(commands) >= 6
+    import shlex
+
+    for program, arguments in commands:
+        arguments = shlex.split(arguments, comments=True)
+        if program == "train" and arguments[0] != "--help":
+            train.parse(arguments)
+        elif program == "sample":
+            sample.parse(arguments)
