@@ -399,14 +399,21 @@ class CodebookUsage:
         p = self.counts / self.counts.sum().clamp(min=1)
         return torch.exp(-(p * (p + 1e-10).log()).sum()).item()
 
+    def reset(self):
+        """Start a new window."""
+        self.counts.zero_()
+
     @torch.no_grad()
     def restart_dead(self, quantizer, z, generator):
-        """Move every code the window never chose onto a random encoder output z (M, C); start a new window.
+        """Move every code the window never chose onto an encoder output of z (M, C); returns how many moved.
 
-        Returns how many moved. The same z and generator state on every rank keep the ranks equal.
+        Outputs far from their code are likelier, as k-means++ seeds its centres: restarting evenly would crowd the
+        common outputs with codes that mean the same. The same z and generator state on every rank keep ranks equal.
         """
         dead = (self.counts == 0).nonzero().flatten()
-        rows = torch.randint(len(z), (len(dead),), generator=generator).to(z.device)
-        quantizer.embedding.weight[dead] = F.normalize(z[rows].float(), dim=-1).to(quantizer.embedding.weight)
-        self.counts.zero_()
-        return len(dead)
+        z, codebook = F.normalize(z.float(), dim=-1), quantizer.codebook()
+        error = (z - codebook[quantizer.nearest(z, codebook)]).square().sum(-1)
+        noise = torch.empty(len(z)).exponential_(generator=generator).to(z.device)
+        rows = (error / noise).topk(min(len(dead), len(z))).indices                      # drawn without replacement
+        quantizer.embedding.weight[dead[: len(rows)]] = z[rows].to(quantizer.embedding.weight)
+        return len(rows)

