@@ -240,7 +240,7 @@ class World:
         elif PATTERNS[pattern] == "striped":
             mask = np.floor(u / band) % 2
         elif PATTERNS[pattern] == "dotted":
-            mask = np.hypot((u % band) - band / 2, (v % band) - band / 2) < 0.32 * band
+            mask = np.hypot(u % (2 * band) - band, v % (2 * band) - band) < 0.8 * band  # half the area
         else:
             mask = v >= 0
         return self.shrink(mask)

@@ -7,8 +7,8 @@
 
 One sequence, no cross-attention: the decoder sees [prefix | codes] and predicts the next code. The file follows the
 data: configs and PRESETS, vision encoder (CLIP), connectors, text encoder (T5), their union, projector, decoder
-(Llama with a 2-D rotary embedding, as LlamaGen), and Mentor, which puts them together. It knows nothing of training;
-`sample.py` shows how to draw with it, `train.py` how to train it.
+(Llama with a 2-D rotary embedding, as LlamaGen), Mentor, which puts them together, and last the names that released
+weights go by. It knows nothing of training; `sample.py` shows how to draw with it, `train.py` how to train it.
 
 Shapes: B samples, M images in all prompts together, L text positions, P prefix positions, N = grid_size**2 codes,
 D the width at hand, V codebook_size.
@@ -16,12 +16,15 @@ D the width at hand, V codebook_size.
 
 import json
 import math
+import pickle
+import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -81,6 +84,7 @@ class DecoderConfig:
     width: int = 1280
     n_layer: int = 36
     n_head: int = 20
+    prefix_rotation: str = "identity"  # or zero: LlamaGen's own weights were trained with the prefix's queries and keys erased
     multiple_of: int = 256  # the MLP's hidden width is 8/3 of the width, rounded up to a multiple of this
     dropout: float = 0.1    # on embeddings, attention output and MLP output
 
@@ -118,6 +122,7 @@ class MentorConfig:
             ("connector.kind", self.connector.kind in ("mlp", "query"), "mlp or query"),
             ("connector.width", self.connector.width % self.connector.n_head == 0, f"a multiple of connector.n_head={self.connector.n_head}"),
             ("decoder.width", self.decoder.width % (4 * self.decoder.n_head) == 0, f"a multiple of 4 * decoder.n_head={4 * self.decoder.n_head}, so that rotary pairs split into rows and columns"),
+            ("decoder.prefix_rotation", self.decoder.prefix_rotation in ("identity", "zero"), "identity or zero"),
             ("context", self.context > self.image_tokens, f"more than the {self.image_tokens} tokens of one image"),
         ]
         for key, fine, legal in checks:
@@ -148,7 +153,7 @@ PRESETS = {
     "tiny": MentorConfig(
         vision=VisionConfig(image_size=32, patch_size=8, width=96, n_layer=3, n_head=4, mlp_width=384),
         connector=ConnectorConfig(n_query=8, width=96, n_layer=2, n_head=4),
-        text=TextConfig(vocab_size=256, width=128, n_layer=2, n_head=4, head_width=32, mlp_width=256, dropout=0.0),
+        text=TextConfig(vocab_size=2048, width=128, n_layer=2, n_head=4, head_width=32, mlp_width=256, dropout=0.0),
         decoder=DecoderConfig(codebook_size=512, grid_size=8, width=128, n_layer=4, n_head=4, multiple_of=32, dropout=0.0),
         sampling=SamplingConfig(cfg_scale=2.0),
         context=96),
@@ -156,7 +161,7 @@ PRESETS = {
     "small": MentorConfig(
         vision=VisionConfig(image_size=64, patch_size=8, width=256, n_layer=6, n_head=4, mlp_width=1024),
         connector=ConnectorConfig(n_query=16, width=256, n_layer=2, n_head=4),
-        text=TextConfig(vocab_size=4096, width=256, n_layer=4, n_head=4, head_width=64, mlp_width=512, dropout=0.0),
+        text=TextConfig(vocab_size=2048, width=256, n_layer=4, n_head=4, head_width=64, mlp_width=512, dropout=0.0),
         decoder=DecoderConfig(codebook_size=2048, grid_size=16, width=384, n_layer=8, n_head=6, dropout=0.05),
         sampling=SamplingConfig(cfg_scale=3.0),
         context=192),
@@ -464,11 +469,11 @@ class Projector(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def rotary_table(grid_size, head_width, base=10000.0):
+def rotary_table(grid_size, head_width, prefix_rotation="identity", base=10000.0):
     """Rotations as unit complex numbers, (1 + N, head_width / 2): row 0 for the prefix, row 1 + k for code k.
 
     Half of a head's pairs turn with the code's row in the grid, half with its column (LlamaGen 2.2). The prefix is not
-    turned: row 0 is the identity. (LlamaGen's own code has zeros there, which erases the prefix's queries and keys.)
+    turned: row 0 is the identity. LlamaGen's own code has zeros there ("zero"), which erases the prefix's queries and keys.
     """
     quarter = head_width // 4
     frequency = base ** (-torch.arange(quarter).float() / quarter)                       # (quarter,)
@@ -477,7 +482,9 @@ def rotary_table(grid_size, head_width, base=10000.0):
     columns = cell[None].expand(grid_size, -1, -1)
     angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)                            # (N, head_width / 2)
     angles = torch.cat([torch.zeros_like(angles[:1]), angles])
-    return torch.polar(torch.ones_like(angles), angles)
+    table = torch.polar(torch.ones_like(angles), angles)
+    table[0] = {"identity": 1, "zero": 0}[prefix_rotation]
+    return table
 
 
 def rotate(x, turns):
@@ -575,7 +582,7 @@ class ImageDecoder(nn.Module):
         self.norm = RMSNorm(config.width, 1e-5)
         self.output = nn.Linear(config.width, config.codebook_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
-        self.register_buffer("rotary", rotary_table(config.grid_size, config.width // config.n_head), persistent=False)
+        self.register_buffer("rotary", rotary_table(config.grid_size, config.width // config.n_head, config.prefix_rotation), persistent=False)
 
     def forward(self, x, positions, cache=None):
         """Embeddings x (B, T, D) and positions (B, T) int64 (0: prefix, 1 + k: code k) -> hidden states (B, T, D).
@@ -661,12 +668,12 @@ class Mentor(nn.Module):
         save_file(self.state_dict(), Path(folder) / "model.safetensors")
 
     @classmethod
-    def from_pretrained(cls, folder):
-        """Read what save_pretrained wrote. Raises ValueError naming the file when one is missing."""
+    def from_pretrained(cls, folder, config=None):
+        """Read what save_pretrained wrote; `config` stands in for the stored one. Raises ValueError naming a missing file."""
         for name in ("config.json", "model.safetensors"):
             if not (Path(folder) / name).is_file():
                 raise ValueError(f"{Path(folder) / name} is missing; `python train.py PRESET` makes it")
-        model = cls(from_dict(MentorConfig, json.loads((Path(folder) / "config.json").read_text())))
+        model = cls(config or from_dict(MentorConfig, json.loads((Path(folder) / "config.json").read_text())))
         model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
         return model.eval()
 
@@ -690,3 +697,131 @@ def init_weights(model):
             if isinstance(linear, nn.Linear):
                 scale = text.config.head_width**-0.5 if name == "q" else 1.0
                 nn.init.normal_(linear.weight, std=scale * linear.in_features**-0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Released weights: every parameter's name in MENTOR's checkpoints
+# ---------------------------------------------------------------------------------------------------------------
+
+RELEASED_NAMES = [  # ours -> the released checkpoint's, applied in order; \1 is a block's number
+    (r"^decoder\.code_embedding", "tok_embeddings"),
+    (r"^decoder\.(norm|output)", r"\1"),
+    (r"^decoder\.blocks\.(\d+)\.norm1", r"layers.\1.attention_norm"),
+    (r"^decoder\.blocks\.(\d+)\.norm2", r"layers.\1.ffn_norm"),
+    (r"^decoder\.blocks\.(\d+)\.attention", r"layers.\1.attention"),
+    (r"^decoder\.blocks\.(\d+)\.mlp", r"layers.\1.feed_forward"),
+    (r"^projector\.(fc\d)", r"cls_embedding.cap_proj.\1"),
+    (r"^projector\.unconditional", "cls_embedding.uncond_embedding"),
+    (r"^encoder\.connector\.fc1", "multimodal_encoder.language_projection.0"),
+    (r"^encoder\.connector\.fc2", "multimodal_encoder.language_projection.2"),
+    (r"^encoder\.connector", "multimodal_encoder.query_connector"),  # trained from scratch, no released counterpart
+    (r"^encoder\.vision\.", "multimodal_encoder.vision_model.vision_tower.vision_model."),
+    (r"vision_model\.(class|patch)_embedding", r"vision_model.embeddings.\1_embedding"),
+    (r"vision_model\.position_embedding", "vision_model.embeddings.position_embedding.weight"),
+    (r"vision_model\.pre_norm", "vision_model.pre_layrnorm"),  # so spelt
+    (r"vision_model\.post_norm", "vision_model.post_layernorm"),
+    (r"vision_model\.blocks\.(\d+)\.norm", r"vision_model.encoder.layers.\1.layer_norm"),
+    (r"vision_model\.blocks\.(\d+)\.attention\.([qkv])\.", r"vision_model.encoder.layers.\1.self_attn.\2_proj."),
+    (r"vision_model\.blocks\.(\d+)\.attention\.out", r"vision_model.encoder.layers.\1.self_attn.out_proj"),
+    (r"vision_model\.blocks\.(\d+)\.fc", r"vision_model.encoder.layers.\1.mlp.fc"),
+    (r"^encoder\.text\.embedding", "multimodal_encoder.language_model.shared"),
+    (r"^encoder\.text\.relative_bias", "multimodal_encoder.language_model.encoder.block.0.layer.0.SelfAttention.relative_attention_bias"),
+    (r"^encoder\.text\.norm", "multimodal_encoder.language_model.encoder.final_layer_norm"),
+    (r"^encoder\.text\.blocks\.(\d+)\.norm1", r"multimodal_encoder.language_model.encoder.block.\1.layer.0.layer_norm"),
+    (r"^encoder\.text\.blocks\.(\d+)\.norm2", r"multimodal_encoder.language_model.encoder.block.\1.layer.1.layer_norm"),
+    (r"^encoder\.text\.blocks\.(\d+)\.([qkvo])\.", r"multimodal_encoder.language_model.encoder.block.\1.layer.0.SelfAttention.\2."),
+    (r"^encoder\.text\.blocks\.(\d+)\.(wi_0|wi_1|wo)", r"multimodal_encoder.language_model.encoder.block.\1.layer.1.DenseReluDense.\2"),
+]
+
+
+def released_name(name):
+    """A parameter's name in MENTOR's released checkpoints (which hold CLIP's, T5's and LlamaGen's own names)."""
+    for pattern, replacement in RELEASED_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def load_released(parameters, tensors, fresh=()):
+    """Copy tensors into parameters, {name: tensor} both, every one accounted for.
+
+    fresh: prefixes of names that may be missing and keep their new weights. Raises ValueError listing missing, unexpected and
+    mis-shaped names; then nothing has been copied.
+    """
+    missing = [n for n in parameters if n not in tensors and not n.startswith(tuple(fresh))]
+    unexpected = [n for n in tensors if n not in parameters]
+    shapes = [f"{n} {tuple(t.shape)} where the model has {tuple(parameters[n].shape)}" for n, t in tensors.items() if n in parameters and t.shape != parameters[n].shape]
+    problems = [f"{len(names)} {kind}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+                for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)) if names]
+    if problems:
+        raise ValueError("the weights do not fit the model; " + "; ".join(problems))
+    with torch.no_grad():
+        for n, tensor in tensors.items():
+            parameters[n].copy_(tensor)
+
+
+def released_parameters(model):
+    """{released name: parameter} of a Mentor."""
+    return {released_name(name): p for name, p in model.named_parameters()}
+
+
+def fit_unconditional(model, tensors):
+    """The one change allowed to released tensors: the unconditional table cut or grown to the model's rows.
+
+    Prefixes use its last rows, so rows go from its front, and new ones, random, come there. Returns the tensors and a
+    sentence that says what was done, empty if nothing.
+    """
+    name, own = released_name("projector.unconditional"), model.projector.unconditional.detach()
+    table = tensors.get(name)
+    if table is None or table.shape == own.shape or table.shape[1:] != own.shape[1:]:
+        return tensors, ""
+    fitted = torch.cat([own[: max(0, len(own) - len(table))].to(table.dtype), table[-len(own) :]])
+    return {**tensors, name: fitted}, f"the unconditional table {'grew' if len(own) > len(table) else 'was cut'} from {len(table)} to {len(own)} rows"
+
+
+def read_weights(path):
+    """{name: tensor} from what people have: a .safetensors, .pt or .bin file, or a Hub folder with one file or shards.
+
+    Pickles are opened with weights_only (they cannot run code); safetensors are mapped, not copied. A checkpoint that wraps
+    its weights in a `model` key is unwrapped. Raises ValueError naming a file that is missing or is not such a file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+            if (path / name).is_file():
+                shards = sorted(set(json.loads((path / name).read_text())["weight_map"].values()))
+                return {n: t for shard in shards for n, t in read_weights(path / shard).items()}
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            if (path / name).is_file():
+                return read_weights(path / name)
+        raise ValueError(f"{path}: no model.safetensors, pytorch_model.bin or index of shards in this folder")
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such weights file")
+    try:
+        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, ValueError, OSError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+        raise ValueError(f"{path}: not a readable weights file ({str(error).splitlines()[0]})") from None
+    tensors = tensors.get("model", tensors) if isinstance(tensors, dict) else None
+    if not tensors or not all(torch.is_tensor(t) for t in tensors.values()):
+        raise ValueError(f"{path}: holds no dictionary of tensors")
+    return tensors
+
+
+NOT_OURS = {  # what a source holds beside the part that is wanted
+    "clip": r"^(text_model\.|text_projection|visual_projection|logit_scale)|position_ids$",
+    "t5": r"^(decoder\.|lm_head\.|encoder\.embed_tokens\.)",
+    "connector": r"^(?!model\.mm_projector\.)",
+    "generator": r"^(freqs_cis|multimodal_encoder\.)",
+    "mentor": r"language_model\.encoder\.embed_tokens|position_ids$|freqs_cis",  # embed_tokens is `shared` a second time
+    "vq": r"codebook_used",
+}
+IN_CHECKPOINT = {  # from a source's names to those of the released checkpoint
+    "clip": (r"^(vision_model\.)?", "multimodal_encoder.vision_model.vision_tower.vision_model."),
+    "t5": (r"^", "multimodal_encoder.language_model."),
+    "connector": (r"^model\.mm_projector\.", "multimodal_encoder.language_projection."),
+}
+
+
+def released_tensors(source, path):
+    """The tensors of one source ("clip", "t5", "connector", "generator", "mentor", "vq") under the released checkpoint's names."""
+    pattern, replacement = IN_CHECKPOINT.get(source, ("^", ""))
+    return {re.sub(pattern, replacement, name, count=1): tensor for name, tensor in read_weights(path).items() if not re.search(NOT_OURS[source], name)}

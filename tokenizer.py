@@ -56,7 +56,7 @@ class TokenizerConfig:
 
 PRESETS = {
     "tiny": dict(image_size=32, ch=16, ch_mult=(1, 2, 2), num_res_blocks=1, norm_groups=8, z_channels=64, codebook_size=512),
-    "small": dict(image_size=64, ch=64, ch_mult=(1, 2, 2, 4), num_res_blocks=2, norm_groups=32, z_channels=128, codebook_size=2048),
+    "small": dict(image_size=64, ch=64, ch_mult=(1, 2, 2), num_res_blocks=2, norm_groups=32, z_channels=128, codebook_size=2048),
     "base": dict(image_size=256, ch=128, ch_mult=(1, 1, 2, 2, 4), codebook_size=8192),
     "full": dict(),
 }

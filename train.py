@@ -25,6 +25,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
+from functools import cache
 from inspect import getsource
 from pathlib import Path
 
@@ -41,7 +42,7 @@ from tqdm import tqdm
 import mentor
 import sample
 import tokenizer
-from data import CLIP_MEAN, CLIP_STD, TASKS, WORLDS, Collate, WorldDataset
+from data import CLIP_MEAN, CLIP_STD, TASKS, WORLDS, Collate, TextTokenizer, WorldDataset
 from mentor import Mentor, MentorConfig
 from tokenizer import VQGAN, CodebookUsage, LPIPS, PatchDiscriminator, TokenizerConfig, adaptive_weight, hinge_d_loss
 
@@ -77,6 +78,21 @@ class StageConfig:
     mix: str = "text_to_image:1"   # tasks and their shares
 
 
+@dataclass(frozen=True)
+class ReleasedConfig:
+    """Files of released weights: --stage=import reads them, --stage=export writes `mentor` and `vq`."""
+
+    clip: str = ""                 # CLIP, whole or its vision tower: a Hub folder or a file
+    t5: str = ""                   # T5, whole or its encoder: a Hub folder with spiece.model in it
+    connector: str = ""            # LLaVA's mm_projector.bin
+    generator: str = ""            # LlamaGen's or MENTOR's generator checkpoint
+    mentor: str = ""               # MENTOR's checkpoint of stage 1 or 2, with everything but the VQ in it
+    vq: str = ""                   # LlamaGen's vq_ds16_t2i.pt
+    spiece: str = ""               # T5's spiece.model, if there is no T5 folder
+    into: str = "pretrain"         # the stage whose weights these are: pretrain for parts, align or instruct for MENTOR's own
+    fresh: str = ""                # parts that nothing is given for and that start new, comma-separated: connector, projector, ...
+
+
 ALIGN_MIX = "text_to_image:700,reconstruction:180,segmentation:1600"                       # thousands of samples,
 INSTRUCT_MIX = "text_to_image:600,segmentation:150,recovery:150,subject_driven:400"        # as published
 
@@ -86,7 +102,7 @@ class RunConfig:
     """A whole run. Nested keys are written with dots: --align.lr=0.001 --model.decoder.n_layer=6."""
 
     out: str = ""                  # folder to write; empty: out/PRESET
-    stage: str = "all"             # all, tokenizer, pretrain, align or instruct
+    stage: str = "all"             # all, tokenizer, pretrain, align, instruct, or import or export of released weights
     world: str = "shapes"          # built-in world: shapes or emoji
     emoji_font: str = ""           # colour emoji font file; empty looks where systems keep theirs
     seed: int = 0                  # everything random follows from it
@@ -101,6 +117,7 @@ class RunConfig:
     dtype: str = "auto"            # of autocast: auto (bfloat16 on a GPU that has it), bfloat16 or float32
     workers: int = 0               # data processes
     save_every: int = 1000         # steps between checkpoints
+    released: ReleasedConfig = field(default_factory=ReleasedConfig)
     vqgan: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: MentorConfig = field(default_factory=MentorConfig)
     tokenizer: TokenizerStageConfig = field(default_factory=TokenizerStageConfig)
@@ -145,16 +162,21 @@ TRAINED = {  # recipe -> stage -> the parts of Mentor that train, as prefixes of
 # ---------------------------------------------------------------------------------------------------------------
 
 
+@cache
+def comments(config_class):
+    """{field: the comment behind it} of a dataclass."""
+    return dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", getsource(config_class), re.M))
+
+
 def flatten(config, prefix=""):
-    """{dotted key: (value, meaning)} of a nested config; the meaning is the comment behind the field."""
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", getsource(type(config)), re.M))
+    """{dotted key: (value, meaning)} of a nested config."""
     keys = {}
     for f in fields(config):
         value = getattr(config, f.name)
         if is_dataclass(value):
             keys.update(flatten(value, f"{prefix}{f.name}."))
         else:
-            keys[prefix + f.name] = (value, comments.get(f.name, ""))
+            keys[prefix + f.name] = (value, comments(type(config)).get(f.name, ""))
     return keys
 
 
@@ -181,9 +203,9 @@ def parse(arguments):
     if not arguments or arguments[0] not in PRESETS:
         raise ValueError(f"the first argument must be a preset, one of {', '.join(PRESETS)}; got {arguments[0] if arguments else 'nothing'!r}")
     run = PRESETS[arguments[0]]
+    known = flatten(run)
     for argument in arguments[1:]:
         key, equals, text = argument.removeprefix("--").partition("=")
-        known = flatten(run)
         if not argument.startswith("--") or not equals or key not in known:
             near = get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise ValueError(f"{argument}: {'no such key' if equals else 'want --key=value'}; the nearest is --{near}={known[near][0]}. `python train.py --help` lists all")
@@ -193,7 +215,7 @@ def parse(arguments):
 
 def validate(run):
     """The run itself, if its keys are legal together; else a ValueError that says which are not."""
-    choices = {"stage": ("all", *STAGES), "world": tuple(WORLDS), "recipe": tuple(TRAINED), "dtype": ("auto", "bfloat16", "float32")}
+    choices = {"stage": ("all", *STAGES, "import", "export"), "world": tuple(WORLDS), "recipe": tuple(TRAINED), "dtype": ("auto", "bfloat16", "float32")}
     for key, legal in choices.items():
         if getattr(run, key) not in legal:
             raise ValueError(f"--{key}={getattr(run, key)}: must be one of {', '.join(legal)}")
@@ -500,7 +522,7 @@ def schedule(step, recipe, run):
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------------------
 
-NOT_OF_THE_RESULT = ("out", "stage", "device", "dtype", "workers", "save_every", "micro_batch", "train_scale", "model.sampling.")
+NOT_OF_THE_RESULT = ("out", "stage", "device", "dtype", "workers", "save_every", "micro_batch", "train_scale", "released.", "model.sampling.")
 
 
 def stage_record(name, run):
@@ -517,6 +539,8 @@ def check_record(folder, record):
     file = folder / "stage.json"
     if file.is_file():
         old = json.loads(file.read_text())
+        if "imported from" in old:
+            return
         for key in sorted(record.keys() | old.keys()):
             if record.get(key) != old.get(key):
                 raise ValueError(f"{folder} was trained with {key}={old.get(key)}, this run has {record.get(key)}; choose another --out, or delete {folder}")
@@ -548,6 +572,62 @@ def load_state(folder, stage, optimizers, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Released weights
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def check_vocabulary(text_tokenizer, run):
+    """Raise ValueError if the text model's table has no row for some of the words; more rows than words are fine, as in T5."""
+    if text_tokenizer.vocab_size > run.model.text.vocab_size:
+        raise ValueError(f"--model.text.vocab_size={run.model.text.vocab_size}: the text tokenizer has {text_tokenizer.vocab_size} ids; give at least as many")
+
+
+def import_released(run, machine):
+    """Turn released files into stages of run.out that train.py and sample.py open. Raises ValueError if a tensor does not fit."""
+    released, out = run.released, Path(run.out)
+    spiece = released.spiece or released.t5 and str(Path(released.t5) / "spiece.model")
+    if not spiece or not released.vq:
+        raise ValueError("--stage=import needs --released.vq=vq_ds16_t2i.pt and T5's spiece.model (in the folder of --released.t5, or --released.spiece=FILE)")
+    text_tokenizer = TextTokenizer.from_file(spiece)
+    check_vocabulary(text_tokenizer, run)
+    vqgan = VQGAN(run.vqgan)
+    mentor.load_released(vqgan.state_dict(), mentor.released_tensors("vq", released.vq))
+    sources = {s: getattr(released, s) for s in ("clip", "t5", "connector", "generator", "mentor") if getattr(released, s)}
+    tensors = {}
+    for source, path in sources.items():
+        own = mentor.released_tensors(source, path)
+        if tensors.keys() & own.keys():
+            raise ValueError(f"--released.{source}={path} holds {sorted(tensors.keys() & own.keys())[0]}, which another file gave already")
+        tensors.update(own)
+        machine.say(f"import: {len(own)} tensors from {path}")
+    model = Mentor(run.model)
+    tensors, said = mentor.fit_unconditional(model, tensors)
+    fresh = tuple(p for p in released.fresh.split(",") if p)
+    names = {n: mentor.released_name(n) for n, _ in model.named_parameters()}
+    mentor.load_released(mentor.released_parameters(model), tensors, [r for n, r in names.items() if n.startswith(tuple("encoder." + p for p in fresh) + fresh)])
+    for line in filter(None, (said, f"new, as asked: {released.fresh}" if fresh else "")):
+        machine.say(f"import: {line}")
+    vqgan.save_pretrained(out / "tokenizer")
+    model.save_pretrained(out / released.into)
+    (out / "spiece.model").write_bytes(text_tokenizer.proto)
+    for stage, record in (("tokenizer", {}), (released.into, {"weights of tokenizer": sample.weights_hash(out / "tokenizer")})):
+        (out / stage / "stage.json").write_text(json.dumps({"imported from": {**sources, "vq": released.vq}, **record}, indent=2) + "\n")
+    machine.say(f"import: wrote {out / 'tokenizer'} and {out / released.into}")
+
+
+def export_released(run, machine):
+    """Write the newest stage of run.out under the names that the released code reads."""
+    if not run.released.mentor or not run.released.vq:
+        raise ValueError("--stage=export needs --released.mentor=FILE.pt and --released.vq=FILE.pt, the files to write")
+    pipeline = sample.Pipeline.open(run.out, "cpu")
+    tensors = {mentor.released_name(n): t for n, t in pipeline.model.state_dict().items()}
+    tensors["multimodal_encoder.language_model.encoder.embed_tokens.weight"] = tensors["multimodal_encoder.language_model.shared.weight"]
+    torch.save({"model": tensors}, run.released.mentor)
+    torch.save({"model": {**pipeline.vqgan.state_dict(), "quantize.codebook_used": torch.zeros(65536)}}, run.released.vq)
+    machine.say(f"export: wrote {run.released.mentor} and {run.released.vq}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # The loop
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -569,6 +649,15 @@ def index_batches(start, steps, global_batch, micro, accumulate, rank):
             yield list(range(first, first + micro))
 
 
+def check_config(config, folder):
+    """Raise ValueError if the folder's weights have another shape than the config; dropout and sampling may differ."""
+    if (folder / "config.json").is_file():
+        stored = flatten(mentor.from_dict(MentorConfig, json.loads((folder / "config.json").read_text())))
+        for key, (value, _) in flatten(config).items():
+            if value != stored[key][0] and not key.startswith("sampling.") and not key.endswith(".dropout"):
+                raise ValueError(f"--model.{key}={value}, but {folder} was trained with {stored[key][0]}: leave the key out, or choose another --out")
+
+
 def build_stage(name, run, machine, world, text_tokenizer):
     """The stage's module with the weights it starts from, and the folder it writes to."""
     torch.manual_seed(run.seed)
@@ -576,7 +665,11 @@ def build_stage(name, run, machine, world, text_tokenizer):
         return TokenizerStage(run, machine).to(machine.device)
     before = STAGES[STAGES.index(name) - 1]
     vqgan = VQGAN.from_pretrained(Path(run.out) / "tokenizer").to(machine.device)
-    model = Mentor(run.model) if name == "pretrain" else Mentor.from_pretrained(Path(run.out) / before)
+    if name == "pretrain":
+        model = Mentor(run.model)
+    else:
+        check_config(run.model, Path(run.out) / before)
+        model = Mentor.from_pretrained(Path(run.out) / before, run.model)
     return MentorStage(name, run, machine, model, vqgan).to(machine.device)
 
 
@@ -724,12 +817,17 @@ def main(arguments):
         run = replace(run, **{name: replace(recipe, steps=max(1, round(recipe.steps * run.train_scale)))})
     started = time.perf_counter()
     machine = start_machine(run)
+    if run.stage in ("import", "export"):
+        Path(run.out).mkdir(parents=True, exist_ok=True)
+        (Path(run.out) / "run.json").write_text(json.dumps(asdict(run), indent=2) + "\n")
+        return import_released(run, machine) if run.stage == "import" else export_released(run, machine)
     world = WORLDS[run.world](run.vqgan.image_size, **({"font": run.emoji_font} if run.world == "emoji" else {}))
-    text_tokenizer = world.text_tokenizer()
-    run = replace(run, model=replace(run.model, text=replace(run.model.text, vocab_size=text_tokenizer.vocab_size)))
+    spiece = Path(run.out) / "spiece.model"
+    text_tokenizer = TextTokenizer.from_file(spiece) if spiece.is_file() else world.text_tokenizer()
+    check_vocabulary(text_tokenizer, run)
     if machine.main:
         Path(run.out).mkdir(parents=True, exist_ok=True)
-        (Path(run.out) / "spiece.model").write_bytes(text_tokenizer.proto)
+        spiece.write_bytes(text_tokenizer.proto)
         (Path(run.out) / "run.json").write_text(json.dumps(asdict(run), indent=2) + "\n")
     for name in STAGES if run.stage == "all" else (run.stage,):
         train_stage(name, run, machine, world, text_tokenizer)

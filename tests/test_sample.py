@@ -136,7 +136,7 @@ def test_the_same_seed_draws_the_same_picture(out):
     (["A big red staar on a green background"], "'staar'.*star"),
     (["The star in <image>."], "1 <image> placeholders, but 0 images"),
     (["A star", "--images=REF"], "0 <image> placeholders, but 1 images"),
-    (["The star in <image>." * 6, "--images", *["REF"] * 6], "reads at most 96.*fewer images"),
+    (["The star in <image>.\n" * 6, "--images", *["REF"] * 6], "reads at most 96.*fewer images"),
     (["A star", "--top_p=1.5"], "--top_p=1.5: must be at least 0 and at most 1"),
     (["A star", "--n=0"], "--n=0: must be at least 1"),
     ([], "give a prompt"),

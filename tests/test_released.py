@@ -1,0 +1,131 @@
+"""Released weights in and out: every tensor accounted for, nothing read in silence, import then export bit-identical."""
+
+import json
+import pickle
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import mentor
+import train
+from conftest import randomize
+from mentor import Mentor, read_weights, released_name
+from sample import Pipeline
+from tokenizer import VQGAN
+from train import with_key
+
+SMALL = ["--vqgan.ch=8", "--vqgan.ch_mult=1,1,1", "--vqgan.num_res_blocks=1", "--vqgan.norm_groups=4", "--vqgan.z_channels=8", "--vqgan.codebook_size=32",
+         "--model.vision.width=16", "--model.vision.n_head=2", "--model.vision.n_layer=2", "--model.vision.mlp_width=32", "--model.text.width=16", "--model.text.n_head=2",
+         "--model.text.mlp_width=32", "--model.decoder.width=32", "--model.decoder.n_layer=2", "--model.decoder.codebook_size=32"]
+
+
+@pytest.fixture
+def files(tmp_path, text_tokenizer):
+    """Random weights as people have them: CLIP and T5 folders, connector, generator, VQ. Returns (keys, model, vqgan)."""
+    run = train.parse(["tiny", *SMALL])[1]
+    model, vqgan = randomize(Mentor(run.model)), randomize(VQGAN(run.vqgan))
+    names = {released_name(n): t for n, t in model.state_dict().items()}
+    clip, t5 = "multimodal_encoder.vision_model.vision_tower.", "multimodal_encoder.language_model."
+    for folder in ("clip", "t5"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "t5" / "spiece.model").write_bytes(text_tokenizer.proto)
+    save_file({n.removeprefix(clip): t for n, t in names.items() if n.startswith(clip)}, tmp_path / "clip" / "model.safetensors")
+    encoder = {n.removeprefix(t5): t for n, t in names.items() if n.startswith(t5)}
+    halves = list(encoder)[::2], list(encoder)[1::2]
+    for i, half in enumerate(halves):
+        torch.save({n: encoder[n] for n in half}, tmp_path / "t5" / f"part{i}.bin")
+    (tmp_path / "t5" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {n: f"part{i}.bin" for i, half in enumerate(halves) for n in half}}))
+    torch.save({re.sub(".*language_projection", "model.mm_projector", n): t for n, t in names.items() if "language_projection" in n}, tmp_path / "mm_projector.bin")
+    torch.save({"model": {n: t for n, t in names.items() if not n.startswith("multimodal")}}, tmp_path / "generator.pt")
+    torch.save({"model": {**vqgan.state_dict(), "quantize.codebook_used": torch.zeros(65536)}}, tmp_path / "vq.pt")
+    sources = {"clip": "clip", "t5": "t5", "connector": "mm_projector.bin", "generator": "generator.pt", "vq": "vq.pt"}
+    keys = {source: f"--released.{source}={tmp_path / name}" for source, name in sources.items()}
+    return keys, model, vqgan
+
+
+def run_import(tmp_path, keys, *more):
+    train.main(["tiny", *SMALL, "--stage=import", f"--out={tmp_path / 'out'}", *keys.values(), *more])
+
+
+def test_parts_in_then_everything_out_is_bit_identical(files, tmp_path):
+    keys, model, vqgan = files
+    run_import(tmp_path, keys)
+    pipeline = Pipeline.open(tmp_path / "out", "cpu")
+    for ours, theirs in ((pipeline.model, model), (pipeline.vqgan, vqgan)):
+        assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
+    train.main(["tiny", *SMALL, "--stage=export", f"--out={tmp_path / 'out'}", f"--released.mentor={tmp_path}/whole.pt", f"--released.vq={tmp_path}/vq_again.pt"])
+    whole = read_weights(tmp_path / "whole.pt")
+    assert all(torch.equal(whole[released_name(n)], t) for n, t in model.state_dict().items())
+    train.main(["tiny", *SMALL, "--stage=import", f"--out={tmp_path / 'again'}", f"--released.mentor={tmp_path}/whole.pt", f"--released.vq={tmp_path}/vq_again.pt",
+                f"--released.spiece={tmp_path}/t5/spiece.model", "--released.into=instruct"])
+    again = Pipeline.open(tmp_path / "again" / "instruct", "cpu").model
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+def test_training_goes_on_from_imported_parts(files, tmp_path, monkeypatch):
+    run_import(tmp_path, files[0])
+    monkeypatch.setattr(train.sample, "score", lambda *arguments: None)
+    train.main(["tiny", *SMALL, f"--out={tmp_path / 'out'}", "--stage=align", "--align.steps=1", "--align.global_batch=2"])
+    assert Pipeline.open(tmp_path / "out" / "align", "cpu")
+
+
+def test_a_table_of_other_length_is_fitted_and_said(files, tmp_path, capsys):
+    keys, model, _ = files
+    for context, verb in (("80", "was cut from 96 to 80"), ("128", "grew from 96 to 128")):
+        run_import(tmp_path, keys, f"--model.context={context}")
+        assert verb in capsys.readouterr().out
+        table = Pipeline.open(tmp_path / "out", "cpu").model.projector.unconditional
+        assert len(table) == int(context) and torch.equal(table[-80:], model.projector.unconditional[-80:])
+
+
+def test_every_tensor_that_does_not_fit_is_named(files, tmp_path):
+    keys, _, _ = files
+    with pytest.raises(ValueError, match="missing: .*language_projection"):
+        run_import(tmp_path, {k: v for k, v in keys.items() if k != "connector"})
+    with pytest.raises(ValueError, match=r"of another shape: .* where the model has"):
+        run_import(tmp_path, keys, "--model.decoder.width=64")
+    generator = read_weights(tmp_path / "generator.pt")
+    torch.save({**generator, "layers.9.odd": torch.zeros(1)}, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match="1 unexpected: layers.9.odd"):
+        run_import(tmp_path, {**keys, "generator": f"--released.generator={tmp_path}/odd.pt"})
+    assert not (tmp_path / "out" / "pretrain").exists()
+    run_import(tmp_path, {k: v for k, v in keys.items() if k not in ("connector", "generator")}, "--released.fresh=connector,decoder,projector")
+
+
+def test_files_that_are_no_weights_are_refused_and_never_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps({"model": Evil()}))
+    (tmp_path / "text.bin").write_text("hello")
+    torch.save({"a": torch.zeros(100)}, tmp_path / "whole.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:200])
+    save_file({"a": torch.zeros(100)}, tmp_path / "whole.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:200])
+    torch.save([1, 2], tmp_path / "list.pt")
+    for name in ("evil.pt", "text.bin", "cut.pt", "cut.safetensors", "list.pt", "missing.pt", "."):
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):
+            read_weights(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_full_size_has_the_published_parameters():
+    with torch.device("meta"):
+        model, vqgan = Mentor(mentor.PRESETS["full"]), VQGAN(train.PRESETS["full"].vqgan)
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    assert count(model.encoder.vision) == 303_179_776        # CLIP ViT-L/14's vision tower
+    assert count(model.encoder.text) == 1_223_527_424        # Flan-T5-XL's encoder
+    assert abs(count(model.decoder) / 775e6 - 1) < 0.01      # LlamaGen-XL
+    assert abs(count(model) / 2.3e9 - 1) < 0.02
+    assert count(vqgan) == 71_883_403                        # VQ-16 (72M)
+    assert len({released_name(n) for n, _ in model.named_parameters()}) == len(list(model.parameters()))
+
+
+def test_a_changed_model_key_is_refused(files, tmp_path):
+    run_import(tmp_path, files[0])
+    with pytest.raises(ValueError, match="--model.connector.n_query=9, but .* was trained with 8"):
+        train.main(["tiny", *SMALL, f"--out={tmp_path / 'out'}", "--stage=align", "--model.connector.n_query=9"])
+    assert with_key(train.PRESETS["tiny"], "seed", "3").seed == 3
