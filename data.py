@@ -476,7 +476,7 @@ class Sample:
 
 
 WHOLE = "whole image"  # the query connector's words where no subject is meant (section 3.1)
-TWO_SUBJECTS = 0.25    # share of scenes with two subjects, where the task allows them
+TWO_SUBJECTS = 0.1     # share of scenes with two subjects, where the task allows them
 
 
 def some_scene(world, rng, held_out):
@@ -571,6 +571,23 @@ def multi_image(world, rng, held_out=False):
 
 TASKS = {f.__name__: f for f in (text_to_image, reconstruction, segmentation, recovery, subject_driven, multi_image)}
 
+
+def collage(world, rng, held_out=False):
+    """Not a task of Mentor's but food for the tokenizer: a rectangle of one scene on another, along whole cells.
+
+    Where anything may lie next to anything, a code had better say what its own cell shows rather than hint at its
+    neighbours; such codes are easier to predict.
+    """
+    scene = some_scene(world, rng, held_out)
+    picture, other, cell = world.draw(scene), world.draw(some_scene(world, rng, held_out)), world.image_size // 8
+    (top, bottom), (left, right) = (sorted(rng.sample(range(9), 2)) for _ in range(2))
+    window = np.s_[top * cell : bottom * cell, left * cell : right * cell]
+    picture[window] = other[window]
+    return Sample("collage", "", [], [], picture, scene)
+
+
+SAMPLERS = {**TASKS, "collage": collage}
+
 # ---------------------------------------------------------------------------------------------------------------
 # Datasets and batches
 # ---------------------------------------------------------------------------------------------------------------
@@ -580,7 +597,7 @@ class WorldDataset(torch.utils.data.Dataset):
     """Samples of a world's tasks, mixed by shares. Endless: any index is legal, and (seed, index) fixes the sample."""
 
     def __init__(self, world, mix, seed, held_out=False, prefix_drop=0.0):
-        """mix: {task: share}, any positive numbers; prefix_drop: probability that a sample goes without its prompt."""
+        """mix: {name in SAMPLERS: share}, any positive numbers; prefix_drop: probability that a sample goes without its prompt."""
         self.world, self.seed, self.held_out, self.prefix_drop = world, seed, held_out, prefix_drop
         self.tasks, self.shares = list(mix), list(mix.values())
 
@@ -588,7 +605,7 @@ class WorldDataset(torch.utils.data.Dataset):
         rng = random.Random(f"{self.seed} {index}")
         task, = rng.choices(self.tasks, self.shares)
         unconditional = rng.random() < self.prefix_drop
-        return replace(TASKS[task](self.world, rng, self.held_out), unconditional=unconditional)
+        return replace(SAMPLERS[task](self.world, rng, self.held_out), unconditional=unconditional)
 
 
 @dataclass

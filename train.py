@@ -332,7 +332,7 @@ class TokenizerStage(nn.Module):
             disc = PatchDiscriminator().to(machine.device)
             self.extras["disc"] = machine.wrap(disc)
             self.extras["disc_optimizer"] = torch.optim.AdamW(disc.parameters(), self.config.lr, betas=(0.5, 0.9))
-        self.mix = {"text_to_image": 3.0, "segmentation": 1.0}  # every kind of target there is: scenes and cut-outs
+        self.mix = {"text_to_image": 3.0, "segmentation": 2.0, "collage": 4.0}  # every kind of target, scenes and cut-outs, and mixtures
 
     def trained(self):
         """Named parameters to train."""
