@@ -1,22 +1,28 @@
 """Everything that becomes a training sample: pictures, words, the built-in worlds, the tasks, the batches.
 
     scene --task--> Sample (prompt with <image> placeholders, reference images, target image) --Collate--> Batch
+    manifest line --->
 
 A picture is a uint8 array (H, W, 3) everywhere in this file; only the batch holds tensors. A sample is a pure
 function of (seed, index): no state, so any step of a run can be replayed and any rank can make its own share.
 
 Read in order: pictures, the text tokenizer, the worlds (Shapes, then Emoji), the six tasks of MENTOR's section 3,
-and at the end the dataset and its batches.
+manifests (the same tasks from picture files), and at the end the datasets and their batches.
 """
 
 import difflib
 import functools
+import hashlib
 import io
+import json
+import os
 import random
 import re
 import sys
 import unicodedata
 import zlib
+from array import array
+from bisect import bisect_right
 from collections import namedtuple
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +31,7 @@ import numpy as np
 import sentencepiece
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------
 # Pictures
@@ -589,6 +596,296 @@ def collage(world, rng, held_out=False):
 SAMPLERS = {**TASKS, "collage": collage}
 
 # ---------------------------------------------------------------------------------------------------------------
+# Manifests: the same tasks from picture files, one JSON line a sample
+# ---------------------------------------------------------------------------------------------------------------
+
+FLAGS = {"generation_only": "text_to_image", "do_mask": "segmentation", "do_replace": "recovery"}
+PATH_FIELDS = ("image_path", "source_image", "input_img_list")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A manifest line, understood. File names are as written there."""
+
+    task: str
+    text: str                                           # a caption, or the whole prompt if it holds <image>
+    picture: str                                        # the picture to draw; in segmentation, to cut from
+    labels: tuple[str, ...] = ()                        # the names of the objects
+    masks: tuple[str, ...] = ()                         # their masks, or
+    references: tuple[str, ...] = ()                    # pictures of them
+
+
+def strings(record, field):
+    """A field's text or list of texts as a tuple, () for null. Raises ValueError naming field and value."""
+    value = record.get(field)
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(v, str) and v for v in values):
+        raise ValueError(f"{field}={value!r}: must be a text, a list of texts or null")
+    return tuple(values)
+
+
+def read_entry(line):
+    """A manifest line (bytes) as an Entry. Raises ValueError naming the field, its value and what is legal.
+
+    | task           | objects | source_image      | image_path                 | flag            |
+    |----------------|---------|-------------------|----------------------------|-----------------|
+    | text_to_image  |         |                   | the picture                | generation_only |
+    | reconstruction | null    | null, or the same | the picture                |                 |
+    | segmentation   | label   | the picture       | the object's mask          | do_mask         |
+    | recovery       | label   | the picture       | the object's mask          | do_replace      |
+    | subject_driven | label   | the picture       | a reference of the subject |                 |
+    | multi_image    | list    | the picture       | a list of masks (*)        |                 |
+
+    (*) or, in input_img_list, pictures of the objects. `input_text` is the caption; a text that holds <image>, once
+    an image or in runs of it (the released manifests repeat it once an image token), is the whole prompt. Fields that
+    are not named here are ignored.
+    """
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error}); want one object in braces a line") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{record!r:.80}: want one JSON object in braces a line")
+    flags = [flag for flag in FLAGS if record.get(flag)]
+    for flag in flags:
+        if record[flag] is not True or len(flags) > 1:
+            raise ValueError(f"{flag}={record[flag]!r}: must be true or false, and only one of {', '.join(FLAGS)} true")
+    several = isinstance(record.get("objects"), list)
+    task = FLAGS[flags[0]] if flags else "reconstruction" if record.get("objects") is None else "multi_image" if several else "subject_driven"
+
+    def need(field, count):
+        values = strings(record, field)
+        if len(values) != count:
+            raise ValueError(f"{field}={record.get(field)!r}: {task} wants {count} here, not {len(values)}")
+        return values
+
+    if task in ("text_to_image", "reconstruction"):
+        picture, = need("image_path", 1)
+        if task == "reconstruction" and strings(record, "source_image") not in ((), (picture,)):
+            raise ValueError(f"source_image={record['source_image']!r}: reconstruction draws image_path={picture!r} from itself; name the subject in objects to draw source_image from image_path")
+        return Entry(task, read_text(record, task, int(task == "reconstruction")), picture)
+    labels = strings(record, "objects") if several else need("objects", 1)
+    if not labels or several and task != "multi_image":
+        raise ValueError(f"objects={record['objects']!r}: {task} wants {'at least one label' if several and not flags else 'one label'}")
+    given = "input_img_list" if task == "multi_image" and record.get("input_img_list") else "image_path"
+    kind = "masks" if given == "image_path" and task != "subject_driven" else "references"
+    return Entry(task, read_text(record, task, len(labels)), *need("source_image", 1), labels, **{kind: need(given, len(labels))})
+
+
+def read_text(record, task, images):
+    """A record's input_text with one <image> for each of its images, or none. Raises ValueError if it is neither."""
+    text = record.get("input_text") or ""
+    if not isinstance(text, str):
+        raise ValueError(f"input_text={text!r}: must be a text")
+    if text.count("<image>") != images:
+        text = re.sub("(?:<image>)+", "<image>", text)
+    if text.count("<image>") not in (0, images):
+        raise ValueError(f"input_text={text!r}: {text.count('<image>')} <image> placeholders, but {task} has {images} images here; write one for each, apart, or none")
+    if task not in ("reconstruction", "segmentation") and not text.replace("<image>", "").strip():
+        raise ValueError(f"input_text={text!r}: {task} needs a caption")
+    return text.strip()
+
+
+def entry_prompt(entry, rng):
+    """The prompt of an entry: its text if that is a whole prompt, else its caption in the task's sentence."""
+    if "<image>" in entry.text or entry.task == "text_to_image":
+        return entry.text
+    if entry.task == "reconstruction":
+        return "The image is <image>" + (f"\n{entry.text}" if entry.text and rng.random() < 0.5 else "")
+    lines = [f"The {label} in <image>." for label in entry.labels]
+    return "\n".join(lines if entry.task == "segmentation" else [*lines, entry.text])
+
+
+class Manifest:
+    """A file of JSON lines. Every line is checked once, when it is opened; kept are only the places of the lines, so a
+    million of them take seconds and megabytes."""
+
+    def __init__(self, path, root="", backgrounds=None, skip_bad=False, quiet=False):
+        """root: the folder that file names start from, by default the manifest's own; backgrounds: the Manifest whose
+        pictures lie behind the objects of recovery, by default this one; quiet: no progress bar.
+
+        Raises ValueError with line number, field and value at the first line that is wrong or names a file that is
+        not there; with skip_bad such lines are left out and their messages kept in `bad`.
+        """
+        self.path, self.root, self.backgrounds, self.bad = Path(path), str(root or Path(path).parent), backgrounds or self, []
+        if not self.path.is_file():
+            raise ValueError(f"{path}: there is no such manifest; give a .jsonl file, or a folder of pictures")
+        places, tasks = array("q"), array("b")
+        with open(path, "rb") as file, tqdm(total=self.path.stat().st_size, desc=f"checking {self.path.name}", unit="B", unit_scale=True, disable=quiet) as bar:
+            place = 0
+            for number, line in enumerate(file, 1):
+                try:
+                    if line.strip():
+                        tasks.append(list(TASKS).index(self.check(line)))
+                        places.extend((place, number))
+                except ValueError as error:
+                    self.bad.append(f"{path} line {number}: {error}")
+                    if not skip_bad:
+                        raise ValueError(self.bad[0]) from None
+                place += len(line)
+                bar.update(len(line))
+        if not tasks:
+            raise ValueError(f"{path}: the manifest holds no line" + (f" that is right; the first: {self.bad[0]}" if self.bad else ""))
+        self.places = np.array(places).reshape(-1, 2)                    # (lines, 2) int64: where it begins, its number
+        tasks = np.array(tasks)
+        self.tasks = {task: np.flatnonzero(tasks == i) for i, task in enumerate(TASKS) if (tasks == i).any()}
+
+    def check(self, line):
+        """The task of a line. Raises ValueError if it is wrong or if one of its files is not there."""
+        entry = read_entry(line)
+        for name in (entry.picture, *entry.masks, *entry.references):
+            if not os.path.isfile(os.path.join(self.root, name)):
+                field = next(f for f in PATH_FIELDS if name in strings(json.loads(line), f))
+                raise ValueError(f"{field}={name!r}: there is no such file in {self.root}, the folder that names start from")
+        return entry.task
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, index):
+        """The Entry of a line, counted from 0 without the bad ones."""
+        with open(self.path, "rb") as file:                              # opened anew: worker processes share no position
+            file.seek(self.places[index][0])
+            return read_entry(file.readline())
+
+    def load(self, name):
+        """The picture of a file named in the manifest."""
+        return load_image(os.path.join(self.root, name))
+
+    def load_masked(self, entry, index=0):
+        """An entry's picture and the mask of its object, bool (H, W), white above 127. Raises ValueError naming a mask
+        of another size than the picture, or without any white."""
+        picture, name = self.load(entry.picture), os.path.join(self.root, entry.masks[index])
+        mask = np.asarray(Image.fromarray(load_image(name)).convert("L")) > 127
+        if mask.shape != picture.shape[:2]:
+            (height, width), (h, w) = mask.shape, picture.shape[:2]
+            raise ValueError(f"{name}: the mask is {width} x {height} pixels, but its picture {entry.picture} is {w} x {h}; they must be equal")
+        if not mask.any():
+            raise ValueError(f"{name}: the mask is all black; the object must be white (above 127)")
+        return picture, mask
+
+    def text_tokenizer(self):
+        """A word model of all texts and labels in the manifest."""
+        entries = (self[i] for i in range(len(self)))
+        texts = (text.replace("<image>", " ") for entry in entries for text in (entry.text, *entry.labels) if text)
+        return TextTokenizer.train(text for part in (["The in", ".", "The image is", WHOLE], texts) for text in part)
+
+
+def square_of_object(picture, mask, size):
+    """A picture's largest square that shows the masked object, as near the centre as may be, at size x size.
+
+    picture uint8 (H, W, 3), mask bool (H, W) -> uint8 (size, size, 3), float32 (size, size, 1) in [0, 1]. Raises
+    ValueError if the object is too small to be seen there.
+    """
+    side, window = min(mask.shape), []
+    for axis in (1, 0):
+        inside = np.flatnonzero(mask.any(axis))
+        first, last = inside[0], inside[-1] + 1
+        start = (mask.shape[1 - axis] - side) // 2
+        start = min(max(start, last - side), first) if last - first <= side else (first + last - side) // 2
+        window.append(slice(start, start + side))
+    small = center_crop(np.repeat(mask[tuple(window)][..., None], 3, 2).astype(np.uint8) * 255, size)[..., :1]
+    if small.max() < 128:
+        raise ValueError(f"the object, {mask.sum()} of {mask.size} pixels, is too small to be seen at {size} x {size}; leave it out")
+    return center_crop(picture[tuple(window)], size), small.astype(np.float32) / 255
+
+
+def object_on_black(picture, mask, box):
+    """A masked object's bounding box (box=True) or only its own pixels, centred on a black square, uint8 (S, S, 3)."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    piece = picture[window] if box else picture[window] * mask[window][..., None]
+    height, width = piece.shape[:2]
+    square = np.zeros((max(height, width),) * 2 + (3,), np.uint8)
+    top, left = (len(square) - height) // 2, (len(square) - width) // 2
+    square[top : top + height, left : left + width] = piece
+    return square
+
+
+def entry_sample(manifest, entry, size, rng):
+    """The Sample of a manifest's entry: its target at size x size, its references at the size they have."""
+    prompt, labels, task = entry_prompt(entry, rng), list(entry.labels), entry.task
+    if task in ("segmentation", "recovery"):
+        target, mask = square_of_object(*manifest.load_masked(entry), size)
+        cut_out = (mask * target + 0.5).astype(np.uint8)
+        if task == "segmentation":
+            return Sample(task, prompt, [target], labels, cut_out, None)
+        return Sample(task, prompt, [paste_distorted(cut_out, mask, some_background(manifest, entry, size, rng), rng)], labels, target, None)
+    picture = manifest.load(entry.picture)
+    images = [manifest.load(name) for name in entry.references]
+    if task == "reconstruction":
+        images, labels = [picture], [WHOLE]
+    for i in range(len(entry.masks)):
+        images.append(object_on_black(*manifest.load_masked(entry, i), rng.random() < 0.5))
+    return Sample(task, prompt, images, labels, center_crop(picture, size), None)
+
+
+def entry_target(manifest, entry, size):
+    """The target of an entry alone, uint8 (size, size, 3): it depends on nothing random."""
+    if not entry.masks or entry.task == "multi_image":
+        return center_crop(manifest.load(entry.picture), size)
+    target, mask = square_of_object(*manifest.load_masked(entry), size)
+    return (mask * target + 0.5).astype(np.uint8) if entry.task == "segmentation" else target
+
+
+def some_background(manifest, entry, size, rng):
+    """Another picture than the entry's, uint8 (size, size, 3). Raises ValueError if there seems to be none."""
+    others = manifest.backgrounds
+    for _ in range(100):
+        other = others[rng.randrange(len(others))]
+        if (others.root, other.picture) != (manifest.root, entry.picture):
+            return center_crop(others.load(other.picture), size)
+    raise ValueError(f"{others.path} has no other picture than {entry.picture} to put behind the {entry.labels[0]}; give --backgrounds a manifest or folder with more")
+
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def read_caption(file):
+    """The first two lines of a text file, stripped; "" for those it does not have, or if there is no such file."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text ({error})") from None
+    first, second = [*lines, "", ""][:2]
+    return first.strip(), second.strip()
+
+
+def manifest_of_folder(folder, path):
+    """Write a manifest of a folder of pictures to the file `path`; names in it start from the folder.
+
+        dog.jpg         a picture: .jpg, .jpeg, .png or .webp, in the folder or below it; gives reconstruction
+        dog.txt         its caption on the first line; gives text-to-image
+        dog.mask.png    white where its object is, and on the second line of dog.txt the object's name; gives
+                        segmentation, and with a caption recovery (without one, the first line stays empty)
+
+    Raises ValueError naming a mask without picture or name, two pictures of one name, or a folder without pictures.
+    """
+    files = sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in PICTURE_SUFFIXES and f.is_file())
+    masks = {f.with_name(f.name[: -len(".mask.png")]): f for f in files if f.name.endswith(".mask.png")}
+    pictures = {}
+    for file in (f for f in files if not f.name.endswith(".mask.png")):
+        if file.with_suffix("") in pictures:
+            raise ValueError(f"{file} and {pictures[file.with_suffix('')]} would share one caption; rename one")
+        pictures[file.with_suffix("")] = file
+    lost = [masks[stem] for stem in masks if stem not in pictures]
+    if lost or not pictures:
+        raise ValueError(f"{lost[0]}: there is no picture of that name beside the mask" if lost else f"{folder}: no picture in it ({', '.join(PICTURE_SUFFIXES)})")
+    with open(path, "w", encoding="utf-8") as out:
+        for stem, picture in pictures.items():
+            caption, label = read_caption(picture.with_suffix(".txt"))
+            if stem in masks and not label:
+                raise ValueError(f"{masks[stem]}: nothing says what the mask marks; write the object's name on the second line of {picture.with_suffix('.txt')}")
+            name, mask = (str(f.relative_to(folder)) if f else "" for f in (picture, masks.get(stem)))
+            whole = {"input_text": caption, "image_path": name}
+            lines = [{**whole, "generation_only": True}] if caption else []
+            lines.append({**whole, "source_image": name, "objects": None})
+            cut = {"input_text": caption, "image_path": mask, "source_image": name, "objects": label}
+            lines += [{**cut, "do_mask": True}] if mask else []
+            lines += [{**cut, "do_replace": True}] if mask and caption else []
+            out.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+# ---------------------------------------------------------------------------------------------------------------
 # Datasets and batches
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -606,6 +903,56 @@ class WorldDataset(torch.utils.data.Dataset):
         task, = rng.choices(self.tasks, self.shares)
         unconditional = rng.random() < self.prefix_drop
         return replace(SAMPLERS[task](self.world, rng, self.held_out), unconditional=unconditional)
+
+
+def shuffled(position, count, key):
+    """Where a permutation of range(count), fixed by the text `key`, sends a position. It needs no table however large
+    the count: a Feistel network permutes the next power of four, and what lands outside goes through it again."""
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    while True:
+        left, right = position >> half, position & ((1 << half) - 1)
+        for turn in range(4):
+            digest = hashlib.blake2b(f"{key} {turn} {right}".encode(), digest_size=8).digest()
+            left, right = right, left ^ int.from_bytes(digest, "big") & ((1 << half) - 1)
+        position = left << half | right
+        if position < count:
+            return position
+
+
+class ManifestDataset(torch.utils.data.Dataset):
+    """Samples of a manifest's lines. Endless: any index is legal, and (seed, index) fixes the sample. Of every task
+    each line comes once before any comes again, in an order that changes from epoch to epoch."""
+
+    BLOCK = 10_000  # so many indices hold each task's share exactly
+
+    def __init__(self, manifest, mix, seed, size, prefix_drop=0.0, targets_only=False):
+        """mix: {task: share}, or None for all lines alike; size: pixels a side of the targets; targets_only: no
+        prompts and references, for the tokenizer. Raises ValueError naming tasks that the manifest does not have."""
+        missing = [task for task, share in (mix or {}).items() if share and task not in manifest.tasks]
+        if missing:
+            raise ValueError(f"{manifest.path} has no lines for {', '.join(missing)}; it has {', '.join(manifest.tasks)}")
+        self.manifest, self.seed, self.size, self.prefix_drop, self.targets_only = manifest, seed, size, prefix_drop, targets_only
+        self.groups = [manifest.tasks[task] for task, share in mix.items() if share] if mix else [np.arange(len(manifest))]
+        shares = np.array([share for share in mix.values() if share] if mix else [1.0])
+        self.edges = [0, *(shares.cumsum() / shares.sum() * self.BLOCK).round().astype(int).tolist()]
+
+    def line(self, index):
+        """The manifest's line that an index takes."""
+        block, place = divmod(index, self.BLOCK)
+        place = shuffled(place, self.BLOCK, f"{self.seed} {block}")
+        k = bisect_right(self.edges, place) - 1
+        epoch, position = divmod(block * (self.edges[k + 1] - self.edges[k]) + place - self.edges[k], len(self.groups[k]))
+        return int(self.groups[k][shuffled(position, len(self.groups[k]), f"{self.seed} {k} {epoch}")])
+
+    def __getitem__(self, index):
+        rng, line = random.Random(f"{self.seed} {index}"), self.line(index)
+        entry, unconditional = self.manifest[line], rng.random() < self.prefix_drop
+        try:
+            if self.targets_only:
+                return Sample(entry.task, "", [], [], entry_target(self.manifest, entry, self.size), None)
+            return replace(entry_sample(self.manifest, entry, self.size, rng), unconditional=unconditional)
+        except ValueError as error:
+            raise ValueError(f"{self.manifest.path} line {self.manifest.places[line][1]}: {error}") from None
 
 
 @dataclass
