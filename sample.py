@@ -235,7 +235,9 @@ class Pipeline:
         return cls(model, vqgan, TextTokenizer.from_file(root / "spiece.model"), json.loads((root / "run.json").read_text()), device)
 
     def world(self):
-        """The built-in world of the run."""
+        """The built-in world of the run. Raises ValueError if it was trained on own pictures."""
+        if self.run.get("data"):
+            raise ValueError(f"this model was trained on {self.run['data']}, not on a built-in world: its pictures cannot be scored, only drawn")
         font = {"font": self.run["emoji_font"]} if self.run["world"] == "emoji" else {}
         return WORLDS[self.run["world"]](self.vqgan.config.image_size, **font)
 

@@ -42,7 +42,7 @@ from tqdm import tqdm
 import mentor
 import sample
 import tokenizer
-from data import CLIP_MEAN, CLIP_STD, TASKS, WORLDS, Collate, TextTokenizer, WorldDataset
+from data import CLIP_MEAN, CLIP_STD, TASKS, WORLDS, Collate, Manifest, ManifestDataset, TextTokenizer, WorldDataset, manifest_of_folder
 from mentor import Mentor, MentorConfig
 from tokenizer import VQGAN, CodebookUsage, LPIPS, PatchDiscriminator, TokenizerConfig, adaptive_weight, hinge_d_loss
 
@@ -105,6 +105,10 @@ class RunConfig:
     stage: str = "all"             # all, tokenizer, pretrain, align, instruct, or import or export of released weights
     world: str = "shapes"          # built-in world: shapes or emoji
     emoji_font: str = ""           # colour emoji font file; empty looks where systems keep theirs
+    data: str = ""                 # your own pictures in place of a world: a manifest (.jsonl) or a folder
+    data_root: str = ""            # folder that file names in the manifest start from; empty: the manifest's own
+    backgrounds: str = ""          # manifest or folder of pictures to put behind recovery's objects; empty: those of data
+    skip_bad: bool = False         # leave wrong lines of a manifest out and list them, instead of stopping at the first
     seed: int = 0                  # everything random follows from it
     train_scale: float = 1.0       # stretches the steps of every stage
     recipe: str = "scratch"        # which parts train in which stage, a row of TRAINED: scratch, paper or released
@@ -446,6 +450,54 @@ def as_vision_pixels(targets, size):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Where the samples come from: a built-in world, or your own pictures
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def open_source(run, machine):
+    """The World of --world, or the Manifest of --data. Raises ValueError if a stage wants tasks that the data lacks."""
+    if not run.data:
+        return WORLDS[run.world](run.vqgan.image_size, **({"font": run.emoji_font} if run.world == "emoji" else {}))
+    backgrounds = open_manifest(run.backgrounds, "backgrounds", run, machine) if run.backgrounds else None
+    manifest = open_manifest(run.data, "data", run, machine, backgrounds)
+    machine.say(f"data: {', '.join(f'{task} {len(lines)}' for task, lines in manifest.tasks.items())} lines of {run.data}")
+    for stage in STAGES[1:] if run.stage == "all" else {run.stage} - {"tokenizer"}:
+        mix = getattr(run, stage).mix
+        lacking = [task for task, share in parse_mix(stage, mix).items() if share and task not in manifest.tasks]
+        if lacking:
+            raise ValueError(f"--{stage}.mix={mix}: {run.data} has nothing for {', '.join(lacking)}; it has {', '.join(manifest.tasks)}, so give for example --{stage}.mix={','.join(f'{t}:1' for t in manifest.tasks)}")
+    return manifest
+
+
+def open_manifest(path, name, run, machine, backgrounds=None):
+    """The Manifest of a file, or of a folder: then it is first written to run.out as NAME.jsonl."""
+    root = run.data_root if name == "data" else ""
+    if Path(path).is_dir():
+        root, folder, path = path, path, Path(run.out) / f"{name}.jsonl"
+        if machine.main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            manifest_of_folder(folder, path)
+        if machine.world_size > 1:
+            dist.barrier()
+    manifest = Manifest(path, root, backgrounds, run.skip_bad, quiet=not machine.main)
+    for message in manifest.bad:
+        machine.say(f"left out: {message}")
+    if manifest.bad:
+        machine.say(f"left out {len(manifest.bad)} of {len(manifest.bad) + len(manifest)} lines")
+    return manifest
+
+
+def make_dataset(name, run, stage, source):
+    """The samples that a stage learns from."""
+    seed = f"{run.seed} {name}"
+    if not isinstance(source, Manifest):
+        return WorldDataset(source, stage.mix, seed, prefix_drop=run.prefix_drop)
+    if name == "tokenizer":
+        return ManifestDataset(source, None, seed, run.vqgan.image_size, targets_only=True)
+    return ManifestDataset(source, stage.mix, seed, run.vqgan.image_size, run.prefix_drop)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # The optimizer
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -522,7 +574,7 @@ def schedule(step, recipe, run):
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------------------
 
-NOT_OF_THE_RESULT = ("out", "stage", "device", "dtype", "workers", "save_every", "micro_batch", "train_scale", "released.", "model.sampling.")
+NOT_OF_THE_RESULT = ("out", "stage", "device", "dtype", "workers", "save_every", "micro_batch", "train_scale", "data_root", "skip_bad", "released.", "model.sampling.")
 
 
 def stage_record(name, run):
@@ -658,7 +710,7 @@ def check_config(config, folder):
                 raise ValueError(f"--model.{key}={value}, but {folder} was trained with {stored[key][0]}: leave the key out, or choose another --out")
 
 
-def build_stage(name, run, machine, world, text_tokenizer):
+def build_stage(name, run, machine):
     """The stage's module with the weights it starts from, and the folder it writes to."""
     torch.manual_seed(run.seed)
     if name == "tokenizer":
@@ -673,7 +725,7 @@ def build_stage(name, run, machine, world, text_tokenizer):
     return MentorStage(name, run, machine, model, vqgan).to(machine.device)
 
 
-def train_stage(name, run, machine, world, text_tokenizer):
+def train_stage(name, run, machine, source, text_tokenizer):
     """Train one stage from its last checkpoint, or from the stage before, and save its weights."""
     folder, recipe = Path(run.out) / name, getattr(run, name)
     record = stage_record(name, run)
@@ -681,7 +733,7 @@ def train_stage(name, run, machine, world, text_tokenizer):
     if (folder / "model.safetensors").is_file():
         machine.say(f"{name}: done already, {folder} holds its weights")
         return
-    stage = build_stage(name, run, machine, world, text_tokenizer)
+    stage = build_stage(name, run, machine)
     optimizers = make_optimizers(stage, recipe, run)
     start = load_state(folder, stage, optimizers, machine.device)
     micro, accumulate = micro_batches(recipe, run, machine)
@@ -690,10 +742,9 @@ def train_stage(name, run, machine, world, text_tokenizer):
         (folder / "stage.json").write_text(json.dumps(record, indent=2) + "\n")
     describe_stage(name, stage, recipe, machine, micro, accumulate, start)
 
-    dataset = WorldDataset(world, stage.mix, f"{run.seed} {name}", prefix_drop=run.prefix_drop)
     collate = Collate(text_tokenizer, run.model.vision.image_size, run.model.image_tokens, run.model.context, run.vqgan.image_size)
     batches = iter(torch.utils.data.DataLoader(
-        dataset, batch_sampler=index_batches(start, recipe.steps, recipe.global_batch, micro, accumulate, machine.rank),
+        make_dataset(name, run, stage, source), batch_sampler=index_batches(start, recipe.steps, recipe.global_batch, micro, accumulate, machine.rank),
         collate_fn=collate, num_workers=run.workers, pin_memory=machine.device.type == "cuda"))
     wrapped = machine.wrap(stage.train())
     log = Log(folder, name, recipe, start, machine)
@@ -821,20 +872,22 @@ def main(arguments):
         Path(run.out).mkdir(parents=True, exist_ok=True)
         (Path(run.out) / "run.json").write_text(json.dumps(asdict(run), indent=2) + "\n")
         return import_released(run, machine) if run.stage == "import" else export_released(run, machine)
-    world = WORLDS[run.world](run.vqgan.image_size, **({"font": run.emoji_font} if run.world == "emoji" else {}))
+    source = open_source(run, machine)
     spiece = Path(run.out) / "spiece.model"
-    text_tokenizer = TextTokenizer.from_file(spiece) if spiece.is_file() else world.text_tokenizer()
+    text_tokenizer = TextTokenizer.from_file(spiece) if spiece.is_file() else source.text_tokenizer()
     check_vocabulary(text_tokenizer, run)
     if machine.main:
         Path(run.out).mkdir(parents=True, exist_ok=True)
         spiece.write_bytes(text_tokenizer.proto)
         (Path(run.out) / "run.json").write_text(json.dumps(asdict(run), indent=2) + "\n")
     for name in STAGES if run.stage == "all" else (run.stage,):
-        train_stage(name, run, machine, world, text_tokenizer)
+        train_stage(name, run, machine, source, text_tokenizer)
         machine.say(f"{name}: finished after {time.perf_counter() - started:.0f} s in all")
     if machine.main:
         draw_curves(run.out, Path(run.out) / "curves.png")
-        if run.stage in ("all", "instruct"):
+        if run.data:
+            machine.say(f"no scores: they need a built-in world. Everything took {time.perf_counter() - started:.0f} s; look at {run.out}/curves.png")
+        elif run.stage in ("all", "instruct"):
             sample.score(sample.Pipeline.open(run.out, machine.device), Path(run.out))
             machine.say(f"everything took {time.perf_counter() - started:.0f} s; look at {run.out}/sheet.png and {run.out}/curves.png, then try\n"
                         f'    python sample.py {run.out} "A big red star at the top left on a green striped background"')

@@ -1,0 +1,348 @@
+"""Manifests and folders of one's own pictures: every task's target, the order of lines, messages, and a run on them."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+import sample
+import train
+from data import Collate, Manifest, ManifestDataset, TextTokenizer, manifest_of_folder, read_entry, shuffled
+
+GREEN, RED, BLUE, BLACK = (0, 160, 0), (200, 0, 0), (0, 0, 220), (0, 0, 0)
+BOX = np.s_[4:12, 8:20]  # where the red object stands
+
+
+def picture(ground=GREEN, box=BOX, color=RED, size=(32, 32)):
+    """A box of one colour on a ground of another."""
+    pixels = np.zeros((*size, 3), np.uint8)
+    pixels[:], pixels[box] = ground, color
+    return pixels
+
+
+def save(path, pixels):
+    Image.fromarray(pixels).save(path)
+    return path.name
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """scene.png with a red box, mask.png of it, second.png and secondmask.png (a box elsewhere), blue.png."""
+    save(tmp_path / "scene.png", picture())
+    save(tmp_path / "mask.png", picture(BLACK, color=(255, 255, 255)))
+    save(tmp_path / "secondmask.png", picture(BLACK, np.s_[20:30, 2:6], (200, 200, 200)))
+    save(tmp_path / "blue.png", picture(BLUE, np.s_[0:0, 0:0]))
+    return tmp_path
+
+
+T2I = {"input_text": "a red box on green", "image_path": "scene.png", "generation_only": True, "objects": None}
+RECONSTRUCTION = {"input_text": "a red box on green", "image_path": "scene.png", "source_image": "scene.png", "objects": None}
+SEGMENTATION = {"input_text": "a red box on green", "image_path": "mask.png", "source_image": "scene.png", "objects": "box", "do_mask": True}
+RECOVERY = {"input_text": "a box on green", "image_path": "mask.png", "source_image": "scene.png", "objects": "box", "do_replace": True}
+SUBJECT = {"input_text": "a box on green", "image_path": "blue.png", "source_image": "scene.png", "objects": "box"}
+MULTI = {"input_text": "a box and a bar on green", "image_path": ["mask.png", "secondmask.png"], "source_image": "scene.png", "objects": ["box", "bar"]}
+ALL = [T2I, RECONSTRUCTION, SEGMENTATION, RECOVERY, SUBJECT, MULTI]
+
+
+def write(folder, records, name="m.jsonl"):
+    (folder / name).write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder / name
+
+
+def manifest(folder, records, **options):
+    return Manifest(write(folder, records), quiet=True, **options)
+
+
+def samples(folder, record, count=20, size=32, **options):
+    """Samples of a manifest with one line, and of a blue picture to go behind."""
+    extra = manifest_of_blue(folder)
+    dataset = ManifestDataset(manifest(folder, [record], backgrounds=extra, **options), None, 0, size)
+    return [dataset[i] for i in range(count)]
+
+
+def manifest_of_blue(folder):
+    return Manifest(write(folder, [{"image_path": "blue.png"}], "blue.jsonl"), quiet=True)
+
+
+def test_text_to_image_and_reconstruction(folder):
+    for drawn in samples(folder, T2I):
+        assert (drawn.task, drawn.prompt, drawn.images, drawn.names) == ("text_to_image", "a red box on green", [], [])
+        assert (drawn.target == picture()).all()
+    rebuilt = samples(folder, RECONSTRUCTION)
+    assert all((s.target == picture()).all() and (s.images[0] == picture()).all() and s.names == ["whole image"] for s in rebuilt)
+    assert {s.prompt for s in rebuilt} == {"The image is <image>", "The image is <image>\na red box on green"}
+
+
+def test_segmentation_keeps_the_object_and_blackens_the_rest(folder):
+    cut, = samples(folder, SEGMENTATION, 1)
+    assert (cut.prompt, cut.names) == ("The box in <image>.", ["box"])
+    assert (cut.images[0] == picture()).all() and (cut.target == picture(BLACK)).all()
+
+
+def test_recovery_pastes_only_the_object_on_another_picture(folder):
+    areas = set()
+    for drawn in samples(folder, RECOVERY):
+        assert (drawn.prompt, drawn.names) == ("The box in <image>.\na box on green", ["box"])
+        assert (drawn.target == picture()).all()
+        red, green, blue = drawn.images[0].reshape(-1, 3).T.astype(int)
+        assert (green == 0).all() and (red > 150).sum() > 20 and (blue > 200).sum() > 500  # the object and the other ground, nothing else
+        areas.add(int((red > 100).sum()))
+    assert len(areas) > 5  # its size changes
+
+
+def test_recovery_takes_backgrounds_from_its_own_manifest_but_never_its_own_picture(folder):
+    dataset = ManifestDataset(manifest(folder, [RECOVERY, {**T2I, "image_path": "blue.png"}]), {"recovery": 1.0}, 0, 32)
+    assert all((dataset[i].images[0][..., 1] == 0).all() for i in range(20))
+    alone = ManifestDataset(manifest(folder, [RECOVERY]), None, 0, 32)
+    with pytest.raises(ValueError, match="m.jsonl line 1: .*no other picture than scene.png.*--backgrounds"):
+        alone[0]
+
+
+def test_subject_driven_and_multi_image(folder):
+    drawn, = samples(folder, SUBJECT, 1)
+    assert drawn.prompt == "The box in <image>.\na box on green" and (drawn.images[0] == BLUE).all() and (drawn.target == picture()).all()
+    seen = set()
+    for drawn in samples(folder, MULTI):
+        assert drawn.prompt == "The box in <image>.\nThe bar in <image>.\na box and a bar on green" and drawn.names == ["box", "bar"]
+        box, bar = drawn.images
+        assert box.shape == (12, 12, 3) and (box[2:10] == RED).all() and not box[:2].any() and not box[10:].any()
+        assert bar.shape == (10, 10, 3) and (bar[:, 3:7] == GREEN).all() and not bar[:, :3].any()
+        seen.add(drawn.target.tobytes())
+    assert seen == {picture().tobytes()}
+    given, = samples(folder, {**MULTI, "image_path": None, "input_img_list": ["blue.png", "mask.png"]}, 1)
+    assert (given.images[0] == BLUE).all() and given.images[1].shape == (32, 32, 3)
+
+
+def test_multi_image_shows_boxes_or_cut_outs(folder):
+    mask = picture(BLACK, color=(255, 255, 255))
+    mask[4:8, 8:14] = 0  # a corner of the object is missing
+    save(folder / "mask.png", mask)
+    corners = {tuple(s.images[0][2, 0].tolist()) for s in samples(folder, MULTI)}
+    assert corners == {RED, BLACK}
+
+
+def test_a_whole_prompt_is_taken_as_it_is_and_runs_of_placeholders_are_one(folder):
+    for run in ("<image>", "<image>" * 256):
+        drawn, = samples(folder, {**SUBJECT, "input_text": f"Draw the box of {run} on green"}, 1)
+        assert drawn.prompt == "Draw the box of <image> on green"
+    assert read_entry(json.dumps({**MULTI, "input_text": "<image><image> side by side"})).text == "<image><image> side by side"
+
+
+def test_the_square_moves_to_show_the_object(folder):
+    """In a wide picture the object at the right edge is out of the centred square."""
+    wide, box = (32, 96), np.s_[8:24, 80:96]
+    save(folder / "scene.png", picture(box=box, size=wide))
+    save(folder / "mask.png", picture(BLACK, box, (255, 255, 255), wide))
+    cut, = samples(folder, SEGMENTATION, 1)
+    assert (cut.target == picture(BLACK, np.s_[8:24, 16:32])).all() and (cut.images[0] == picture(box=np.s_[8:24, 16:32])).all()
+    large, = samples(folder, SEGMENTATION, 1, size=64)
+    assert large.target.shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("record", ALL, ids=data.TASKS)
+def test_targets_alone_equal_the_samples_targets(folder, record):
+    whole, = samples(folder, record, 1)
+    alone = ManifestDataset(manifest(folder, [record]), None, 0, 32, targets_only=True)[0]
+    assert (alone.target == whole.target).all() and alone.prompt == "" and alone.images == []
+
+
+def test_samples_of_all_tasks_make_a_batch(folder):
+    dataset = ManifestDataset(manifest(folder, ALL + [{"image_path": "blue.png"}]), None, 0, 32, prefix_drop=0.3)
+    tokenizer = dataset.manifest.text_tokenizer()
+    batch = Collate(tokenizer, 32, 16, 96, 32)([dataset[i] for i in range(14)])
+    assert set(batch.tasks) == set(data.TASKS) and batch.targets.shape == (14, 3, 32, 32) and not (batch.text_ids == tokenizer.UNKNOWN).any()
+    assert 0 < batch.unconditional.sum() < 14
+
+
+def test_samples_are_a_function_of_seed_and_index(folder):
+    lines = manifest(folder, ALL + [{"image_path": "blue.png"}])
+    first, again, other = (ManifestDataset(lines, None, seed, 32) for seed in (1, 1, 2))
+    assert all((first[i].target == again[i].target).all() and first[i].prompt == again[i].prompt for i in reversed(range(20)))
+    assert [first.line(i) for i in range(7)] != [other.line(i) for i in range(7)]
+
+
+def test_every_epoch_shows_every_line_once_in_another_order(folder):
+    dataset = ManifestDataset(manifest(folder, ALL * 10), None, 0, 32)
+    drawn = [dataset.line(i) for i in range(dataset.BLOCK * 3)]  # 30,000 indices are 500 epochs of 60 lines
+    assert (np.bincount(drawn) == 500).all()
+    assert len({tuple(drawn[i : i + 60]) for i in range(0, 30_000, 60)}) == 500
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 17, 64, 1000])
+def test_shuffled_is_a_permutation(count):
+    assert sorted(shuffled(i, count, "key") for i in range(count)) == list(range(count))
+
+
+def test_a_mix_gives_tasks_their_shares_and_lines_their_turns(folder):
+    lines = manifest(folder, [T2I] * 30 + [SEGMENTATION] * 7)
+    dataset = ManifestDataset(lines, {"text_to_image": 3.0, "segmentation": 1.0, "recovery": 0.0}, 0, 32)
+    drawn = np.bincount([dataset.line(i) for i in range(dataset.BLOCK)], minlength=37)
+    assert drawn[:30].sum() == 7500 and drawn[30:].sum() == 2500
+    assert drawn[:30].min() == drawn[:30].max() == 250 and drawn[30:].max() - drawn[30:].min() <= 1
+    early = [dataset.line(i) >= 30 for i in range(400)]
+    assert 60 < sum(early) < 140  # the shares hold within a block too
+    with pytest.raises(ValueError, match="no lines for recovery; it has text_to_image, segmentation"):
+        ManifestDataset(lines, {"recovery": 1.0}, 0, 32)
+
+
+@pytest.mark.parametrize("record, message", [
+    ("{oops", "line 3: not JSON .*one object in braces"),
+    ([1], "line 3: .*one JSON object"),
+    ({**T2I, "image_path": "scene.pgn"}, "line 3: image_path='scene.pgn': there is no such file in .*folder that names start from"),
+    ({**SEGMENTATION, "source_image": "other.png"}, "line 3: source_image='other.png': there is no such file"),
+    ({**SEGMENTATION, "source_image": None}, "source_image=None: segmentation wants 1 here, not 0"),
+    ({**T2I, "image_path": 7}, "image_path=7: must be a text, a list of texts or null"),
+    ({**T2I, "image_path": ["scene.png", "blue.png"]}, "image_path=.*text_to_image wants 1 here, not 2"),
+    ({**T2I, "input_text": ["a"]}, "input_text=.*must be a text"),
+    ({**T2I, "input_text": " "}, "input_text=' ': text_to_image needs a caption"),
+    ({**T2I, "input_text": "a box in <image>"}, "1 <image> placeholders, but text_to_image has 0 images"),
+    ({**SUBJECT, "input_text": "<image> and <image>"}, "2 <image> placeholders, but subject_driven has 1 images"),
+    ({**T2I, "generation_only": "yes"}, "generation_only='yes': must be true or false"),
+    ({**RECOVERY, "do_mask": True}, "only one of generation_only, do_mask, do_replace true"),
+    ({**RECONSTRUCTION, "source_image": "blue.png"}, "source_image='blue.png': reconstruction draws image_path='scene.png' from itself; name the subject in objects"),
+    ({**MULTI, "objects": ["box"]}, "image_path=.*multi_image wants 1 here, not 2"),
+    ({**MULTI, "objects": []}, "objects=.*at least one label"),
+    ({**SEGMENTATION, "objects": ["box", "bar"]}, "objects=.*segmentation wants one label"),
+])
+def test_a_wrong_line_is_named_and_may_be_left_out(folder, record, message):
+    path = folder / "m.jsonl"
+    path.write_text(json.dumps(T2I) + "\n\n" + (record if isinstance(record, str) else json.dumps(record)) + "\n" + json.dumps(SEGMENTATION))
+    with pytest.raises(ValueError, match=message):
+        Manifest(path, quiet=True)
+    kept = Manifest(path, quiet=True, skip_bad=True)
+    assert len(kept) == 2 and len(kept.bad) == 1 and "m.jsonl line 3: " in kept.bad[0]
+    assert [kept[i].task for i in range(2)] == ["text_to_image", "segmentation"] and kept.places[1][1] == 4
+
+
+def test_manifests_that_hold_nothing_are_refused(folder):
+    with pytest.raises(ValueError, match="nothing.jsonl: there is no such manifest"):
+        Manifest(folder / "nothing.jsonl")
+    with pytest.raises(ValueError, match="holds no line"):
+        manifest(folder, [])
+    with pytest.raises(ValueError, match="holds no line that is right; the first: .*line 1: image_path"):
+        manifest(folder, [{}], skip_bad=True)
+
+
+def test_names_start_from_the_root(folder, tmp_path_factory):
+    elsewhere = write(tmp_path_factory.mktemp("elsewhere"), [T2I])
+    with pytest.raises(ValueError, match="no such file"):
+        Manifest(elsewhere, quiet=True)
+    assert (ManifestDataset(Manifest(elsewhere, root=folder, quiet=True), None, 0, 32)[0].target == picture()).all()
+
+
+def test_masks_that_do_not_fit_are_named_with_their_line(folder):
+    dataset = ManifestDataset(manifest(folder, [SEGMENTATION]), None, 0, 32)
+    save(folder / "mask.png", picture(BLACK, color=(255, 255, 255), size=(32, 40)))
+    with pytest.raises(ValueError, match="m.jsonl line 1: .*mask.png: the mask is 40 x 32 pixels, but its picture scene.png is 32 x 32"):
+        dataset[0]
+    save(folder / "mask.png", picture(BLACK, color=(127, 127, 127)))
+    with pytest.raises(ValueError, match="line 1: .*mask.png: the mask is all black"):
+        dataset[0]
+    save(folder / "scene.png", picture(size=(640, 640)))
+    save(folder / "mask.png", picture(BLACK, np.s_[5:8, 5:8], (255, 255, 255), (640, 640)))
+    with pytest.raises(ValueError, match="line 1: the object, 9 of 409600 pixels, is too small"):
+        dataset[0]
+
+
+def test_a_long_manifest_opens_fast(folder):
+    path = folder / "long.jsonl"
+    path.write_text((json.dumps(SEGMENTATION) + "\n") * 100_000)
+    started = time.process_time()
+    lines = Manifest(path, quiet=True)
+    assert time.process_time() - started < 4 and len(lines) == 100_000
+    started = time.process_time()
+    dataset = ManifestDataset(lines, None, 0, 32)
+    assert {dataset.manifest[dataset.line(i)].task for i in range(1000)} == {"segmentation"}
+    assert time.process_time() - started < 1
+    assert lines.places.nbytes + sum(t.nbytes for t in lines.tasks.values()) <= 24 * len(lines)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder: dog with caption, label and mask; cat with a caption; sub/tree alone."""
+    root = tmp_path / "pictures"
+    (root / "sub").mkdir(parents=True)
+    save(root / "dog.png", picture())
+    save(root / "dog.mask.png", picture(BLACK, color=(255, 255, 255)))
+    (root / "dog.txt").write_text("a dog on grass\ndog\n")
+    save(root / "cat.png", picture(BLUE))
+    (root / "cat.txt").write_text("a cat")
+    save(root / "sub" / "tree.png", picture(RED))
+    return root
+
+
+def test_a_folder_becomes_a_manifest(pictures, tmp_path):
+    manifest_of_folder(pictures, tmp_path / "m.jsonl")
+    lines = Manifest(tmp_path / "m.jsonl", root=pictures, quiet=True)
+    found = {(e.task, e.picture, e.text, e.labels) for e in (lines[i] for i in range(len(lines)))}
+    assert found == {("text_to_image", "cat.png", "a cat", ()), ("reconstruction", "cat.png", "a cat", ()),
+                     ("text_to_image", "dog.png", "a dog on grass", ()), ("reconstruction", "dog.png", "a dog on grass", ()),
+                     ("segmentation", "dog.png", "a dog on grass", ("dog",)), ("recovery", "dog.png", "a dog on grass", ("dog",)),
+                     ("reconstruction", "sub/tree.png", "", ())}
+    cut = ManifestDataset(lines, {"segmentation": 1.0}, 0, 32)[0]
+    assert (cut.target == picture(BLACK)).all() and cut.prompt == "The dog in <image>."
+
+
+def test_a_mask_without_caption_still_gives_segmentation(pictures, tmp_path):
+    (pictures / "dog.txt").write_text("\ndog\n")
+    manifest_of_folder(pictures, tmp_path / "m.jsonl")
+    lines = Manifest(tmp_path / "m.jsonl", root=pictures, quiet=True)
+    assert set(lines.tasks) == {"text_to_image", "reconstruction", "segmentation"}
+
+
+def test_folders_that_are_wrong_are_named(pictures, tmp_path):
+    out = tmp_path / "m.jsonl"
+    (pictures / "dog.txt").write_text("a dog on grass\n")
+    with pytest.raises(ValueError, match="dog.mask.png: nothing says what the mask marks; .*second line of .*dog.txt"):
+        manifest_of_folder(pictures, out)
+    (pictures / "dog.txt").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ValueError, match="dog.txt: not UTF-8"):
+        manifest_of_folder(pictures, out)
+    save(pictures / "cat.jpg", picture())
+    with pytest.raises(ValueError, match="cat.png and .*cat.jpg would share one caption"):
+        manifest_of_folder(pictures, out)
+    (pictures / "cat.jpg").unlink()
+    (pictures / "dog.png").unlink()
+    with pytest.raises(ValueError, match="dog.mask.png: there is no picture of that name"):
+        manifest_of_folder(pictures, out)
+    with pytest.raises(ValueError, match="sub2: no picture in it"):
+        (pictures / "sub2").mkdir()
+        manifest_of_folder(pictures / "sub2", out)
+
+
+SMALL = ["--vqgan.ch=8", "--vqgan.ch_mult=1,1,1", "--vqgan.num_res_blocks=1", "--vqgan.norm_groups=4", "--vqgan.z_channels=8", "--vqgan.codebook_size=32",
+         "--model.vision.width=16", "--model.vision.n_head=2", "--model.vision.n_layer=1", "--model.vision.mlp_width=32", "--model.text.width=16", "--model.text.n_head=2",
+         "--model.text.n_layer=1", "--model.decoder.width=32", "--model.decoder.n_layer=1", "--model.decoder.codebook_size=32", "--device=cpu",
+         *(f"--{stage}.{key}" for stage in train.STAGES for key in ("steps=2", "global_batch=4"))]
+MIXES = ["--align.mix=text_to_image:1,reconstruction:1,segmentation:1", "--instruct.mix=recovery:1,segmentation:1"]
+
+
+def test_a_run_on_own_pictures_trains_and_draws(pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    train.main(["tiny", *SMALL, *MIXES, f"--data={pictures}", f"--out={out}"])
+    said = capsys.readouterr().out
+    assert "data: text_to_image 2, reconstruction 3, segmentation 1, recovery 1 lines" in said and "no scores" in said and not (out / "scores.json").exists()
+    assert set(json.loads((out / "align" / "log.jsonl").read_text().splitlines()[-1])) & {"text_to_image", "reconstruction", "segmentation"}
+    assert TextTokenizer.from_file(out / "spiece.model").pieces.encode("grass", out_type=str) == ["▁grass"]
+    sample.main([str(out), "a dog on grass", f"--out={tmp_path}/drawn.png", "--device=cpu"])
+    assert Image.open(tmp_path / "drawn.png").width > 100
+    with pytest.raises(ValueError, match="trained on .*pictures, not on a built-in world"):
+        sample.main([str(out), "--score", "--device=cpu"])
+
+
+def test_a_run_wants_only_tasks_that_the_data_has(pictures, tmp_path):
+    with pytest.raises(ValueError, match="--instruct.mix=text_to_image:600.*has nothing for subject_driven; it has text_to_image, reconstruction, segmentation, recovery, so give"):
+        train.main(["tiny", *SMALL, f"--data={pictures}", f"--out={tmp_path}/out"])
+    assert not (tmp_path / "out" / "tokenizer").exists()  # said before anything is trained
+
+
+def test_a_run_lists_the_lines_it_leaves_out(folder, capsys):
+    path = write(folder, [T2I, {**T2I, "image_path": "lost.png"}, RECONSTRUCTION])
+    with pytest.raises(ValueError, match="line 2: image_path='lost.png'"):
+        train.main(["tiny", *SMALL, "--stage=tokenizer", f"--data={path}", f"--out={folder}/out"])
+    train.main(["tiny", *SMALL, "--stage=tokenizer", f"--data={path}", f"--out={folder}/out", "--skip_bad=true"])
+    said = capsys.readouterr().out
+    assert "left out: " in said and "line 2: image_path='lost.png'" in said and "left out 1 of 3 lines" in said
