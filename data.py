@@ -1018,3 +1018,82 @@ def pad(rows):
     """Lists of ids -> (len(rows), longest) int64, zeros on the right."""
     longest = max((len(row) for row in rows), default=1)
     return torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.long).view(len(rows), longest)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# COCO: python data.py coco INSTANCES.json CAPTIONS.json IMAGES_DIR OUT_DIR
+# ---------------------------------------------------------------------------------------------------------------
+
+OBJECT_SHARE = (0.05, 0.95)  # of a picture's pixels; smaller objects are hard to see on the code grid
+
+
+def read_coco(path, *keys):
+    """Those lists of a COCO file, in order. Raises ValueError naming the file and what it lacks."""
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    for key in keys:
+        if not isinstance(content, dict) or key not in content:
+            raise ValueError(f"{path}: no {key!r} in it; want COCO's instances_*.json, then captions_*.json")
+    return [content[key] for key in keys]
+
+
+def nameable_objects(annotations):
+    """{picture id: its objects that a label can name}: alone of their category there, and no crowd regions."""
+    of_category = {}
+    for annotation in annotations:
+        of_category.setdefault((annotation["image_id"], annotation["category_id"]), []).append(annotation)
+    objects = {}
+    for (picture, _), group in of_category.items():
+        if len(group) == 1 and not group[0].get("iscrowd"):
+            objects.setdefault(picture, []).append(group[0])
+    return objects
+
+
+def draw_polygons(polygons, width, height):
+    """COCO polygons, lists of x, y, x, y, ..., as a mask: an image of mode L, 255 inside."""
+    mask = Image.new("L", (width, height))
+    for points in polygons:
+        ImageDraw.Draw(mask).polygon(points, fill=255)
+    return mask
+
+
+def manifest_of_coco(instances, captions, images, out):
+    """Write out/manifest.jsonl and out/masks/ID.png for COCO's pictures: text-to-image for every caption,
+    reconstruction, and for every object that a label can name and that is neither tiny nor everything segmentation and
+    recovery. Returns how many lines. Raises ValueError naming a file that is not there or holds something else."""
+    pictures, annotations, categories = read_coco(instances, "images", "annotations", "categories")
+    said, names, objects = {}, {c["id"]: c["name"] for c in categories}, nameable_objects(annotations)
+    for caption in read_coco(captions, "annotations")[0]:
+        said.setdefault(caption["image_id"], []).append(" ".join(caption["caption"].split()))
+    out, count = Path(out), 0
+    (out / "masks").mkdir(parents=True, exist_ok=True)
+    with open(out / "manifest.jsonl", "w", encoding="utf-8") as file:
+        for picture in tqdm(pictures, desc="coco"):
+            path = os.path.relpath(Path(images) / picture["file_name"], out)
+            if not (out / path).is_file():
+                raise ValueError(f"{Path(images) / picture['file_name']}: there is no such picture, but {instances} names it; IMAGES_DIR must be the folder with its .jpg files")
+            texts = said.get(picture["id"], [])
+            lines = [{"input_text": text, "image_path": path, "generation_only": True} for text in texts]
+            lines.append({"input_text": "".join(texts[:1]), "image_path": path, "source_image": path, "objects": None})
+            for item in objects.get(picture["id"], []):
+                mask, name = draw_polygons(item["segmentation"], picture["width"], picture["height"]), f"masks/{item['id']}.png"
+                if OBJECT_SHARE[0] <= mask.histogram()[255] / (mask.width * mask.height) <= OBJECT_SHARE[1]:
+                    mask.save(out / name)
+                    cut = {"input_text": "".join(texts[:1]), "image_path": name, "source_image": path, "objects": names[item["category_id"]]}
+                    lines += [{**cut, "do_mask": True}, *([{**cut, "do_replace": True}] if texts else [])]
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            count += len(lines)
+    return count
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 6 or sys.argv[1] != "coco":
+        sys.exit("usage: python data.py coco INSTANCES.json CAPTIONS.json IMAGES_DIR OUT_DIR")
+    try:
+        print(f"wrote {sys.argv[5]}/manifest.jsonl, {manifest_of_coco(*sys.argv[2:])} lines; train with --data={sys.argv[5]}/manifest.jsonl")
+    except ValueError as error:
+        sys.exit(f"data.py: {error}")

@@ -1,7 +1,10 @@
 """Manifests and folders of one's own pictures: every task's target, the order of lines, messages, and a run on them."""
 
 import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -311,6 +314,49 @@ def test_folders_that_are_wrong_are_named(pictures, tmp_path):
     with pytest.raises(ValueError, match="sub2: no picture in it"):
         (pictures / "sub2").mkdir()
         manifest_of_folder(pictures / "sub2", out)
+
+
+def coco_files(tmp_path):
+    """Two pictures: in the first a cat (two triangles' square), two dogs and a crowd; in the second a dot."""
+    (tmp_path / "images").mkdir()
+    for name in ("1.jpg", "2.jpg"):
+        save(tmp_path / "images" / name, picture(size=(40, 60)))
+    square = [[10, 5, 29, 5, 29, 24], [10, 5, 10, 24, 29, 24]]
+    objects = [{"id": 7, "image_id": 1, "category_id": 1, "iscrowd": 0, "segmentation": square},
+               {"id": 8, "image_id": 1, "category_id": 2, "iscrowd": 0, "segmentation": square},
+               {"id": 9, "image_id": 1, "category_id": 2, "iscrowd": 0, "segmentation": square},
+               {"id": 10, "image_id": 1, "category_id": 3, "iscrowd": 1, "segmentation": {"counts": [5], "size": [40, 60]}},
+               {"id": 11, "image_id": 2, "category_id": 1, "iscrowd": 0, "segmentation": [[1, 1, 3, 1, 3, 3]]}]
+    (tmp_path / "instances.json").write_text(json.dumps({
+        "images": [{"id": i, "file_name": f"{i}.jpg", "width": 60, "height": 40} for i in (1, 2)],
+        "annotations": objects, "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 3, "name": "person"}]}))
+    (tmp_path / "captions.json").write_text(json.dumps({"annotations": [{"image_id": 1, "caption": t} for t in ("A cat. \n", "Two dogs and a cat")]}))
+    return [tmp_path / name for name in ("instances.json", "captions.json", "images", "coco")]
+
+
+def test_coco_becomes_a_manifest(tmp_path):
+    files = coco_files(tmp_path)
+    assert data.manifest_of_coco(*files) == 6
+    lines = Manifest(tmp_path / "coco" / "manifest.jsonl", quiet=True)
+    found = [(e.task, Path(e.picture).name, e.text, e.labels) for e in (lines[i] for i in range(len(lines)))]
+    assert found == [("text_to_image", "1.jpg", "A cat.", ()), ("text_to_image", "1.jpg", "Two dogs and a cat", ()), ("reconstruction", "1.jpg", "A cat.", ()),
+                     ("segmentation", "1.jpg", "A cat.", ("cat",)), ("recovery", "1.jpg", "A cat.", ("cat",)), ("reconstruction", "2.jpg", "", ())]
+    mask = np.asarray(Image.open(tmp_path / "coco" / "masks" / "7.png"))
+    assert mask.shape == (40, 60) and (mask[5:25, 10:30] == 255).all() and mask.sum() == 20 * 20 * 255
+    assert [f.name for f in (tmp_path / "coco" / "masks").iterdir()] == ["7.png"]  # no crowd, no namesakes, nothing tiny
+
+
+def test_coco_files_that_are_wrong_are_named(tmp_path):
+    files = coco_files(tmp_path)
+    with pytest.raises(ValueError, match="captions.json: no 'images' in it; want COCO's instances"):
+        data.manifest_of_coco(files[1], *files[1:])
+    with pytest.raises(ValueError, match="nothing.json: there is no such file"):
+        data.manifest_of_coco(tmp_path / "nothing.json", *files[1:])
+    (tmp_path / "images" / "2.jpg").unlink()
+    with pytest.raises(ValueError, match="2.jpg: there is no such picture, but .*instances.json names it"):
+        data.manifest_of_coco(*files)
+    done = subprocess.run([sys.executable, data.__file__, "coco"], capture_output=True, text=True)
+    assert done.returncode == 1 and "usage: python data.py coco INSTANCES.json" in done.stderr
 
 
 SMALL = ["--vqgan.ch=8", "--vqgan.ch_mult=1,1,1", "--vqgan.num_res_blocks=1", "--vqgan.norm_groups=4", "--vqgan.z_channels=8", "--vqgan.codebook_size=32",
