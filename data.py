@@ -24,7 +24,7 @@ import zlib
 from array import array
 from bisect import bisect_right
 from collections import namedtuple
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -480,6 +480,7 @@ class Sample:
     target: np.ndarray                                  # the picture to draw
     scene: Scene                                        # the target's scene, for whoever judges the drawing
     unconditional: bool = False                         # train this one without its prompt (for guidance)
+    line: int = -1                                      # the manifest's line that it was made of
 
 
 WHOLE = "whole image"  # the query connector's words where no subject is meant (section 3.1)
@@ -615,12 +616,12 @@ class Entry:
     references: tuple[str, ...] = ()                    # pictures of them
 
 
-def strings(record, field):
+def strings(record, name):
     """A field's text or list of texts as a tuple, () for null. Raises ValueError naming field and value."""
-    value = record.get(field)
+    value = record.get(name)
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(v, str) and v for v in values):
-        raise ValueError(f"{field}={value!r}: must be a text, a list of texts or null")
+        raise ValueError(f"{name}={value!r}: must be a text, a list of texts or null")
     return tuple(values)
 
 
@@ -653,10 +654,10 @@ def read_entry(line):
     several = isinstance(record.get("objects"), list)
     task = FLAGS[flags[0]] if flags else "reconstruction" if record.get("objects") is None else "multi_image" if several else "subject_driven"
 
-    def need(field, count):
-        values = strings(record, field)
+    def need(name, count):
+        values = strings(record, name)
         if len(values) != count:
-            raise ValueError(f"{field}={record.get(field)!r}: {task} wants {count} here, not {len(values)}")
+            raise ValueError(f"{name}={record.get(name)!r}: {task} wants {count} here, not {len(values)}")
         return values
 
     if task in ("text_to_image", "reconstruction"):
@@ -710,7 +711,7 @@ class Manifest:
         self.path, self.root, self.backgrounds, self.bad = Path(path), str(root or Path(path).parent), backgrounds or self, []
         if not self.path.is_file():
             raise ValueError(f"{path}: there is no such manifest; give a .jsonl file, or a folder of pictures")
-        places, tasks = array("q"), array("b")
+        places, tasks, self.digest = array("q"), array("b"), hashlib.blake2b(digest_size=8)
         with open(path, "rb") as file, tqdm(total=self.path.stat().st_size, desc=f"checking {self.path.name}", unit="B", unit_scale=True, disable=quiet) as bar:
             place = 0
             for number, line in enumerate(file, 1):
@@ -727,16 +728,22 @@ class Manifest:
         if not tasks:
             raise ValueError(f"{path}: the manifest holds no line" + (f" that is right; the first: {self.bad[0]}" if self.bad else ""))
         self.places = np.array(places).reshape(-1, 2)                    # (lines, 2) int64: where it begins, its number
+        self.digest = self.digest.hexdigest()                            # changes with the lines and with their files
         tasks = np.array(tasks)
         self.tasks = {task: np.flatnonzero(tasks == i) for i, task in enumerate(TASKS) if (tasks == i).any()}
 
     def check(self, line):
         """The task of a line. Raises ValueError if it is wrong or if one of its files is not there."""
         entry = read_entry(line)
+        self.digest.update(line)
         for name in (entry.picture, *entry.masks, *entry.references):
-            if not os.path.isfile(os.path.join(self.root, name)):
-                field = next(f for f in PATH_FIELDS if name in strings(json.loads(line), f))
-                raise ValueError(f"{field}={name!r}: there is no such file in {self.root}, the folder that names start from")
+            path = os.path.join(self.root, name)
+            if os.path.isfile(path):
+                file = os.stat(path)
+                self.digest.update(b"%d %d" % (file.st_size, file.st_mtime_ns))
+            else:
+                named = next(f for f in PATH_FIELDS if name in strings(json.loads(line), f))
+                raise ValueError(f"{named}={name!r}: there is no such file in {self.root}, the folder that names start from")
         return entry.task
 
     def __len__(self):
@@ -950,7 +957,7 @@ class ManifestDataset(torch.utils.data.Dataset):
         try:
             if self.targets_only:
                 return Sample(entry.task, "", [], [], entry_target(self.manifest, entry, self.size), None)
-            return replace(entry_sample(self.manifest, entry, self.size, rng), unconditional=unconditional)
+            return replace(entry_sample(self.manifest, entry, self.size, rng), unconditional=unconditional, line=line)
         except ValueError as error:
             raise ValueError(f"{self.manifest.path} line {self.manifest.places[line][1]}: {error}") from None
 
@@ -968,6 +975,7 @@ class Batch:
     targets: torch.Tensor           # (B, 3, S, S) float32 in [-1, 1], the tokenizer's; empty when there are none
     unconditional: torch.Tensor     # (B,) bool: samples trained without their prompt
     tasks: list[str]
+    lines: list[int] = field(default_factory=list)  # the manifest's lines that the samples were made of
 
     def to(self, device):
         """The same batch with its tensors on the device."""
@@ -1011,7 +1019,8 @@ class Collate:
             name_ids=names, name_mask=names != self.text_tokenizer.PAD,
             targets=torch.stack([tokenizer_pixels(s.target, target_size) for s in samples if s.target is not None] or [torch.zeros(0)]),
             unconditional=torch.tensor([s.unconditional for s in samples]),
-            tasks=[s.task for s in samples])
+            tasks=[s.task for s in samples],
+            lines=[s.line for s in samples])
 
 
 def pad(rows):

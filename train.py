@@ -108,6 +108,7 @@ class RunConfig:
     data: str = ""                 # your own pictures in place of a world: a manifest (.jsonl) or a folder
     data_root: str = ""            # folder that file names in the manifest start from; empty: the manifest's own
     backgrounds: str = ""          # manifest or folder of pictures to put behind recovery's objects; empty: those of data
+    cache_codes: bool = False      # keep the codes of data's targets in OUT/codes, so that each is encoded once
     skip_bad: bool = False         # leave wrong lines of a manifest out and list them, instead of stopping at the first
     seed: int = 0                  # everything random follows from it
     train_scale: float = 1.0       # stretches the steps of every stage
@@ -225,6 +226,8 @@ def validate(run):
             raise ValueError(f"--{key}={getattr(run, key)}: must be one of {', '.join(legal)}")
     for stage in STAGES[1:]:
         parse_mix(stage, getattr(run, stage).mix)
+    if run.cache_codes and not run.data:
+        raise ValueError("--cache_codes=true: a built-in world draws every sample anew, so there is nothing to keep; use it with --data")
     if run.vqgan.grid_size != run.model.decoder.grid_size or run.vqgan.codebook_size != run.model.decoder.codebook_size:
         raise ValueError(f"the tokenizer gives {run.vqgan.grid_size}x{run.vqgan.grid_size} codes of {run.vqgan.codebook_size}, but model.decoder.grid_size={run.model.decoder.grid_size} and model.decoder.codebook_size={run.model.decoder.codebook_size}: make them equal")
     return run
@@ -400,6 +403,32 @@ class ContrastiveHead(nn.Module):
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
+class CodeCache:
+    """The codes of a manifest's targets on disk: each is encoded when it is first met and read from then on.
+
+    The file is of one tokenizer and one manifest, by the hashes in its name; any other gets a file of its own.
+    """
+
+    def __init__(self, run, machine, manifest):
+        tokenizer_hash = sample.weights_hash(Path(run.out) / "tokenizer")
+        path = Path(run.out) / "codes" / f"{tokenizer_hash}-{manifest.digest}.npy"
+        if machine.main and not path.is_file():
+            path.parent.mkdir(exist_ok=True)
+            np.lib.format.open_memmap(path, "w+", np.uint16, (len(manifest), run.vqgan.grid_size**2))  # all zero, and sparse
+        if machine.world_size > 1:
+            dist.barrier()
+        self.rows = np.lib.format.open_memmap(path, "r+")                                # code + 1, 0 where none is yet
+
+    def encode(self, vqgan, batch):
+        """The codes (B, N) of a batch's targets."""
+        rows = self.rows[batch.lines]
+        new = (rows == 0).any(1)
+        if new.any():
+            rows[new] = vqgan.encode(batch.targets[torch.from_numpy(new)]).cpu().numpy() + 1
+            self.rows[np.array(batch.lines)[new]] = rows[new]
+        return torch.from_numpy(rows.astype(np.int64) - 1).to(batch.targets.device)
+
+
 class MentorStage(nn.Module):
     """Pretraining, alignment and instruction tuning: the next-code loss (eq. 3) on the stage's mix of tasks."""
 
@@ -412,6 +441,7 @@ class MentorStage(nn.Module):
             parameter.requires_grad_(parameter_name.startswith(self.parts))
         self.contrastive = ContrastiveHead(model.config, machine) if name == "pretrain" else None
         self.vqgan = (vqgan.requires_grad_(False),)  # in a tuple: outside the module tree, never trained or saved
+        self.cache = None                            # a CodeCache, where codes are kept
 
     def trained(self):
         """Named parameters to train."""
@@ -420,7 +450,7 @@ class MentorStage(nn.Module):
     def forward(self, batch, step):
         """Loss of a batch and what to log: the loss of each task, the contrastive loss."""
         with torch.no_grad(), torch.autocast(batch.targets.device.type, enabled=False):
-            codes = self.vqgan[0].encode(batch.targets)                                  # (B, N)
+            codes = self.cache.encode(self.vqgan[0], batch) if self.cache else self.vqgan[0].encode(batch.targets)  # (B, N)
         hidden = self.model.encoder(batch)                                               # (B, P, Dt)
         prefix = self.model.projector(hidden, batch.lengths, batch.unconditional)
         logits = self.model.next_code_logits(prefix, batch.lengths, codes)               # (B, N, V)
@@ -574,7 +604,7 @@ def schedule(step, recipe, run):
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------------------
 
-NOT_OF_THE_RESULT = ("out", "stage", "device", "dtype", "workers", "save_every", "micro_batch", "train_scale", "data_root", "skip_bad", "released.", "model.sampling.")
+NOT_OF_THE_RESULT = ("out", "stage", "device", "dtype", "workers", "save_every", "micro_batch", "train_scale", "data_root", "skip_bad", "cache_codes", "released.", "model.sampling.")
 
 
 def stage_record(name, run):
@@ -710,7 +740,7 @@ def check_config(config, folder):
                 raise ValueError(f"--model.{key}={value}, but {folder} was trained with {stored[key][0]}: leave the key out, or choose another --out")
 
 
-def build_stage(name, run, machine):
+def build_stage(name, run, machine, source):
     """The stage's module with the weights it starts from, and the folder it writes to."""
     torch.manual_seed(run.seed)
     if name == "tokenizer":
@@ -722,7 +752,9 @@ def build_stage(name, run, machine):
     else:
         check_config(run.model, Path(run.out) / before)
         model = Mentor.from_pretrained(Path(run.out) / before, run.model)
-    return MentorStage(name, run, machine, model, vqgan).to(machine.device)
+    stage = MentorStage(name, run, machine, model, vqgan).to(machine.device)
+    stage.cache = CodeCache(run, machine, source) if run.cache_codes else None
+    return stage
 
 
 def train_stage(name, run, machine, source, text_tokenizer):
@@ -733,7 +765,7 @@ def train_stage(name, run, machine, source, text_tokenizer):
     if (folder / "model.safetensors").is_file():
         machine.say(f"{name}: done already, {folder} holds its weights")
         return
-    stage = build_stage(name, run, machine)
+    stage = build_stage(name, run, machine, source)
     optimizers = make_optimizers(stage, recipe, run)
     start = load_state(folder, stage, optimizers, machine.device)
     micro, accumulate = micro_batches(recipe, run, machine)

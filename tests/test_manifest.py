@@ -363,6 +363,7 @@ SMALL = ["--vqgan.ch=8", "--vqgan.ch_mult=1,1,1", "--vqgan.num_res_blocks=1", "-
          "--model.vision.width=16", "--model.vision.n_head=2", "--model.vision.n_layer=1", "--model.vision.mlp_width=32", "--model.text.width=16", "--model.text.n_head=2",
          "--model.text.n_layer=1", "--model.decoder.width=32", "--model.decoder.n_layer=1", "--model.decoder.codebook_size=32", "--device=cpu",
          *(f"--{stage}.{key}" for stage in train.STAGES for key in ("steps=2", "global_batch=4"))]
+CPU = train.Machine(0, 1, train.torch.device("cpu"), train.torch.float32)
 MIXES = ["--align.mix=text_to_image:1,reconstruction:1,segmentation:1", "--instruct.mix=recovery:1,segmentation:1"]
 
 
@@ -392,3 +393,40 @@ def test_a_run_lists_the_lines_it_leaves_out(folder, capsys):
     train.main(["tiny", *SMALL, "--stage=tokenizer", f"--data={path}", f"--out={folder}/out", "--skip_bad=true"])
     said = capsys.readouterr().out
     assert "left out: " in said and "line 2: image_path='lost.png'" in said and "left out 1 of 3 lines" in said
+
+
+def test_cached_codes_are_the_tokenizers_and_change_nothing(pictures, tmp_path, monkeypatch):
+    counts = []
+    encode = train.VQGAN.encode
+    monkeypatch.setattr(train.VQGAN, "encode", lambda self, images: counts.append(len(images)) or encode(self, images))
+    arguments = ["tiny", *SMALL, *MIXES, f"--data={pictures}", "--align.steps=8"]
+    train.main([*arguments, f"--out={tmp_path / 'plain'}"])
+    plain = sum(counts)
+    counts.clear()
+    train.main([*arguments, f"--out={tmp_path / 'cached'}", "--cache_codes=true"])
+    assert plain == 4 * (2 + 8 + 2) and sum(counts) < plain / 3  # there are seven lines; a batch may hold a new one twice
+    for stage in ("pretrain", "align", "instruct"):
+        assert sample.weights_hash(tmp_path / "plain" / stage) == sample.weights_hash(tmp_path / "cached" / stage)
+    kept, = (tmp_path / "cached" / "codes").iterdir()
+    rows = np.load(kept)
+    assert rows.shape == (7, 64) and kept.name.startswith(sample.weights_hash(tmp_path / "cached" / "tokenizer"))
+
+
+def test_cached_codes_know_their_tokenizer_and_their_pictures(folder):
+    lines, out = manifest(folder, [T2I, RECONSTRUCTION]), folder / "out"
+    run = train.replace(train.PRESETS["tiny"], out=str(out))
+    for seed in (0, 1):
+        train.torch.manual_seed(seed)
+        vqgan = train.VQGAN(run.vqgan)
+        vqgan.save_pretrained(out / "tokenizer")
+        cache = train.CodeCache(run, CPU, lines)
+        batch = Collate(lines.text_tokenizer(), 32, 16, 96, 32)([ManifestDataset(lines, None, 0, 32)[i] for i in range(3)])
+        assert (cache.encode(vqgan, batch) == vqgan.encode(batch.targets)).all() and (cache.encode(None, batch) == vqgan.encode(batch.targets)).all()
+    assert len(list((out / "codes").iterdir())) == 2
+    save(folder / "scene.png", picture(BLUE, size=(40, 40)))
+    assert manifest(folder, [T2I, RECONSTRUCTION]).digest != lines.digest
+
+
+def test_caching_codes_needs_data():
+    with pytest.raises(ValueError, match="--cache_codes=true: .*use it with --data"):
+        train.parse(["tiny", "--cache_codes=true"])
