@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 import data
 from data import Collate, Sample, Scene, ShapeSubject, Placed, TextTokenizer, WORLDS, contact_sheet, to_picture, tokenizer_pixels
@@ -375,6 +376,12 @@ def save_gif(pipeline, codes, path, frames=32):
     pictures[0].save(path, save_all=True, append_images=pictures[1:] + [pictures[-1]] * 15, duration=80, loop=0)
 
 
+def chosen_sampling(pipeline, options):
+    """The model's SamplingConfig with what the command line says."""
+    chosen = {key: getattr(options, key) for key in SAMPLING_KEYS if getattr(options, key) is not None}
+    return dataclasses.replace(pipeline.model.config.sampling, **chosen)
+
+
 def draw_prompt(pipeline, options):
     """Draw one prompt `--n` times; returns the grid of pictures, one row of up to four after the other."""
     images = [data.load_image(path) for path in options.images]
@@ -382,8 +389,7 @@ def draw_prompt(pipeline, options):
     names = names if len(names) == len(images) else [data.WHOLE] * len(images)
     sample = Sample("prompt", options.prompt, images, names, None, None)
     pipeline.text_tokenizer.check_words(options.prompt)
-    chosen = {key: getattr(options, key) for key in SAMPLING_KEYS if getattr(options, key) is not None}
-    sampling = dataclasses.replace(pipeline.model.config.sampling, **chosen)
+    sampling = chosen_sampling(pipeline, options)
     started = time.perf_counter()
     pictures, codes = pipeline.draw([sample] * options.n, sampling, options.seed)
     seconds = time.perf_counter() - started
@@ -406,6 +412,43 @@ def reconstruct(pipeline, options):
     return [[image, ceiling, drawn]]
 
 
+def dreambench_subjects(folder):
+    """[(id, picture file, label, prompts)] of DreamBench++'s data: images/**/N.jpg and captions/**/N.txt, whose first
+    line is the label and the others are prompts. Raises ValueError naming what is missing."""
+    subjects, folder = [], Path(folder)
+    for file in sorted((folder / "captions").rglob("*.txt")):
+        picture = folder / "images" / file.relative_to(folder / "captions").with_suffix(".jpg")
+        label, *prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()] or [""]
+        if not picture.is_file() or not prompts:
+            raise ValueError(f"{file}: " + (f"there is no picture {picture} to go with it" if prompts else "want a label on the first line and prompts on the others"))
+        group = f"live_subject_{file.parent.name}" if file.parent.name in ("animal", "human") else file.parent.name
+        subjects.append((f"{group}_{file.stem}_{label.lower().replace(' ', '_')}", picture, label, prompts))
+    if not subjects:
+        raise ValueError(f"--dreambench={folder}: no captions/**/*.txt in it; give DreamBench++'s data folder, which holds images/ and captions/")
+    return subjects
+
+
+def draw_dreambench(pipeline, options, out):
+    """Draw every prompt of DreamBench++ options.n times, in the layout its scorer reads: src_image/, text/ and
+    tgt_image/, in each a folder per subject with PROMPT_SAMPLE.jpg or .txt."""
+    subjects = dreambench_subjects(options.dreambench)
+    prompts = {name: [f"The {label} in <image>.\n{prompt}" for prompt in asked] for name, _, label, asked in subjects}
+    for prompt in (p for asked in prompts.values() for p in asked):
+        pipeline.text_tokenizer.check_words(prompt)
+    for name, file, label, asked in tqdm(subjects, desc="subjects"):
+        source = data.load_image(file)
+        wanted = [Sample("dreambench", prompt, [source], [label], None, None) for prompt in prompts[name] for _ in range(options.n)]
+        pictures, _ = pipeline.draw(wanted, chosen_sampling(pipeline, options), options.seed, batch_size=16)
+        for kind in ("src_image", "text", "tgt_image"):
+            (out / kind / name).mkdir(parents=True, exist_ok=True)
+        for i, picture in enumerate(pictures):
+            stem = "{}_{}".format(*divmod(i, options.n))
+            Image.fromarray(source).save(out / "src_image" / name / f"{stem}.jpg", quality=95)
+            (out / "text" / name / f"{stem}.txt").write_text(asked[i // options.n], encoding="utf-8")
+            Image.fromarray(picture).save(out / "tgt_image" / name / f"{stem}.jpg", quality=95)
+    print(f"wrote {out}: {len(subjects)} subjects, {sum(map(len, prompts.values()))} prompts, {options.n} samples each")
+
+
 SAMPLING_KEYS = ("cfg_scale", "temperature", "top_k", "top_p")
 
 
@@ -418,7 +461,8 @@ def parse(arguments):
     parser.add_argument("--segment", metavar="NAME", help="cut the named subject out of the one image in --images")
     parser.add_argument("--reconstruct", metavar="FILE", help="draw this image again, beside the tokenizer's own reconstruction")
     parser.add_argument("--score", action="store_true", help="score the model on held-out subjects of its world")
-    parser.add_argument("--out", default="sample.png", help="file to write (--score: folder to write into; default %(default)s)")
+    parser.add_argument("--dreambench", metavar="FOLDER", help="draw all prompts of DreamBench++'s data folder, --n times each, for its scorer")
+    parser.add_argument("--out", default="sample.png", help="file to write (--score, --dreambench: folder to write into; default %(default)s)")
     parser.add_argument("--n", type=int, default=1, help="how many samples to draw, as a grid (default %(default)s)")
     parser.add_argument("--cfg_scale", type=float, help="guidance: 0 unconditional, 1 conditional, more follows the prompt harder (default: the model's)")
     parser.add_argument("--temperature", type=float, help="0 is greedy (default: the model's)")
@@ -436,8 +480,8 @@ def parse(arguments):
         value = getattr(options, key)
         if value is not None and (value < low or high is not None and value > high):
             raise ValueError(f"--{key}={value}: must be at least {low}" + (f" and at most {high}" if high is not None else ""))
-    if not (options.prompt or options.score or options.reconstruct):
-        raise ValueError('give a prompt ("A big red star at the top on a green background"), --segment, --reconstruct or --score')
+    if not (options.prompt or options.score or options.reconstruct or options.dreambench):
+        raise ValueError('give a prompt ("A big red star at the top on a green background"), --segment, --reconstruct, --dreambench or --score')
     return options
 
 
@@ -447,6 +491,9 @@ def main(arguments):
     pipeline = Pipeline.open(options.folder, torch.device(options.device))
     if options.score:
         score(pipeline, Path(options.folder if options.out == "sample.png" else options.out))
+        return
+    if options.dreambench:
+        draw_dreambench(pipeline, options, Path(options.folder, "dreambench") if options.out == "sample.png" else Path(options.out))
         return
     rows = reconstruct(pipeline, options) if options.reconstruct else draw_prompt(pipeline, options)
     Image.fromarray(contact_sheet([[enlarged(p) for p in row] for row in rows], pad=8)).save(options.out)

@@ -125,6 +125,25 @@ def test_command_line_draws_reconstructs_and_segments(out, tmp_path, world, caps
     sample.main([str(out), "--segment=star", f"--images={tmp_path}/ref.png", f"--out={picture}"])
 
 
+def test_dreambench_is_written_as_its_scorer_reads_it(out, tmp_path):
+    for group, number, words in (("live_subject/animal", "00", "Star\nA big star on a green background\nA small star at the top\n"), ("object", "07", "ring\na ring at the left\n")):
+        for kind in ("images", "captions"):
+            (tmp_path / "bench" / kind / group).mkdir(parents=True)
+        Image.fromarray(np.full((50, 70, 3), 90, np.uint8)).save(tmp_path / "bench" / "images" / group / f"{number}.jpg")
+        (tmp_path / "bench" / "captions" / group / f"{number}.txt").write_text(words)
+    sample.main([str(out), f"--dreambench={tmp_path}/bench", f"--out={tmp_path}/drawn", "--n=2"])
+    names = {p.relative_to(tmp_path / "drawn").as_posix() for p in (tmp_path / "drawn").rglob("*.*")}
+    stems = [f"live_subject_animal_00_star/{i}_{j}" for i in (0, 1) for j in (0, 1)] + ["object_07_ring/0_0", "object_07_ring/0_1"]
+    assert names == {f"{kind}/{stem}.{end}" for stem in stems for kind, end in (("src_image", "jpg"), ("text", "txt"), ("tgt_image", "jpg"))}
+    assert (tmp_path / "drawn/text/live_subject_animal_00_star/1_0.txt").read_text() == "A small star at the top"
+    assert Image.open(tmp_path / "drawn/src_image/object_07_ring/0_1.jpg").size == (70, 50) and Image.open(tmp_path / "drawn/tgt_image/object_07_ring/0_1.jpg").size == (32, 32)
+    (tmp_path / "bench/images/object/07.jpg").unlink()
+    with pytest.raises(ValueError, match="07.txt: there is no picture .*07.jpg"):
+        sample.main([str(out), f"--dreambench={tmp_path}/bench"])
+    with pytest.raises(ValueError, match="no captions/.*give DreamBench"):
+        sample.main([str(out), f"--dreambench={tmp_path}/drawn"])
+
+
 def test_the_same_seed_draws_the_same_picture(out):
     pipeline = sample.Pipeline.open(out, "cpu")
     prompt = Sample("", "A big red star at the top on a green background", [], [], None, None)
