@@ -628,6 +628,12 @@ def check_record(folder, record):
                 raise ValueError(f"{folder} was trained with {key}={old.get(key)}, this run has {record.get(key)}; choose another --out, or delete {folder}")
 
 
+def write_whole(file, content):
+    """Write bytes to a file so that another process that looks for it sees all of them or no file."""
+    file.with_suffix(".tmp").write_bytes(content)
+    os.replace(file.with_suffix(".tmp"), file)
+
+
 def save_state(folder, stage, optimizers, step):
     """Everything needed to go on from `step`, in one file that is never half written."""
     state = {"step": step, "stage": stage.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
@@ -771,7 +777,7 @@ def train_stage(name, run, machine, source, text_tokenizer):
     micro, accumulate = micro_batches(recipe, run, machine)
     if machine.main:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "stage.json").write_text(json.dumps(record, indent=2) + "\n")
+        write_whole(folder / "stage.json", (json.dumps(record, indent=2) + "\n").encode())
     describe_stage(name, stage, recipe, machine, micro, accumulate, start)
 
     collate = Collate(text_tokenizer, run.model.vision.image_size, run.model.image_tokens, run.model.context, run.vqgan.image_size)
@@ -910,7 +916,7 @@ def main(arguments):
     check_vocabulary(text_tokenizer, run)
     if machine.main:
         Path(run.out).mkdir(parents=True, exist_ok=True)
-        spiece.write_bytes(text_tokenizer.proto)
+        write_whole(spiece, text_tokenizer.proto)
         (Path(run.out) / "run.json").write_text(json.dumps(asdict(run), indent=2) + "\n")
     for name in STAGES if run.stage == "all" else (run.stage,):
         train_stage(name, run, machine, source, text_tokenizer)
