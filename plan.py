@@ -145,14 +145,13 @@ def decoder_block_bytes(config, size, trained):
     return norms + attention + mlp + 2 * d * (config.dropout > 0)  # a byte for each number that dropout may take
 
 
-def text_block_bytes(config, size, trained, length):
-    """The same for one position of a text block in a prompt of this length. The residual stream is float32 here."""
+def text_block_bytes(config, size, length):
+    """The same for one position of a text block, all of it trained, in a prompt of this length."""
     d, inner, m = config.width, config.n_head * config.head_width, config.mlp_width
-    casts = (1, 1) if size == 4 else (3, 2)                        # what enters q, k, v and wi_0, wi_1
-    norms = 2 * d * 4 * (1 + trained)
-    attention = size * (trained * casts[0] * d + (3 + trained) * inner + config.n_head * length)  # the last: position bias
-    mlp = size * (trained * casts[1] * d + (3 + trained) * m)
-    return norms + attention + mlp + (2 * d + m) * (config.dropout > 0)
+    casts = 2 if size == 4 else 5                                  # what enters q, k, v and wi_0, wi_1
+    norms = 4 * 4 * d                                              # the residual stream is float32 here
+    attention = size * (4 * inner + config.n_head * length)        # the last: a row of weights, or of the position bias
+    return norms + attention + size * (casts * d + 4 * m) + (2 * d + m) * (config.dropout > 0)
 
 
 def activation_bytes(model, tokens, images, size, checkpoint=False, pooled=0):
@@ -162,19 +161,19 @@ def activation_bytes(model, tokens, images, size, checkpoint=False, pooled=0):
     """
     vision, text, decoder = model.config.vision, model.config.text, model.config.decoder
     learns = {part: any(p.requires_grad for p in model.get_submodule(part).parameters()) for part in PARTS}
-    inside = {part: next(model.get_submodule(part).blocks.parameters()).requires_grad for part in ("encoder.text", "decoder")}
+    decoder_block = decoder_block_bytes(decoder, size, next(model.decoder.blocks.parameters()).requires_grad)
     length = tokens + decoder.n_code - 1
 
     def stack(n_layer, block, entering):
         return block + n_layer * entering if checkpoint else n_layer * block
 
-    total = stack(decoder.n_layer, length * decoder_block_bytes(decoder, size, inside["decoder"]), length * size * decoder.width)
+    total = stack(decoder.n_layer, length * decoder_block, length * size * decoder.width)
     total += length * (4 * decoder.width // decoder.n_head + 2 * (4 + size) * decoder.width)  # rotations, the last norm, both gathers
     total += decoder.n_code * size * decoder.width                                       # what enters the output head
     total += tokens * size * (text.width + 2 * decoder.width)                            # the projector
     if learns["encoder.connector"] or learns["encoder.text"]:
-        total += stack(text.n_layer, tokens * text_block_bytes(text, size, inside["encoder.text"], tokens), tokens * 4 * text.width)
-        total += tokens * (8 * text.width + 4 * text.n_head * tokens)                    # the last norm, the bias that blocks share
+        total += stack(text.n_layer, tokens * text_block_bytes(text, size, tokens), tokens * 4 * text.width)
+        total += tokens * 8 * text.width                                                 # the last norm
         total += images * vision.n_patch * size * (vision.width + 2 * text.width)        # the connector
     if learns["encoder.vision"]:
         total += pooled * vision.n_layer * (1 + vision.n_patch) * vision_block_bytes(vision, size)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import plan
 import train
-from mentor import ConnectorConfig, DecoderConfig, Mentor, MentorConfig, TextConfig, VisionConfig
+from mentor import ConnectorConfig, DecoderConfig, Mentor, MentorConfig, TextConfig, TextEncoder, VisionConfig
 from tokenizer import VQGAN
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +71,16 @@ def test_activations_are_what_autograd_saves(name, recipe, kind, dtype, text_tok
     copies = plan.fixed_bytes(model, 0, size, 1)["weights"] - 4 * sum(p.numel() for p in model.parameters())
     if size < 4:  # autocast's copies of the matrices are saved too; tables are never cast
         saved -= copies - size * tables if name != "pretrain" else copies - size * (tables + sum(p.numel() for p in model.encoder.connector.parameters()))
-    assert abs(estimate / saved - 1) < 0.08
+    assert abs(estimate / saved - 1) < (0.06 if kind == "query" else 0.03)  # the Q-Former is taken for an MLP
+
+
+def test_a_long_prompt_costs_its_square_in_the_text_encoder():
+    """The small model's prompts are too short to show it."""
+    config = TextConfig(vocab_size=8, width=64, n_layer=4, n_head=4, head_width=16, mlp_width=128, dropout=0.0)
+    model = TextEncoder(config)
+    embeddings, mask = torch.randn(2, 200, 64, requires_grad=True), torch.ones(2, 200, dtype=torch.bool)
+    _, saved = plan.saved_bytes(lambda: model(embeddings, mask), model)
+    assert abs(2 * 200 * (4 * plan.text_block_bytes(config, 4, 200) + 4 * 2 * 64) / saved - 1) < 0.05  # four blocks and the last norm
 
 
 def test_recomputing_costs_the_memory_that_the_plan_says(text_tokenizer, make_batch):
@@ -79,7 +88,7 @@ def test_recomputing_costs_the_memory_that_the_plan_says(text_tokenizer, make_ba
     train.recompute_activations(model)
     _, saved = plan.saved_bytes(forward, model)
     tokens = batch.text_ids.shape[1]
-    again = tokens * plan.text_block_bytes(model.config.text, 4, True, tokens) + (tokens + 63) * plan.decoder_block_bytes(model.config.decoder, 4, True)
+    again = tokens * plan.text_block_bytes(model.config.text, 4, tokens) + (tokens + 63) * plan.decoder_block_bytes(model.config.decoder, 4, True)
     estimate = plan.activation_bytes(model, tokens, len(batch.pixels) / 4, 4, checkpoint=True)  # holds what one block computes again
     assert abs(4 * (estimate - again) / saved - 1) < 0.08
 
