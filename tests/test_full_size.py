@@ -99,7 +99,7 @@ def released():
         mentor.load_released(parameters, mentor.released_tensors(source, file))
         assert digests(parameters) == before and len(set(before.values())) == len(before)
         counts.append(len(before))
-        del parameters, module
+    file.unlink()
     return {"tensors": counts}
 
 
