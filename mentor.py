@@ -328,7 +328,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return normed.to(x.dtype) * self.weight
 
 
@@ -638,6 +639,10 @@ class Mentor(nn.Module):
 
     def next_code_logits(self, prefix, lengths, codes):
         """prefix (B, P, D) with lengths (B,), codes (B, N) -> logits (B, N, V) float32. Teacher forcing in one pass."""
+        return self.decoder.output(self.next_code_hidden(prefix, lengths, codes)).float()
+
+    def next_code_hidden(self, prefix, lengths, codes):
+        """The same before the output head: the hidden states that predict the codes, (B, N, D)."""
         (B, P, D), N = prefix.shape, codes.shape[1]
         order = sequence_order(lengths, P, N - 1)                                        # the last code is never read
         x = torch.cat([prefix, self.decoder.code_embedding(codes[:, :-1]).to(prefix.dtype)], dim=1)
@@ -645,8 +650,7 @@ class Mentor(nn.Module):
         positions = (order - P + 1).clamp(min=0)                                         # 0 in the prefix, 1 + k at code k
         hidden = self.decoder(x, positions)
         predicts = lengths[:, None] - 1 + torch.arange(N, device=codes.device)           # from the last prefix position on
-        hidden = hidden.gather(1, predicts[..., None].expand(-1, -1, D))                 # only these go through the head
-        return self.decoder.output(hidden).float()
+        return hidden.gather(1, predicts[..., None].expand(-1, -1, D))                   # only these go through the head
 
     def prefill(self, prefix, lengths):
         """Read the prefix into a new cache. Returns the first code's logits (B, V) float32 and the cache."""

@@ -12,7 +12,7 @@ The four stages, each starting from what the one before wrote:
     instruct    the paper's stage 2: subject-driven generation and recovery teach to keep and to change
 
 Read in order: the configuration and its presets, the command line, processes and devices, the stages (what is
-trained and on which loss), the optimizer, checkpoints, the one loop, the report, main.
+trained and on which loss), the optimizer, checkpoints, the one loop, the plan of a dry run, the report, main.
 """
 
 import json
@@ -25,7 +25,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, partial
 from inspect import getsource
 from pathlib import Path
 
@@ -35,11 +35,14 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from safetensors import safe_open
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import mentor
+import plan
 import sample
 import tokenizer
 from data import CLIP_MEAN, CLIP_STD, TASKS, WORLDS, Collate, Manifest, ManifestDataset, TextTokenizer, WorldDataset, manifest_of_folder
@@ -122,6 +125,8 @@ class RunConfig:
     dtype: str = "auto"            # of autocast: auto (bfloat16 on a GPU that has it), bfloat16 or float32
     workers: int = 0               # data processes
     save_every: int = 1000         # steps between checkpoints
+    checkpoint: bool = False       # recompute activations in the backward pass: less memory, a third slower
+    dry_run: bool = False          # train nothing: check what is needed, print parameters, FLOPs, memory and hours
     released: ReleasedConfig = field(default_factory=ReleasedConfig)
     vqgan: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: MentorConfig = field(default_factory=MentorConfig)
@@ -383,6 +388,10 @@ class TokenizerStage(nn.Module):
             self.usage.reset()
         return logs
 
+    def flops(self, means):
+        """FLOPs of an image, without LPIPS and discriminator."""
+        return 3 * plan.vqgan_flops(self.model.config, encode_only=False)
+
 
 class ContrastiveHead(nn.Module):
     """CLIP's loss (arXiv 2103.00020): each image should be nearest to its own caption, and each caption to its image.
@@ -440,6 +449,8 @@ class MentorStage(nn.Module):
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name.startswith(self.parts))
         self.contrastive = ContrastiveHead(model.config, machine) if name == "pretrain" else None
+        if run.checkpoint:
+            recompute_activations(model)
         self.vqgan = (vqgan.requires_grad_(False),)  # in a tuple: outside the module tree, never trained or saved
         self.cache = None                            # a CodeCache, where codes are kept
 
@@ -453,9 +464,9 @@ class MentorStage(nn.Module):
             codes = self.cache.encode(self.vqgan[0], batch) if self.cache else self.vqgan[0].encode(batch.targets)  # (B, N)
         hidden = self.model.encoder(batch)                                               # (B, P, Dt)
         prefix = self.model.projector(hidden, batch.lengths, batch.unconditional)
-        logits = self.model.next_code_logits(prefix, batch.lengths, codes)               # (B, N, V)
-        losses = F.cross_entropy(logits.transpose(1, 2), codes, reduction="none").mean(1)  # (B,)
-        loss, logs = losses.mean(), {}
+        states = self.model.next_code_hidden(prefix, batch.lengths, codes)               # (B, N, D)
+        losses = next_code_losses(self.model.decoder.output, states, codes)              # (B,)
+        loss, logs = losses.mean(), {"tokens": batch.lengths.float().mean(), "images": len(batch.pixels) / len(batch)}
         for task in set(batch.tasks):
             logs[task] = losses.detach()[[t == task for t in batch.tasks]].mean()
         if self.contrastive:
@@ -469,6 +480,38 @@ class MentorStage(nn.Module):
     def after_step(self, step):
         """Nothing more to do in these stages."""
         return {}
+
+    def flops(self, means):
+        """FLOPs of a sample, given the logged means."""
+        parts = plan.training_flops(self.model, means["tokens"], means["images"], pooled=int(self.name == "pretrain"))
+        return sum(parts.values()) + plan.vqgan_flops(self.vqgan[0].config, encode_only=True)
+
+
+LOSS_VALUES = 2**26  # logits that the loss may hold at once
+
+
+def next_code_losses(head, hidden, codes):
+    """Mean cross entropy of each sample's codes, (B,), from hidden states (B, N, D) and codes (B, N).
+
+    Many logits are never all there: they come a few positions at a time, and again in the backward pass.
+    """
+    def losses(hidden, codes):
+        return F.cross_entropy(head(hidden).float().transpose(1, 2), codes, reduction="none")
+
+    positions = max(1, LOSS_VALUES // (len(codes) * head.out_features))
+    if positions >= codes.shape[1]:
+        return losses(hidden, codes).mean(1)
+    pieces = zip(hidden.split(positions, 1), codes.split(positions, 1))
+    return torch.cat([checkpoint(losses, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces], 1).mean(1)
+
+
+def recompute_activations(model):
+    """Let every block of decoder and text encoder keep only what enters it, and run again in the backward pass.
+
+    Without gradients, so with a KV cache too, nothing changes. The model's names and weights stay as they are.
+    """
+    for block in (*model.decoder.blocks, *model.encoder.text.blocks):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def as_vision_pixels(targets, size):
@@ -517,14 +560,14 @@ def open_manifest(path, name, run, machine, backgrounds=None):
     return manifest
 
 
-def make_dataset(name, run, stage, source):
+def make_dataset(name, run, mix, source):
     """The samples that a stage learns from."""
     seed = f"{run.seed} {name}"
     if not isinstance(source, Manifest):
-        return WorldDataset(source, stage.mix, seed, prefix_drop=run.prefix_drop)
+        return WorldDataset(source, mix, seed, prefix_drop=run.prefix_drop)
     if name == "tokenizer":
         return ManifestDataset(source, None, seed, run.vqgan.image_size, targets_only=True)
-    return ManifestDataset(source, stage.mix, seed, run.vqgan.image_size, run.prefix_drop)
+    return ManifestDataset(source, mix, seed, run.vqgan.image_size, run.prefix_drop)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -604,7 +647,7 @@ def schedule(step, recipe, run):
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------------------
 
-NOT_OF_THE_RESULT = ("out", "stage", "device", "dtype", "workers", "save_every", "micro_batch", "train_scale", "data_root", "skip_bad", "cache_codes", "released.", "model.sampling.")
+NOT_OF_THE_RESULT = ("out", "stage", "device", "dtype", "workers", "save_every", "micro_batch", "train_scale", "data_root", "skip_bad", "cache_codes", "checkpoint", "dry_run", "released.", "model.sampling.")
 
 
 def stage_record(name, run):
@@ -782,10 +825,10 @@ def train_stage(name, run, machine, source, text_tokenizer):
 
     collate = Collate(text_tokenizer, run.model.vision.image_size, run.model.image_tokens, run.model.context, run.vqgan.image_size)
     batches = iter(torch.utils.data.DataLoader(
-        make_dataset(name, run, stage, source), batch_sampler=index_batches(start, recipe.steps, recipe.global_batch, micro, accumulate, machine.rank),
+        make_dataset(name, run, stage.mix, source), batch_sampler=index_batches(start, recipe.steps, recipe.global_batch, micro, accumulate, machine.rank),
         collate_fn=collate, num_workers=run.workers, pin_memory=machine.device.type == "cuda"))
     wrapped = machine.wrap(stage.train())
-    log = Log(folder, name, recipe, start, machine)
+    log = Log(folder, name, recipe, start, machine, stage)
     for step in range(start, recipe.steps):
         torch.manual_seed(run.seed * 1_000_003 + step * machine.world_size + machine.rank)  # dropout is a function of the step
         factor = schedule(step, recipe, run)
@@ -835,8 +878,8 @@ def describe_stage(name, stage, recipe, machine, micro, accumulate, start):
 class Log:
     """Progress bar and log.jsonl: means since the last line. Values stay on the device until a line is written."""
 
-    def __init__(self, folder, name, recipe, start, machine):
-        self.name, self.recipe, self.machine, self.every = name, recipe, machine, max(1, recipe.steps // 200)
+    def __init__(self, folder, name, recipe, start, machine, stage):
+        self.name, self.recipe, self.machine, self.stage, self.every = name, recipe, machine, stage, max(1, recipe.steps // 200)
         self.values, self.since, self.started = {}, start, time.perf_counter()
         if machine.main:
             self.file = open(folder / "log.jsonl", "a" if start else "w")
@@ -863,13 +906,145 @@ class Log:
             line = {"stage": self.name, "step": step + 1, **means, "grad_norm": float(grad_norm), "lr": lr, "samples_per_s": rate}
             self.file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
             self.file.flush()
-            self.bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.0f} samples/s")
+            self.bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.0f} samples/s{self.speed(means, rate)}")
+
+    def speed(self, means, rate):
+        """Codes a second; on a GPU that plan.PEAK_TFLOPS knows also the share of its peak, and the most memory it needed."""
+        model, device = self.stage.model, self.machine.device
+        words = f", {rate * getattr(model.config, 'decoder', model.config).grid_size**2:.0f} codes/s"
+        if device.type == "cuda":
+            peak = plan.peak_tflops(torch.cuda.get_device_name(device))
+            if peak and self.machine.dtype == torch.bfloat16:
+                words += f", {self.stage.flops(means) * rate / self.machine.world_size / peak / 1e12:.0%} of the peak"
+            words += f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+        return words
 
     def close(self):
         """Finish the bar and the file."""
         if self.machine.main:
             self.bar.close()
             self.file.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The plan: what a stage needs and costs, before it runs (--dry_run=true)
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def dry_run(run, machine, source, text_tokenizer):
+    """Print what the stages would cost. Raises ValueError naming everything that keeps the run from starting."""
+    dtype = machine.dtype if machine.device.type == "cuda" else getattr(torch, run.dtype, torch.bfloat16)
+    machine.say(f"a plan, nothing is trained; memory and hours are for GPUs in {str(dtype)[6:]}, {machine.source_size} of them (torchrun sets how many)")
+    problems = []
+    for name in STAGES if run.stage == "all" else (run.stage,):
+        problems += missing(name, run, machine)
+        if name == "tokenizer":
+            plan_tokenizer(run, machine, dtype)
+        else:
+            plan_stage(name, run, machine, dtype, prompt_statistics(name, run, source, text_tokenizer))
+    if problems:
+        raise ValueError("this run could not start: " + "; ".join(problems))
+    machine.say("everything needed is there")
+
+
+def missing(name, run, machine):
+    """What keeps a stage from starting, as a list of sentences; what the same run makes before it counts as there."""
+    out, problems = Path(run.out), []
+    before = [] if run.stage == "all" else [s for s in STAGES[: STAGES.index(name)] if s == "tokenizer" or s == STAGES[STAGES.index(name) - 1]]
+    needed = [out / s / file for s in before for file in ("config.json", "model.safetensors")]
+    absent = [str(file) for file in needed + [out / "spiece.model"] * (len(before) > 1) if not file.is_file()]
+    if absent:
+        problems.append(f"{name} needs {', '.join(absent)}: --stage=import makes them of released weights, the stages {' and '.join(before)} from nothing")
+    checks = [lambda: micro_batches(getattr(run, name), run, machine)]
+    if before and not absent:
+        checks += [lambda: check_shapes(run, out / before[-1]) if len(before) > 1 else None, lambda: check_record(out / name, stage_record(name, run))]
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
+def check_shapes(run, folder):
+    """Raise ValueError if the folder's weights are not this run's model; reads their names and shapes alone."""
+    check_config(run.model, folder)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    wanted = {name: tuple(t.shape) for name, t in plan.meta_mentor(run.model, ()).state_dict().items()}
+    wrong = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
+    if wrong:
+        raise ValueError(f"{folder / 'model.safetensors'} has {wrong[0]} of shape {stored.get(wrong[0])}, the model wants {wanted.get(wrong[0])}, and {len(wrong) - 1} more differ: make the stage {folder.name} again")
+
+
+def prompt_statistics(name, run, source, text_tokenizer, count=64):
+    """(mean tokens, most tokens, mean images) of the prompts that a stage draws first; each is checked as in training."""
+    dataset = make_dataset(name, run, parse_mix(name, getattr(run, name).mix), source)
+    collate = Collate(text_tokenizer, run.model.vision.image_size, run.model.image_tokens, run.model.context, run.vqgan.image_size)
+    samples = [dataset[i] for i in range(count)]
+    lengths = [len(collate.encode(s)) for s in samples]
+    return sum(lengths) / count, max(lengths), sum(len(s.images) for s in samples) / count
+
+
+def plan_stage(name, run, machine, dtype, statistics):
+    """Print parameters, FLOPs, hours and memory of a stage of Mentor."""
+    (tokens, longest, images), pooled = statistics, int(name == "pretrain")
+    model = plan.meta_mentor(run.model, TRAINED[run.recipe][name])
+    parts, codes = plan.training_flops(model, tokens, images, pooled), run.model.decoder.n_code
+    parts["vqgan"] = plan.vqgan_flops(run.vqgan, encode_only=True)
+    with torch.device("meta"):
+        vqgan = VQGAN(run.vqgan)
+    machine.say(f"{name}: part".ljust(30) + "parameters      trained   TFLOPs a sample")
+    for part, flops in parts.items():
+        module = vqgan.requires_grad_(False) if part == "vqgan" else model.get_submodule(part)
+        counts = [sum(p.numel() for p in module.parameters() if p.requires_grad or both) for both in (True, False)]
+        machine.say(f"    {part:20}" + "".join(f"{count / 1e6:11.2f}M " for count in counts) + f"{flops / 1e12:17.4g}")
+    machine.say(f"{name}: a sample is {tokens:.0f} prompt tokens ({tokens - images * run.model.image_tokens:.0f} of text, {images * run.model.image_tokens:.0f} of {images:.2f} images; at most {longest}) and {codes} codes")
+    plan_hours(name, run, machine, sum(parts.values()))
+    size, processes = dtype.itemsize, machine.world_size
+    fixed = plan.fixed_bytes(model, sum(p.numel() for p in vqgan.parameters()), size, processes)
+    most_images = -(-longest // run.model.image_tokens) - 1 if images else 0
+    each = {recompute: plan.activation_bytes(model, longest, most_images, size, recompute, pooled) for recompute in (False, True)}
+    encoding = 4 * 4 * run.vqgan.ch * run.vqgan.image_size**2      # four float32 images of `ch` channels, to compute the codes
+
+    def activations(micro, recompute):
+        loss = 14 * min(micro * codes * run.model.decoder.codebook_size, LOSS_VALUES)  # logits, their softmax and gradient
+        return max(micro * each[recompute] + loss, micro * encoding)
+
+    plan_memory(name, run, machine, fixed, activations)
+
+
+def plan_tokenizer(run, machine, dtype):
+    """Print parameters, FLOPs, hours and memory of the tokenizer's stage, without LPIPS and discriminator."""
+    with torch.device("meta"):
+        model, image = VQGAN(run.vqgan), torch.empty(1, 3, run.vqgan.image_size, run.vqgan.image_size)
+    flops, count = 3 * plan.vqgan_flops(run.vqgan, encode_only=False), sum(p.numel() for p in model.parameters())
+    machine.say(f"tokenizer: {count / 1e6:.2f}M parameters, all trained; {flops / 1e12:.4g} TFLOPs and {run.vqgan.grid_size**2} codes an image (LPIPS and discriminator not counted)")
+    plan_hours("tokenizer", run, machine, flops)
+    _, saved = plan.saved_bytes(lambda: model.decoder(model.post_quant_conv(model.quant_conv(model.encoder(image)))), model)
+    fixed = {"weights": (4 + dtype.itemsize % 4) * count, "gradients": (4 if machine.world_size == 1 else 8) * count, "optimizer": 8 * count}
+    plan_memory("tokenizer", run, machine, fixed, lambda micro, recompute: micro * saved * dtype.itemsize // 4)
+
+
+def plan_hours(name, run, machine, flops, utilisation=0.4):
+    """Print a stage's steps, its FLOPs in all, and how long they take."""
+    recipe = getattr(run, name)
+    samples = recipe.steps * recipe.global_batch
+    machine.say(f"{name}: {recipe.steps} steps of {recipe.global_batch} are {samples / 1e6:.4g}M samples, {samples * flops:.3g} FLOPs ({flops / 1e12:.4g} TFLOPs each)")
+    hours = {card: samples * flops / (utilisation * peak * 1e12) / 3600 for card, peak in plan.PEAK_TFLOPS.items()}
+    for card in ("A100", "H200"):
+        machine.say(f"{name}: at {utilisation:.0%} of an {card}'s {plan.PEAK_TFLOPS[card]} TFLOPS: {hours[card]:.3g} h on one, {hours[card] / 8:.3g} h on 8")
+
+
+def plan_memory(name, run, machine, fixed, activations):
+    """Print the memory of this micro-batch, and the largest micro-batch that divides the share and fits each card."""
+    share = max(1, getattr(run, name).global_batch // machine.world_size)
+    micro = run.micro_batch or share
+    amounts = {**fixed, f"activations of {micro}": activations(micro, run.checkpoint)}
+    machine.say(f"{name}: memory a GPU, micro-batch {micro}: {sum(amounts.values()) / 2**30:.1f} GiB = " + " + ".join(f"{b / 2**30:.1f} {what}" for what, b in amounts.items()))
+    for recompute in (False, True) if name != "tokenizer" else (False,):
+        fits = {card: max((m for m in range(1, share + 1) if share % m == 0 and sum(fixed.values()) + activations(m, recompute) <= card * 2**30 * (1 - plan.SPARE)), default=0) for card in plan.CARDS}
+        machine.say(f"{name}: largest micro_batch{' with --checkpoint=true' * recompute}: " + ", ".join(f"{f'{m} in' if m else 'none fits'} {card} GiB" for card, m in fits.items()))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -907,6 +1082,8 @@ def main(arguments):
     started = time.perf_counter()
     machine = start_machine(run)
     if run.stage in ("import", "export"):
+        if run.dry_run:
+            raise ValueError(f"--dry_run=true plans training; --stage={run.stage} trains nothing: leave one of them out")
         Path(run.out).mkdir(parents=True, exist_ok=True)
         (Path(run.out) / "run.json").write_text(json.dumps(asdict(run), indent=2) + "\n")
         return import_released(run, machine) if run.stage == "import" else export_released(run, machine)
@@ -914,6 +1091,8 @@ def main(arguments):
     spiece = Path(run.out) / "spiece.model"
     text_tokenizer = TextTokenizer.from_file(spiece) if spiece.is_file() else source.text_tokenizer()
     check_vocabulary(text_tokenizer, run)
+    if run.dry_run:
+        return dry_run(run, machine, source, text_tokenizer)
     if machine.main:
         Path(run.out).mkdir(parents=True, exist_ok=True)
         write_whole(spiece, text_tokenizer.proto)
