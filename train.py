@@ -12,7 +12,8 @@ The four stages, each starting from what the one before wrote:
     instruct    the paper's stage 2: subject-driven generation and recovery teach to keep and to change
 
 Read in order: the configuration and its presets, the command line, processes and devices, the stages (what is
-trained and on which loss), the optimizer, checkpoints, the one loop, the plan of a dry run, the report, main.
+trained and on which loss), the optimizer, checkpoints, the one loop, what a run costs and its
+plan (a dry run), the report, main.
 """
 
 import json
@@ -36,13 +37,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors import safe_open
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import mentor
-import plan
 import sample
 import tokenizer
 from data import CLIP_MEAN, CLIP_STD, TASKS, WORLDS, Collate, Manifest, ManifestDataset, TextTokenizer, WorldDataset, manifest_of_folder
@@ -390,7 +392,7 @@ class TokenizerStage(nn.Module):
 
     def flops(self, means):
         """FLOPs of an image, without LPIPS and discriminator."""
-        return 3 * plan.vqgan_flops(self.model.config, encode_only=False)
+        return 3 * vqgan_flops(self.model.config, encode_only=False)
 
 
 class ContrastiveHead(nn.Module):
@@ -483,8 +485,8 @@ class MentorStage(nn.Module):
 
     def flops(self, means):
         """FLOPs of a sample, given the logged means."""
-        parts = plan.training_flops(self.model, means["tokens"], means["images"], pooled=int(self.name == "pretrain"))
-        return sum(parts.values()) + plan.vqgan_flops(self.vqgan[0].config, encode_only=True)
+        parts = training_flops(self.model, means["tokens"], means["images"], pooled=int(self.name == "pretrain"))
+        return sum(parts.values()) + vqgan_flops(self.vqgan[0].config, encode_only=True)
 
 
 LOSS_VALUES = 2**26  # logits that the loss may hold at once
@@ -909,11 +911,11 @@ class Log:
             self.bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.0f} samples/s{self.speed(means, rate)}")
 
     def speed(self, means, rate):
-        """Codes a second; on a GPU that plan.PEAK_TFLOPS knows also the share of its peak, and the most memory it needed."""
+        """Codes a second; on a GPU that PEAK_TFLOPS knows also the share of its peak, and the most memory it needed."""
         model, device = self.stage.model, self.machine.device
         words = f", {rate * getattr(model.config, 'decoder', model.config).grid_size**2:.0f} codes/s"
         if device.type == "cuda":
-            peak = plan.peak_tflops(torch.cuda.get_device_name(device))
+            peak = peak_tflops(torch.cuda.get_device_name(device))
             if peak and self.machine.dtype == torch.bfloat16:
                 words += f", {self.stage.flops(means) * rate / self.machine.world_size / peak / 1e12:.0%} of the peak"
             words += f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
@@ -927,6 +929,181 @@ class Log:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# What training costs, from the sizes alone: FLOPs and memory. Two rules give nearly everything. A weight of a matrix costs
+# a multiplication and an addition at every position that goes through it, the same again for the gradient of what went
+# in, and the same again for its own gradient, if it is trained. And the backward pass needs what the forward pass
+# multiplied: those tensors are the activations that fill the memory.
+# ---------------------------------------------------------------------------------------------------------------
+
+PARTS = ("encoder.vision", "encoder.connector", "encoder.text", "projector", "decoder")  # in the order of the forward pass
+PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "L4": 121, "4090": 165}           # dense bfloat16, without sparsity
+CARDS = (24, 40, 80, 141)          # GiB
+SPARE = 0.06                       # of a card: what CUDA itself takes, and holes between tensors
+NAME_TOKENS = 4                    # of a subject's name, which the query connector reads
+
+
+def peak_tflops(device_name):
+    """The peak of a card in TFLOPS, by what the driver calls it; None for one that is not in the table."""
+    words = device_name.replace("-", " ").split()
+    return next((peak for card, peak in PEAK_TFLOPS.items() if card in words), None)
+
+
+def meta_mentor(config, trained):
+    """A Mentor without memory for its weights, of which the parts train whose names start so."""
+    with torch.device("meta"):
+        model = Mentor(config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(trained))
+    return model
+
+
+
+def positions(config, tokens, images, pooled):
+    """{start of a matrix's name: how many positions of one sample go through it}; the longest start counts."""
+    vision, n_code = config.vision, config.decoder.n_code
+    table = {
+        "encoder.vision": (images + pooled) * (1 + vision.n_patch),
+        "encoder.vision.patch_embedding": (images + pooled) * vision.n_patch,
+        f"encoder.vision.blocks.{vision.n_layer - 1}": pooled * (1 + vision.n_patch),    # features leave before it
+        "encoder.connector": images * vision.n_patch,
+        "encoder.text": tokens,
+        "projector": tokens,
+        "decoder": tokens + n_code - 1,                                                  # the last code is never read
+        "decoder.output": n_code,
+    }
+    if config.connector.kind == "query":
+        queries = config.connector.n_query
+        table.update({"encoder.connector": images * (queries + NAME_TOKENS), "encoder.connector.word_in": images * NAME_TOKENS, "encoder.connector.out": images * queries})
+        for i in range(config.connector.n_layer):
+            cross = f"encoder.connector.blocks.{i}.cross_attention."
+            table.update({cross: images * queries, cross + "k": images * vision.n_patch, cross + "v": images * vision.n_patch})
+    return table
+
+
+def attention_flops(config, tokens, images, pooled):
+    """{part: FLOPs of scores and weighted sums in one sample's forward pass}: 4 per query, key and channel."""
+    vision, connector, text, decoder = config.vision, config.connector, config.text, config.decoder
+    flops = {
+        "encoder.vision": 4 * (images * (vision.n_layer - 1) + pooled * vision.n_layer) * (1 + vision.n_patch) ** 2 * vision.width,
+        "encoder.text": 4 * text.n_layer * tokens**2 * text.n_head * text.head_width,
+        "decoder": 2 * decoder.n_layer * (tokens + decoder.n_code - 1) ** 2 * decoder.width,  # causal: half of it
+    }
+    if connector.kind == "query":
+        n = connector.n_query
+        flops["encoder.connector"] = 4 * images * connector.n_layer * connector.width * ((n + NAME_TOKENS) ** 2 + n * vision.n_patch)
+    return flops
+
+
+def training_flops(model, tokens, images, pooled=0):
+    """{part: FLOPs} of one sample's forward and backward pass; which weights are trained is read off the model.
+
+    tokens: of the prompt, those of its images included; images: in the prompt; pooled: images that the contrastive loss
+    reads. Plain numbers, or tensors. Frozen parts before the first trained one run forward only.
+    """
+    rows, attention = positions(model.config, tokens, images, pooled), attention_flops(model.config, tokens, images, pooled)
+    flops, reached = dict.fromkeys(PARTS, 0), False
+    for part in PARTS:
+        module = model.get_submodule(part)
+        reached = reached or any(p.requires_grad for p in module.parameters())           # gradients flow from here on
+        for name, layer in module.named_modules(prefix=part):
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                count = rows[max((start for start in rows if name.startswith(start)), key=len)]
+                flops[part] += 2 * layer.weight.numel() * count * (1 + reached + layer.weight.requires_grad)
+        flops[part] += attention.get(part, 0) * (3 if reached else 1)                    # four products backward for two forward
+    return flops
+
+
+@cache
+def vqgan_flops(config, encode_only):
+    """FLOPs of one image's forward pass through the tokenizer, or through its encoder; torch counts the convolutions."""
+    with torch.device("meta"):
+        model, image = VQGAN(config), torch.empty(1, 3, config.image_size, config.image_size)
+    with FlopCounterMode(display=False) as counter:
+        model.encode(image) if encode_only else model.decoder(model.post_quant_conv(model.quant_conv(model.encoder(image))))
+    return counter.get_total_flops()
+
+
+
+def saved_bytes(function, module):
+    """(what function() returns, bytes that autograd holds for its backward pass), each storage once, the module's own left out."""
+    own, storages = {p.untyped_storage()._cdata for p in (*module.parameters(), *module.buffers())}, {}
+
+    def note(tensor):
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        result = function()
+    return result, sum(storage.nbytes() for key, storage in storages.items() if key not in own)
+
+
+def vision_block_bytes(config, size):
+    """Bytes that one position leaves in one block of the vision encoder, where that trains. size: bytes a number in autocast."""
+    w, m = config.width, config.mlp_width
+    casts = 2 if size == 4 else 4                                  # autocast casts what enters q, k, v and fc1 once for each
+    return 2 * 4 * w + size * (casts * w + 4 * w + 3 * m)          # what is normed; those; q, k, v, output; three of the MLP
+
+
+def decoder_block_bytes(config, size, trained):
+    """The same for one decoder block. trained: whether its own weights train, or only gradients pass through."""
+    d, h = config.width, (config.width * 8 // 3 + config.multiple_of - 1) // config.multiple_of * config.multiple_of
+    casts = 1 if size == 4 else 2                                  # autocast casts what enters w1 and w3 once for each
+    norms = 2 * (4 * d + trained * size * d)                       # x in float32, and normed
+    attention = size * d * (6 + trained)                           # qkv, q and k turned, output; what went in
+    mlp = size * (trained * casts * d + (3 + trained) * h)         # what went in; w1 x, its silu, w3 x; what enters w2
+    return norms + attention + mlp + 2 * d * (config.dropout > 0)  # a byte for each number that dropout may take
+
+
+def text_block_bytes(config, size, length):
+    """The same for one position of a text block, all of it trained, in a prompt of this length."""
+    d, inner, m = config.width, config.n_head * config.head_width, config.mlp_width
+    casts = 2 if size == 4 else 5                                  # what enters q, k, v and wi_0, wi_1
+    norms = 4 * 4 * d                                              # the residual stream is float32 here
+    attention = size * (4 * inner + config.n_head * length)        # the last: a row of weights, or of the position bias
+    return norms + attention + size * (casts * d + 4 * m) + (2 * d + m) * (config.dropout > 0)
+
+
+def activation_bytes(model, tokens, images, size, checkpoint=False, pooled=0):
+    """Bytes that one sample's forward pass leaves for the backward pass, the loss apart.
+
+    With checkpoint a block leaves only what entered it, and while its backward pass runs, what it computes again.
+    """
+    vision, text, decoder = model.config.vision, model.config.text, model.config.decoder
+    learns = {part: any(p.requires_grad for p in model.get_submodule(part).parameters()) for part in PARTS}
+    decoder_block = decoder_block_bytes(decoder, size, next(model.decoder.blocks.parameters()).requires_grad)
+    length = tokens + decoder.n_code - 1
+
+    def stack(n_layer, block, entering):
+        return block + n_layer * entering if checkpoint else n_layer * block
+
+    total = stack(decoder.n_layer, length * decoder_block, length * size * decoder.width)
+    total += length * (4 * decoder.width // decoder.n_head + 2 * (4 + size) * decoder.width)  # rotations, the last norm, both gathers
+    total += decoder.n_code * size * decoder.width                                       # what enters the output head
+    total += tokens * size * (text.width + 2 * decoder.width)                            # the projector
+    if learns["encoder.connector"] or learns["encoder.text"]:
+        total += stack(text.n_layer, tokens * text_block_bytes(text, size, tokens), tokens * 4 * text.width)
+        total += tokens * 8 * text.width                                                 # the last norm
+        total += images * vision.n_patch * size * (vision.width + 2 * text.width)        # the connector
+    if learns["encoder.vision"]:
+        total += pooled * vision.n_layer * (1 + vision.n_patch) * vision_block_bytes(vision, size)
+    return total
+
+
+def fixed_bytes(model, frozen, size, processes):
+    """{what: bytes} that a GPU holds whatever the micro-batch. frozen: numbers in the tokenizer's weights.
+
+    Weights, gradients and AdamW's two moments are float32; autocast keeps a bfloat16 copy of every matrix that gradients
+    flow through; several processes put gradients into buckets to send them. Muon's one moment is counted as AdamW's two.
+    """
+    counts = {part: sum(p.numel() for p in model.get_submodule(part).parameters()) for part in PARTS}
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    first = min((i for i, part in enumerate(PARTS) if any(p.requires_grad for p in model.get_submodule(part).parameters())), default=len(PARTS))
+    copies = sum(counts[part] for part in PARTS[first:]) if size < 4 else 0
+    return {"weights": 4 * (sum(counts.values()) + frozen) + size * copies,
+            "gradients": (8 if processes > 1 else 4) * learning, "optimizer": 8 * learning}
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # The plan: what a stage needs and costs, before it runs (--dry_run=true)
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -934,7 +1111,7 @@ class Log:
 def dry_run(run, machine, source, text_tokenizer):
     """Print what the stages would cost. Raises ValueError naming everything that keeps the run from starting."""
     dtype = machine.dtype if machine.device.type == "cuda" else getattr(torch, run.dtype, torch.bfloat16)
-    machine.say(f"a plan, nothing is trained; memory and hours are for GPUs in {str(dtype)[6:]}, {machine.source_size} of them (torchrun sets how many)")
+    machine.say(f"a plan, nothing is trained; memory and hours are for GPUs in {str(dtype)[6:]}, {machine.world_size} of them (torchrun sets how many)")
     problems = []
     for name in STAGES if run.stage == "all" else (run.stage,):
         problems += missing(name, run, machine)
@@ -971,7 +1148,7 @@ def check_shapes(run, folder):
     check_config(run.model, folder)
     with safe_open(folder / "model.safetensors", "pt") as file:
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    wanted = {name: tuple(t.shape) for name, t in plan.meta_mentor(run.model, ()).state_dict().items()}
+    wanted = {name: tuple(t.shape) for name, t in meta_mentor(run.model, ()).state_dict().items()}
     wrong = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
     if wrong:
         raise ValueError(f"{folder / 'model.safetensors'} has {wrong[0]} of shape {stored.get(wrong[0])}, the model wants {wanted.get(wrong[0])}, and {len(wrong) - 1} more differ: make the stage {folder.name} again")
@@ -989,9 +1166,9 @@ def prompt_statistics(name, run, source, text_tokenizer, count=64):
 def plan_stage(name, run, machine, dtype, statistics):
     """Print parameters, FLOPs, hours and memory of a stage of Mentor."""
     (tokens, longest, images), pooled = statistics, int(name == "pretrain")
-    model = plan.meta_mentor(run.model, TRAINED[run.recipe][name])
-    parts, codes = plan.training_flops(model, tokens, images, pooled), run.model.decoder.n_code
-    parts["vqgan"] = plan.vqgan_flops(run.vqgan, encode_only=True)
+    model = meta_mentor(run.model, TRAINED[run.recipe][name])
+    parts, codes = training_flops(model, tokens, images, pooled), run.model.decoder.n_code
+    parts["vqgan"] = vqgan_flops(run.vqgan, encode_only=True)
     with torch.device("meta"):
         vqgan = VQGAN(run.vqgan)
     machine.say(f"{name}: part".ljust(30) + "parameters      trained   TFLOPs a sample")
@@ -1002,9 +1179,9 @@ def plan_stage(name, run, machine, dtype, statistics):
     machine.say(f"{name}: a sample is {tokens:.0f} prompt tokens ({tokens - images * run.model.image_tokens:.0f} of text, {images * run.model.image_tokens:.0f} of {images:.2f} images; at most {longest}) and {codes} codes")
     plan_hours(name, run, machine, sum(parts.values()))
     size, processes = dtype.itemsize, machine.world_size
-    fixed = plan.fixed_bytes(model, sum(p.numel() for p in vqgan.parameters()), size, processes)
+    fixed = fixed_bytes(model, sum(p.numel() for p in vqgan.parameters()), size, processes)
     most_images = -(-longest // run.model.image_tokens) - 1 if images else 0
-    each = {recompute: plan.activation_bytes(model, longest, most_images, size, recompute, pooled) for recompute in (False, True)}
+    each = {recompute: activation_bytes(model, longest, most_images, size, recompute, pooled) for recompute in (False, True)}
     encoding = 4 * 4 * run.vqgan.ch * run.vqgan.image_size**2      # four float32 images of `ch` channels, to compute the codes
 
     def activations(micro, recompute):
@@ -1018,10 +1195,10 @@ def plan_tokenizer(run, machine, dtype):
     """Print parameters, FLOPs, hours and memory of the tokenizer's stage, without LPIPS and discriminator."""
     with torch.device("meta"):
         model, image = VQGAN(run.vqgan), torch.empty(1, 3, run.vqgan.image_size, run.vqgan.image_size)
-    flops, count = 3 * plan.vqgan_flops(run.vqgan, encode_only=False), sum(p.numel() for p in model.parameters())
+    flops, count = 3 * vqgan_flops(run.vqgan, encode_only=False), sum(p.numel() for p in model.parameters())
     machine.say(f"tokenizer: {count / 1e6:.2f}M parameters, all trained; {flops / 1e12:.4g} TFLOPs and {run.vqgan.grid_size**2} codes an image (LPIPS and discriminator not counted)")
     plan_hours("tokenizer", run, machine, flops)
-    _, saved = plan.saved_bytes(lambda: model.decoder(model.post_quant_conv(model.quant_conv(model.encoder(image)))), model)
+    _, saved = saved_bytes(lambda: model.decoder(model.post_quant_conv(model.quant_conv(model.encoder(image)))), model)
     fixed = {"weights": (4 + dtype.itemsize % 4) * count, "gradients": (4 if machine.world_size == 1 else 8) * count, "optimizer": 8 * count}
     plan_memory("tokenizer", run, machine, fixed, lambda micro, recompute: micro * saved * dtype.itemsize // 4)
 
@@ -1031,9 +1208,9 @@ def plan_hours(name, run, machine, flops, utilisation=0.4):
     recipe = getattr(run, name)
     samples = recipe.steps * recipe.global_batch
     machine.say(f"{name}: {recipe.steps} steps of {recipe.global_batch} are {samples / 1e6:.4g}M samples, {samples * flops:.3g} FLOPs ({flops / 1e12:.4g} TFLOPs each)")
-    hours = {card: samples * flops / (utilisation * peak * 1e12) / 3600 for card, peak in plan.PEAK_TFLOPS.items()}
+    hours = {card: samples * flops / (utilisation * peak * 1e12) / 3600 for card, peak in PEAK_TFLOPS.items()}
     for card in ("A100", "H200"):
-        machine.say(f"{name}: at {utilisation:.0%} of an {card}'s {plan.PEAK_TFLOPS[card]} TFLOPS: {hours[card]:.3g} h on one, {hours[card] / 8:.3g} h on 8")
+        machine.say(f"{name}: at {utilisation:.0%} of an {card}'s {PEAK_TFLOPS[card]} TFLOPS: {hours[card]:.3g} h on one, {hours[card] / 8:.3g} h on 8")
 
 
 def plan_memory(name, run, machine, fixed, activations):
@@ -1043,7 +1220,7 @@ def plan_memory(name, run, machine, fixed, activations):
     amounts = {**fixed, f"activations of {micro}": activations(micro, run.checkpoint)}
     machine.say(f"{name}: memory a GPU, micro-batch {micro}: {sum(amounts.values()) / 2**30:.1f} GiB = " + " + ".join(f"{b / 2**30:.1f} {what}" for what, b in amounts.items()))
     for recompute in (False, True) if name != "tokenizer" else (False,):
-        fits = {card: max((m for m in range(1, share + 1) if share % m == 0 and sum(fixed.values()) + activations(m, recompute) <= card * 2**30 * (1 - plan.SPARE)), default=0) for card in plan.CARDS}
+        fits = {card: max((m for m in range(1, share + 1) if share % m == 0 and sum(fixed.values()) + activations(m, recompute) <= card * 2**30 * (1 - SPARE)), default=0) for card in CARDS}
         machine.say(f"{name}: largest micro_batch{' with --checkpoint=true' * recompute}: " + ", ".join(f"{f'{m} in' if m else 'none fits'} {card} GiB" for card, m in fits.items()))
 
 

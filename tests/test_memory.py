@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import plan
 import train
 from conftest import randomize, small_config
 from mentor import Mentor, SamplingConfig
@@ -31,7 +30,7 @@ def step(text_tokenizer, make_batch, checkpoint):
     stage = train.MentorStage("instruct", run, CPU, randomize(Mentor(run.model)), vqgan).train()
     batch = make_batch(run.model, 6)
     torch.manual_seed(1)
-    (loss, logs), saved = plan.saved_bytes(lambda: stage(batch, 0), stage)
+    (loss, logs), saved = train.saved_bytes(lambda: stage(batch, 0), stage)
     loss.backward()
     return {n: p.grad for n, p in stage.trained()}, saved, logs
 
@@ -59,7 +58,7 @@ def losses_and_gradients(limit, monkeypatch):
     head, hidden, codes = torch.nn.Linear(16, 96, bias=False), torch.randn(3, 50, 16, requires_grad=True), torch.randint(96, (3, 50))
     largest = []
     head.register_forward_hook(lambda module, inputs, output: largest.append(output.numel()))
-    losses, saved = plan.saved_bytes(lambda: train.next_code_losses(head, hidden, codes), head)
+    losses, saved = train.saved_bytes(lambda: train.next_code_losses(head, hidden, codes), head)
     (losses * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
     return losses.detach(), (hidden.grad, head.weight.grad), saved, max(largest)
 

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import plan
 import train
 from mentor import ConnectorConfig, DecoderConfig, Mentor, MentorConfig, TextConfig, TextEncoder, VisionConfig
 from tokenizer import VQGAN
@@ -53,7 +52,7 @@ def test_flops_are_those_torch_counts(name, recipe, kind, text_tokenizer, make_b
         logits, pooled = forward()
         (logits.square().mean() + pooled).backward()
     tokens, decoder = batch.text_ids.shape[1], model.config.decoder
-    flops = plan.training_flops(model, tokens, len(batch.pixels) / 4, int(name == "pretrain"))
+    flops = train.training_flops(model, tokens, len(batch.pixels) / 4, int(name == "pretrain"))
     unneeded = 3 * 2 * decoder.n_layer * (tokens + 63) ** 2 * decoder.width  # the half of causal attention that flash leaves out
     assert abs(4 * (sum(flops.values()) + unneeded) / counter.get_total_flops() - 1) < 0.03
     assert abs(4 * sum(flops.values()) / counter.get_total_flops() - 1) < 0.10
@@ -64,11 +63,11 @@ def test_flops_are_those_torch_counts(name, recipe, kind, text_tokenizer, make_b
 def test_activations_are_what_autograd_saves(name, recipe, kind, dtype, text_tokenizer, make_batch):
     model, batch, forward = real_stage(name, recipe, kind, text_tokenizer, make_batch)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        _, saved = plan.saved_bytes(forward, model)
+        _, saved = train.saved_bytes(forward, model)
     size, pooled = dtype.itemsize, int(name == "pretrain")
-    estimate = 4 * plan.activation_bytes(model, batch.text_ids.shape[1], len(batch.pixels) / 4, size, pooled=pooled)
+    estimate = 4 * train.activation_bytes(model, batch.text_ids.shape[1], len(batch.pixels) / 4, size, pooled=pooled)
     tables = sum(p.numel() for n, p in model.named_parameters() if "embedding" in n or "unconditional" in n)
-    copies = plan.fixed_bytes(model, 0, size, 1)["weights"] - 4 * sum(p.numel() for p in model.parameters())
+    copies = train.fixed_bytes(model, 0, size, 1)["weights"] - 4 * sum(p.numel() for p in model.parameters())
     if size < 4:  # autocast's copies of the matrices are saved too; tables are never cast
         saved -= copies - size * tables if name != "pretrain" else copies - size * (tables + sum(p.numel() for p in model.encoder.connector.parameters()))
     assert abs(estimate / saved - 1) < (0.06 if kind == "query" else 0.03)  # the Q-Former is taken for an MLP
@@ -79,17 +78,17 @@ def test_a_long_prompt_costs_its_square_in_the_text_encoder():
     config = TextConfig(vocab_size=8, width=64, n_layer=4, n_head=4, head_width=16, mlp_width=128, dropout=0.0)
     model = TextEncoder(config)
     embeddings, mask = torch.randn(2, 200, 64, requires_grad=True), torch.ones(2, 200, dtype=torch.bool)
-    _, saved = plan.saved_bytes(lambda: model(embeddings, mask), model)
-    assert abs(2 * 200 * (4 * plan.text_block_bytes(config, 4, 200) + 4 * 2 * 64) / saved - 1) < 0.05  # four blocks and the last norm
+    _, saved = train.saved_bytes(lambda: model(embeddings, mask), model)
+    assert abs(2 * 200 * (4 * train.text_block_bytes(config, 4, 200) + 4 * 2 * 64) / saved - 1) < 0.05  # four blocks and the last norm
 
 
 def test_recomputing_costs_the_memory_that_the_plan_says(text_tokenizer, make_batch):
     model, batch, forward = real_stage("instruct", "paper", "mlp", text_tokenizer, make_batch)
     train.recompute_activations(model)
-    _, saved = plan.saved_bytes(forward, model)
+    _, saved = train.saved_bytes(forward, model)
     tokens = batch.text_ids.shape[1]
-    again = tokens * plan.text_block_bytes(model.config.text, 4, tokens) + (tokens + 63) * plan.decoder_block_bytes(model.config.decoder, 4, True)
-    estimate = plan.activation_bytes(model, tokens, len(batch.pixels) / 4, 4, checkpoint=True)  # holds what one block computes again
+    again = tokens * train.text_block_bytes(model.config.text, 4, tokens) + (tokens + 63) * train.decoder_block_bytes(model.config.decoder, 4, True)
+    estimate = train.activation_bytes(model, tokens, len(batch.pixels) / 4, 4, checkpoint=True)  # holds what one block computes again
     assert abs(4 * (estimate - again) / saved - 1) < 0.08
 
 
@@ -97,15 +96,15 @@ def test_parameters_are_those_of_the_model():
     run = train.parse(["tiny"])[1]
     for name in train.STAGES[1:]:
         stage = train.MentorStage(name, run, train.Machine(0, 1, torch.device("cpu"), torch.float32), Mentor(run.model), VQGAN(run.vqgan))
-        planned = plan.meta_mentor(run.model, train.TRAINED[run.recipe][name])
+        planned = train.meta_mentor(run.model, train.TRAINED[run.recipe][name])
         assert [(n, p.shape, p.requires_grad) for n, p in planned.named_parameters()] == [(n, p.shape, p.requires_grad) for n, p in stage.model.named_parameters()]
         learning = sum(p.numel() for n, p in stage.trained() if not n.startswith("contrastive"))
-        assert plan.fixed_bytes(planned, 7, 4, 1) == {"weights": 4 * (sum(p.numel() for p in stage.model.parameters()) + 7), "gradients": 4 * learning, "optimizer": 8 * learning}
+        assert train.fixed_bytes(planned, 7, 4, 1) == {"weights": 4 * (sum(p.numel() for p in stage.model.parameters()) + 7), "gradients": 4 * learning, "optimizer": 8 * learning}
 
 
 def test_cards_are_found_by_what_the_driver_calls_them():
     names = {"NVIDIA A100-SXM4-80GB": 312, "NVIDIA H100 PCIe": 989, "NVIDIA H200": 989, "NVIDIA GeForce RTX 4090": 165, "NVIDIA L4": 121, "NVIDIA L40S": None}
-    assert {name: plan.peak_tflops(name) for name in names} == names
+    assert {name: train.peak_tflops(name) for name in names} == names
 
 
 @pytest.fixture(scope="module")
