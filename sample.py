@@ -211,6 +211,14 @@ def weights_hash(folder):
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
+def usable_device(name):
+    """A torch.device. Raises ValueError if torch does not know it or this machine has none."""
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device={name}: torch cannot use it here ({str(error).splitlines()[0][:100]}); leave the key out, or give cpu, cuda or mps") from None
+
+
 class Pipeline:
     """Model, image tokenizer and text tokenizer, opened from the folder that train.py writes."""
 
