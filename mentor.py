@@ -642,6 +642,11 @@ def sequence_order(lengths, n_prefix, n_code):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def first_line(error):
+    """What an error says, in one line, or else its kind."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def write_aside(path, write):
     """Call write(temporary file), then move that to `path`: a kill or a full disk leaves the old file, never half a new one.
 
@@ -657,7 +662,7 @@ def write_aside(path, write):
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is the first to us, the second to torch, the third to safetensors
         temporary.unlink(missing_ok=True)
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise OSError(f"{path} could not be written ({str(reason).splitlines()[0]})") from error
+        raise OSError(f"{path} could not be written ({first_line(reason)})") from error
 
 
 def write_json(path, values):
@@ -885,7 +890,7 @@ def read_pickle(path, **options):
             raise ValueError(f"{broken} in it is damaged")
         return torch.load(path, weights_only=True, map_location="cpu", **options)
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a readable file of torch.save ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path}: not a readable file of torch.save ({first_line(error)})") from None
 
 
 def read_weights(path):
@@ -912,7 +917,7 @@ def read_weights(path):
     try:
         tensors = load_file(path) if path.suffix == ".safetensors" else read_pickle(path, mmap=True)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: not a readable weights file ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path}: not a readable weights file ({first_line(error)})") from None
     tensors = tensors.get("model", tensors) if isinstance(tensors, dict) else None
     if not tensors or not all(torch.is_tensor(t) for t in tensors.values()):
         raise ValueError(f"{path}: holds no dictionary of tensors")

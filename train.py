@@ -844,7 +844,7 @@ def add_gradients(step, name, stage, wrapped, batches, micro, accumulate, machin
 def out_of_memory(name, micro, accumulate, machine, error):
     """What to do when the memory is not enough: the largest micro-batch up to half of this one that divides the share."""
     share = micro * accumulate
-    said = f"{name}: out of memory on {machine.device} with micro_batch={micro} ({str(error).splitlines()[0][:120]})"
+    said = f"{name}: out of memory on {machine.device} with micro_batch={micro} ({mentor.first_line(error)[:120]})"
     if micro == 1:
         return f"{said}; micro_batch is as small as can be: choose a smaller preset or model, or a device with more memory"
     smaller = max(d for d in range(1, micro // 2 + 1) if share % d == 0)
@@ -1032,7 +1032,7 @@ def cli():
         print(f"{who}{error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
-        print(f"{who}the device's memory is too small for the model ({str(error).splitlines()[0]}): choose a smaller preset or model", file=sys.stderr)
+        print(f"{who}the device's memory is too small for the model ({mentor.first_line(error)}): choose a smaller preset or model", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{who}stopped; the same command goes on from the last checkpoint", file=sys.stderr)

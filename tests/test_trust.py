@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,14 +79,17 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(tmp_path):
     while killed < KILLS:
         victim = child("killed")
         victim.join(rng.uniform(0.3 * seconds[1], seconds[1] + (seconds[0] - seconds[1]) / KILLS))
-        if victim.exitcode == 0:
-            break
+        if victim.exitcode == 0:  # it got through before its time: check, and begin again
+            assert equal(all_weights(tmp_path / "straight"), all_weights(tmp_path / "killed"))
+            shutil.rmtree(tmp_path / "killed")
+            continue
+        assert victim.exitcode is None, "it failed on its own"
         victim.kill()
         victim.join()
         killed += 1
     last = child("killed")
     last.join()
-    assert last.exitcode == 0 and killed >= 0.8 * KILLS, killed
+    assert last.exitcode == 0
     assert equal(all_weights(tmp_path / "straight"), all_weights(tmp_path / "killed"))
     assert not [*(tmp_path / "killed").rglob("state-*"), *(tmp_path / "killed").rglob("*.tmp")]
 
