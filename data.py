@@ -55,7 +55,7 @@ def load_image(path):
             return np.asarray(image.convert("RGB"))
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such image file") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image ({error}); give a PNG, JPEG or WebP file") from None
 
 
@@ -127,6 +127,8 @@ class TextTokenizer:
 
     def __init__(self, proto):
         """proto: the bytes of a SentencePiece model (`spiece.model`)."""
+        if not proto:
+            raise RuntimeError("it is empty")  # SentencePiece takes that for "none given"
         self.proto = proto
         self.pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
         first = self.pieces.vocab_size()
@@ -176,8 +178,8 @@ class TextTokenizer:
             return cls(Path(path).read_bytes())
         except FileNotFoundError:
             raise ValueError(f"{path}: the text tokenizer's SentencePiece model is missing") from None
-        except RuntimeError as error:
-            raise ValueError(f"{path}: not a SentencePiece model ({error})") from None
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{path}: not a SentencePiece model ({str(error).splitlines()[0]})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------

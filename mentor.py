@@ -16,8 +16,10 @@ D the width at hand, V codebook_size.
 
 import json
 import math
+import os
 import pickle
 import re
+import zipfile
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
@@ -30,6 +32,30 @@ from safetensors.torch import load_file, save_file
 # ---------------------------------------------------------------------------------------------------------------
 # Configuration: the defaults are the published model, PRESETS holds what differs
 # ---------------------------------------------------------------------------------------------------------------
+
+
+LIMITS = {  # least and most of a number in a config, by its name; others: 1 to 2**20, or any fraction from 0 up
+    "image_size": (1, 2**14), "patch_size": (1, 2**10), "grid_size": (1, 2**10), "n_layer": (1, 1000), "num_res_blocks": (1, 100),
+    "dropout": (0, 1), "top_k": (0, 2**20), "top_p": (0, 1)}
+
+
+def check_fields(config, prefix="", limits=LIMITS):
+    """Raise ValueError naming the first field of a (nested) config that has another type than declared or is out of its limits."""
+    for f in fields(config):
+        name, value = prefix + f.name, getattr(config, f.name)
+        if is_dataclass(value):
+            check_fields(value, name + ".", limits)
+            continue
+        if f.type in (int, float):
+            low, high = limits.get(f.name, (1, 2**20) if f.type is int else (0, math.inf))
+            fine = isinstance(value, (int, f.type)) and not isinstance(value, bool) and low <= value <= high and value != math.inf
+            legal = f"a {'whole ' if f.type is int else ''}number from {low} to {high}" if high != math.inf else f"a number from {low} up"
+        elif f.type in (str, bool):
+            fine, legal = isinstance(value, f.type), "text" if f.type is str else "true or false"
+        else:
+            fine, legal = isinstance(value, tuple) and 0 < len(value) <= 10 and all(type(v) is int and 0 < v <= 1024 for v in value), "1 to 10 whole numbers from 1 to 1024"
+        if not fine:
+            raise ValueError(f"{name}={value!r:.80} is not legal: it must be {legal}")
 
 
 @dataclass(frozen=True)
@@ -116,6 +142,7 @@ class MentorConfig:
     context: int = 512          # the longest prefix; rows of the unconditional table
 
     def __post_init__(self):
+        check_fields(self)
         checks = [
             ("vision.image_size", self.vision.image_size % self.vision.patch_size == 0, f"a multiple of vision.patch_size={self.vision.patch_size}"),
             ("vision.width", self.vision.width % self.vision.n_head == 0, f"a multiple of vision.n_head={self.vision.n_head}"),
@@ -139,13 +166,15 @@ class MentorConfig:
 
 
 def from_dict(cls, values):
-    """A (nested) config dataclass from what json.loads gives. Raises ValueError for a key that is not one."""
+    """A (nested) config dataclass from what json.loads gives. Raises ValueError for a key that is not one or a value that is not legal."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{cls.__name__} is made of keys and values, not of {str(values)[:80]}")
     known = {f.name: f for f in fields(cls)}
     for key in values:
         if key not in known:
             raise ValueError(f"{cls.__name__} has no key {key!r}; it has {', '.join(known)}")
     nested = {k: type(known[k].default_factory()) for k in known if is_dataclass(known[k].type)}
-    return cls(**{k: from_dict(nested[k], v) if k in nested else v for k, v in values.items()})
+    return cls(**{k: from_dict(nested[k], v) if k in nested else tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 PRESETS = {
@@ -610,6 +639,79 @@ def sequence_order(lengths, n_prefix, n_code):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Files: a model is a folder with config.json and model.safetensors
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def first_line(error):
+    """What an error says, in one line, or else its kind."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def write_aside(path, write):
+    """Call write(temporary file), then move that to `path`: a kill or a full disk leaves the old file, never half a new one.
+
+    Raises OSError naming the file if it cannot be written; nothing is left of it then.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # on the disk before it gets its name
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is the first to us, the second to torch, the third to safetensors
+        temporary.unlink(missing_ok=True)
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{path} could not be written ({first_line(reason)})") from error
+
+
+def write_json(path, values):
+    """Write values as JSON, whole or not at all."""
+    write_aside(path, lambda file: file.write_text(json.dumps(values, indent=2) + "\n"))
+
+
+def read_json(path):
+    """The dictionary in a JSON file. Raises ValueError naming the file if it is missing or holds no such thing."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a readable JSON file ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds {str(values)[:80]}, not a JSON object of keys and values")
+    return values
+
+
+def save_folder(folder, module):
+    """Write a module's config, then its weights; the folder is whole when `model.safetensors` is there."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_json(Path(folder) / "config.json", asdict(module.config))
+    write_aside(Path(folder) / "model.safetensors", lambda file: save_file(module.state_dict(), file))
+
+
+def load_folder(cls, config_class, folder, command, config=None):
+    """The module, a `cls`, that save_folder wrote; `config` stands in for the stored one.
+
+    Raises ValueError naming the file that is missing (and the command that makes it), unreadable, or does not fit the other.
+    """
+    file, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
+    for path in (file, weights):
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; `{command}` makes it")
+    stored = read_json(file)
+    try:
+        config = config or from_dict(config_class, stored)
+        tensors = read_weights(weights)
+        with torch.device("meta"):  # compare before any memory is taken: a wrong config may ask for a lot
+            check_fit(cls(config).state_dict(), tensors)
+    except ValueError as error:
+        raise ValueError(str(error) if str(weights) in str(error) else f"{file if config is None else weights}: {error}") from None
+    model = cls(config)
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # The whole model
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -667,19 +769,12 @@ class Mentor(nn.Module):
 
     def save_pretrained(self, folder):
         """Write `config.json` and `model.safetensors` into the folder."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
-        save_file(self.state_dict(), Path(folder) / "model.safetensors")
+        save_folder(folder, self)
 
     @classmethod
     def from_pretrained(cls, folder, config=None):
         """Read what save_pretrained wrote; `config` stands in for the stored one. Raises ValueError naming a missing file."""
-        for name in ("config.json", "model.safetensors"):
-            if not (Path(folder) / name).is_file():
-                raise ValueError(f"{Path(folder) / name} is missing; `python train.py PRESET` makes it")
-        model = cls(config or from_dict(MentorConfig, json.loads((Path(folder) / "config.json").read_text())))
-        model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
-        return model.eval()
+        return load_folder(cls, MentorConfig, folder, "python train.py PRESET", config)
 
 
 def init_weights(model):
@@ -745,12 +840,8 @@ def released_name(name):
     return name
 
 
-def load_released(parameters, tensors, fresh=()):
-    """Copy tensors into parameters, {name: tensor} both, every one accounted for.
-
-    fresh: prefixes of names that may be missing and keep their new weights. Raises ValueError listing missing, unexpected and
-    mis-shaped names; then nothing has been copied.
-    """
+def check_fit(parameters, tensors, fresh=()):
+    """Raise ValueError listing the missing, unexpected and mis-shaped names of tensors against parameters, {name: tensor} both."""
     missing = [n for n in parameters if n not in tensors and not n.startswith(tuple(fresh))]
     unexpected = [n for n in tensors if n not in parameters]
     shapes = [f"{n} {tuple(t.shape)} where the model has {tuple(parameters[n].shape)}" for n, t in tensors.items() if n in parameters and t.shape != parameters[n].shape]
@@ -758,6 +849,15 @@ def load_released(parameters, tensors, fresh=()):
                 for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)) if names]
     if problems:
         raise ValueError("the weights do not fit the model; " + "; ".join(problems))
+
+
+def load_released(parameters, tensors, fresh=()):
+    """Copy tensors into parameters, {name: tensor} both, every one accounted for.
+
+    fresh: prefixes of names that may be missing and keep their new weights. Raises ValueError listing missing, unexpected and
+    mis-shaped names; then nothing has been copied.
+    """
+    check_fit(parameters, tensors, fresh)
     with torch.no_grad():
         for n, tensor in tensors.items():
             parameters[n].copy_(tensor)
@@ -782,6 +882,21 @@ def fit_unconditional(model, tensors):
     return {**tensors, name: fitted}, f"the unconditional table {'grew' if len(own) > len(table) else 'was cut'} from {len(table)} to {len(own)} rows"
 
 
+def read_pickle(path, **options):
+    """What torch.save wrote, opened with weights_only: it cannot run code. Raises ValueError naming a file that is torn or no such file.
+
+    The checksums inside are compared first, which torch.load leaves out.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken:
+            raise ValueError(f"{broken} in it is damaged")
+        return torch.load(path, weights_only=True, map_location="cpu", **options)
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not a readable file of torch.save ({first_line(error)})") from None
+
+
 def read_weights(path):
     """{name: tensor} from what people have: a .safetensors, .pt or .bin file, or a Hub folder with one file or shards.
 
@@ -792,7 +907,10 @@ def read_weights(path):
     if path.is_dir():
         for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
             if (path / name).is_file():
-                shards = sorted(set(json.loads((path / name).read_text())["weight_map"].values()))
+                shards = read_json(path / name).get("weight_map")
+                if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                    raise ValueError(f"{path / name}: holds no weight_map from tensors to files")
+                shards = sorted(set(shards.values()))
                 return {n: t for shard in shards for n, t in read_weights(path / shard).items()}
         for name in ("model.safetensors", "pytorch_model.bin"):
             if (path / name).is_file():
@@ -801,9 +919,9 @@ def read_weights(path):
     if not path.is_file():
         raise ValueError(f"{path}: there is no such weights file")
     try:
-        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, OSError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
-        raise ValueError(f"{path}: not a readable weights file ({str(error).splitlines()[0]})") from None
+        tensors = load_file(path) if path.suffix == ".safetensors" else read_pickle(path, mmap=True)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: not a readable weights file ({first_line(error)})") from None
     tensors = tensors.get("model", tensors) if isinstance(tensors, dict) else None
     if not tensors or not all(torch.is_tensor(t) for t in tensors.values()):
         raise ValueError(f"{path}: holds no dictionary of tensors")

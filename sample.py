@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import data
 from data import Collate, Sample, Scene, ShapeSubject, Placed, TextTokenizer, WORLDS, contact_sheet, to_picture, tokenizer_pixels
-from mentor import Mentor
+from mentor import Mentor, first_line, read_json
 from tokenizer import VQGAN
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -212,6 +212,14 @@ def weights_hash(folder):
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
+def usable_device(name):
+    """A torch.device. Raises ValueError if torch does not know it or this machine has none."""
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device={name}: torch cannot use it here ({first_line(error)[:100]}); leave the key out, or give cpu, cuda or mps") from None
+
+
 class Pipeline:
     """Model, image tokenizer and text tokenizer, opened from the folder that train.py writes."""
 
@@ -230,17 +238,19 @@ class Pipeline:
         if not found or not (root / "run.json").is_file():
             raise ValueError(f"{folder} holds no trained model; `python train.py tiny --out={folder}` makes one")
         model, vqgan = Mentor.from_pretrained(found[0]), VQGAN.from_pretrained(root / "tokenizer")
-        trained_with = json.loads((found[0] / "stage.json").read_text())["weights of tokenizer"]
+        trained_with = read_json(found[0] / "stage.json").get("weights of tokenizer")
         if weights_hash(root / "tokenizer") != trained_with:
             raise ValueError(f"{found[0]} was trained with another tokenizer (weights {trained_with}) than {root / 'tokenizer'} holds ({weights_hash(root / 'tokenizer')}): its codes would mean nothing")
-        return cls(model, vqgan, TextTokenizer.from_file(root / "spiece.model"), json.loads((root / "run.json").read_text()), device)
+        return cls(model, vqgan, TextTokenizer.from_file(root / "spiece.model"), read_json(root / "run.json"), device)
 
     def world(self):
-        """The built-in world of the run. Raises ValueError if it was trained on own pictures."""
+        """The built-in world of the run. Raises ValueError if it was trained on own pictures, or if its run.json names none."""
         if self.run.get("data"):
             raise ValueError(f"this model was trained on {self.run['data']}, not on a built-in world: its pictures cannot be scored, only drawn")
-        font = {"font": self.run["emoji_font"]} if self.run["world"] == "emoji" else {}
-        return WORLDS[self.run["world"]](self.vqgan.config.image_size, **font)
+        name, font = str(self.run.get("world")), str(self.run.get("emoji_font", ""))
+        if name not in WORLDS:
+            raise ValueError(f"the run's run.json names the world {name!r}; it must be one of {', '.join(WORLDS)}")
+        return WORLDS[name](self.vqgan.config.image_size, **({"font": font} if name == "emoji" else {}))
 
     def draw(self, samples, sampling=None, seed=0, batch_size=128):
         """Draw the prompts of the samples: pictures, uint8 (S, S, 3) each, and their codes (B, N)."""
@@ -452,9 +462,16 @@ def draw_dreambench(pipeline, options, out):
 SAMPLING_KEYS = ("cfg_scale", "temperature", "top_k", "top_p")
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are a ValueError."""
+
+    def error(self, message):
+        raise ValueError(f"{message}; `python sample.py --help` lists what there is")
+
+
 def parse(arguments):
-    """The command line, as an argparse Namespace."""
-    parser = argparse.ArgumentParser(prog="sample.py", description="Draw with a trained model, or score it.")
+    """The command line, as an argparse Namespace. Raises ValueError naming the argument that is wrong."""
+    parser = Parser(prog="sample.py", description="Draw with a trained model, or score it.")
     parser.add_argument("folder", help="what train.py wrote, for example out/tiny or out/tiny/align")
     parser.add_argument("prompt", nargs="?", default="", help=r"text with one <image> for each of --images; \n is a line break")
     parser.add_argument("--images", nargs="+", default=[], metavar="FILE", help="reference images, in the order of their <image>")
@@ -475,11 +492,14 @@ def parse(arguments):
     options.prompt = options.prompt.replace("\\n", "\n")
     if options.segment:
         options.prompt = f"The {options.segment} in <image>."
-    legal = {"n": (1, None), "cfg_scale": (0, None), "temperature": (0, None), "top_k": (0, None), "top_p": (0, 1)}
+    legal = {"n": (1, None), "cfg_scale": (0, None), "temperature": (0, None), "top_k": (0, None), "top_p": (0, 1), "seed": (0, 2**63)}
     for key, (low, high) in legal.items():
         value = getattr(options, key)
-        if value is not None and (value < low or high is not None and value > high):
+        if value is not None and not low <= value <= (sys.float_info.max if high is None else high):
             raise ValueError(f"--{key}={value}: must be at least {low}" + (f" and at most {high}" if high is not None else ""))
+    out = Path(options.out)
+    if not (options.score or options.dreambench) and (out.suffix.lower() not in Image.registered_extensions() or not out.parent.is_dir()):
+        raise ValueError(f"--out={out}: must end in .png, .jpg or .webp and lie in a folder that exists")
     if not (options.prompt or options.score or options.reconstruct or options.dreambench):
         raise ValueError('give a prompt ("A big red star at the top on a green background"), --segment, --reconstruct, --dreambench or --score')
     return options
@@ -488,7 +508,7 @@ def parse(arguments):
 def main(arguments):
     """Do what the command line asks for."""
     options = parse(arguments)
-    pipeline = Pipeline.open(options.folder, torch.device(options.device))
+    pipeline = Pipeline.open(options.folder, usable_device(options.device))
     if options.score:
         score(pipeline, Path(options.folder if options.out == "sample.png" else options.out))
         return
@@ -503,6 +523,11 @@ def main(arguments):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"sample.py: out of memory ({first_line(error)}): draw fewer at once with --n", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -10,14 +10,14 @@ Read in order: TokenizerConfig and PRESETS, the blocks, Encoder, VectorQuantizer
 what only its training needs: PatchDiscriminator, LPIPS, the losses and CodebookUsage.
 """
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+
+from mentor import check_fields, load_folder, save_folder
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class TokenizerConfig:
     beta: float = 0.25                    # weight of the commitment loss, the pull of z towards its code
 
     def __post_init__(self):
-        object.__setattr__(self, "ch_mult", tuple(self.ch_mult))  # json gives lists
+        check_fields(self)
         if self.image_size % self.downsample:
             legal = ", ".join(str(self.downsample * g) for g in (8, 16, 24, 32))
             raise ValueError(f"image_size={self.image_size} is no multiple of the downsampling factor {self.downsample}; legal sizes are for example {legal}")
@@ -284,19 +284,12 @@ class VQGAN(nn.Module):
 
     def save_pretrained(self, folder):
         """Write `config.json` and `model.safetensors` into the folder."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
-        save_file(self.state_dict(), Path(folder) / "model.safetensors")
+        save_folder(folder, self)
 
     @classmethod
     def from_pretrained(cls, folder):
         """Read what save_pretrained wrote. Raises ValueError naming the file when one is missing."""
-        for name in ("config.json", "model.safetensors"):
-            if not (Path(folder) / name).is_file():
-                raise ValueError(f"{Path(folder) / name} is missing; `python train.py PRESET --stage=tokenizer` makes it")
-        model = cls(TokenizerConfig(**json.loads((Path(folder) / "config.json").read_text())))
-        model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
-        return model.eval()
+        return load_folder(cls, TokenizerConfig, folder, "python train.py PRESET --stage=tokenizer")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -20,11 +20,12 @@ import json
 import math
 import os
 import re
-import shutil
+import signal
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from datetime import timedelta
 from difflib import get_close_matches
 from functools import cache, partial
 from inspect import getsource
@@ -129,6 +130,7 @@ class RunConfig:
     save_every: int = 1000         # steps between checkpoints
     checkpoint: bool = False       # recompute activations in the backward pass: less memory, a third slower
     dry_run: bool = False          # train nothing: check what is needed, print parameters, FLOPs, memory and hours
+    keep: int = 2                  # checkpoints of a stage to keep, the newest ones
     released: ReleasedConfig = field(default_factory=ReleasedConfig)
     vqgan: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: MentorConfig = field(default_factory=MentorConfig)
@@ -159,6 +161,9 @@ PRESETS = {name: replace(run, out=f"out/{name}", vqgan=TokenizerConfig(**tokeniz
 
 STAGES = ("tokenizer", "pretrain", "align", "instruct")
 EVERYTHING_BUT_VISION = ("encoder.connector", "encoder.text", "projector", "decoder")
+LIMITS = {  # of this file's numbers, as in mentor.LIMITS
+    "steps": (1, 2**30), "seed": (0, 2**32), "micro_batch": (0, 2**20), "workers": (0, 1024), "save_every": (1, 2**30), "restart_every": (1, 2**30),
+    "final_lr": (0, 1), "disc_start": (0, 1), "warmup": (0, 1), "prefix_drop": (0, 1)}
 PRETRAINED = ("encoder.vision", "encoder.text", "projector", "decoder")
 TRAINED = {  # recipe -> stage -> the parts of Mentor that train, as prefixes of parameter names; the rest is frozen
     # nothing is downloaded, so nobody has trained the connector before alignment
@@ -227,6 +232,7 @@ def parse(arguments):
 
 def validate(run):
     """The run itself, if its keys are legal together; else a ValueError that says which are not."""
+    mentor.check_fields(run, "--", {**mentor.LIMITS, **LIMITS})
     choices = {"stage": ("all", *STAGES, "import", "export"), "world": tuple(WORLDS), "recipe": tuple(TRAINED), "dtype": ("auto", "bfloat16", "float32")}
     for key, legal in choices.items():
         if getattr(run, key) not in legal:
@@ -249,7 +255,7 @@ def parse_mix(stage, mix):
             shares[task] = float(share)
         except ValueError:
             raise ValueError(f"--{stage}.mix: {part!r} is not task:share") from None
-        if task not in TASKS or shares[task] < 0:
+        if task not in TASKS or not 0 <= shares[task] < math.inf:
             raise ValueError(f"--{stage}.mix: {part!r}: the task must be one of {', '.join(TASKS)} and the share at least 0")
     if not sum(shares.values()):
         raise ValueError(f"--{stage}.mix={mix}: all shares are 0")
@@ -296,6 +302,14 @@ class Machine:
         """All processes' tensors, one after the other along the first dimension, in rank order; gradients flow back."""
         return tensor if self.world_size == 1 else torch.cat(all_gather(tensor.contiguous()))
 
+    def largest(self, number):
+        """The largest of all processes' whole numbers, so that all decide alike. Waits for no GPU."""
+        if self.world_size == 1:
+            return number
+        numbers = torch.tensor(number)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return int(numbers)
+
     def say(self, *words):
         """Print, once."""
         if self.main:
@@ -308,12 +322,13 @@ def start_machine(run):
     name = run.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    device = sample.usable_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # torchrun stops the others at once when a process dies; the timeout is for one that hangs, and longer than the largest checkpoint takes
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
     if run.dtype != "auto":
         dtype, why = getattr(torch, run.dtype), "asked for"
     elif device.type == "cuda" and torch.cuda.is_bf16_supported():
@@ -649,7 +664,7 @@ def schedule(step, recipe, run):
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------------------
 
-NOT_OF_THE_RESULT = ("out", "stage", "device", "dtype", "workers", "save_every", "micro_batch", "train_scale", "data_root", "skip_bad", "cache_codes", "checkpoint", "dry_run", "released.", "model.sampling.")
+NOT_OF_THE_RESULT = ("out", "stage", "device", "dtype", "workers", "save_every", "keep", "micro_batch", "train_scale", "data_root", "skip_bad", "cache_codes", "checkpoint", "dry_run", "released.", "model.sampling.")
 
 
 def stage_record(name, run):
@@ -664,8 +679,8 @@ def stage_record(name, run):
 def check_record(folder, record):
     """Raise ValueError if the folder holds the same stage of another run, naming the first key that differs."""
     file = folder / "stage.json"
-    if file.is_file():
-        old = json.loads(file.read_text())
+    if file.is_file() and ((folder / "model.safetensors").is_file() or checkpoints(folder)):
+        old = mentor.read_json(file)
         if "imported from" in old:
             return
         for key in sorted(record.keys() | old.keys()):
@@ -673,35 +688,110 @@ def check_record(folder, record):
                 raise ValueError(f"{folder} was trained with {key}={old.get(key)}, this run has {record.get(key)}; choose another --out, or delete {folder}")
 
 
-def write_whole(file, content):
-    """Write bytes to a file so that another process that looks for it sees all of them or no file."""
-    file.with_suffix(".tmp").write_bytes(content)
-    os.replace(file.with_suffix(".tmp"), file)
+def checkpoints(folder):
+    """The stage's checkpoints, state-STEP.pt, oldest first."""
+    return sorted((f for f in folder.glob("state-*.pt") if f.stem[6:].isdecimal()), key=lambda f: int(f.stem[6:]))
 
 
-def save_state(folder, stage, optimizers, step):
-    """Everything needed to go on from `step`, in one file that is never half written."""
-    state = {"step": step, "stage": stage.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+def last_checkpoint(folder):
+    """A sentence on where the same command would go on."""
+    found = checkpoints(folder)
+    return f"the last good checkpoint is {found[-1]}" if found else f"{folder} holds no checkpoint yet"
+
+
+def named_tensors(state, name=""):
+    """(dotted name, tensor) of everything in nested dictionaries and lists."""
+    if torch.is_tensor(state):
+        yield name, state
+    elif isinstance(state, (dict, list)):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from named_tensors(value, f"{name}.{key}".strip("."))
+
+
+def check_finite(state, name, step, folder):
+    """Raise ValueError naming the first tensor of a state that is not finite: such a state is never saved."""
+    tensors = [(n, t) for n, t in named_tensors(state) if t.is_floating_point()]
+    finite = torch.stack([t.isfinite().all().to(tensors[0][1].device) for _, t in tensors]).tolist()
+    if not all(finite):
+        raise ValueError(f"{name}: after step {step} {tensors[finite.index(False)][0]} is not finite, so nothing was saved: lower --{name}.lr; {last_checkpoint(folder)}")
+
+
+def save_state(folder, name, stage, optimizers, step, keep, machine):
+    """Write all that is needed to go on from `step`, state-STEP.pt, and remove all but the last `keep`.
+
+    If it cannot be written, the disk being full, that is said and the run goes on: the older files are whole.
+    """
+    state = {"step": step, "processes": machine.world_size, "stage": stage.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
     if isinstance(stage, TokenizerStage):
-        state["usage"] = stage.usage.counts
-        state["extras"] = {k: v.state_dict() for k, v in stage.extras.items() if k != "lpips" and v}
-    torch.save(state, folder / "state.tmp")
-    os.replace(folder / "state.tmp", folder / "state.pt")
+        state["usage"] = stage.usage.counts.clone()
+        if machine.world_size > 1:
+            dist.all_reduce(state["usage"])
+        state["extras"] = {k: getattr(v, "module", v).state_dict() for k, v in stage.extras.items() if k != "lpips" and v}
+    if not machine.main:
+        return
+    check_finite(state, name, step, folder)
+    try:
+        mentor.write_aside(folder / f"state-{step}.pt", lambda file: torch.save(state, file))
+    except OSError as error:
+        machine.say(f"{name}: {error}: going on without it, {last_checkpoint(folder)}; make room on the disk")
+        return
+    for file in checkpoints(folder)[:-keep]:
+        file.unlink()
 
 
-def load_state(folder, stage, optimizers, device):
-    """Restore what save_state wrote; returns the step to go on from, 0 if there is nothing."""
-    if not (folder / "state.pt").is_file():
+def newest_state(folder, name, machine):
+    """What the newest whole checkpoint holds, {"step": 0} if there is none. A torn one is put aside, and that is said."""
+    for file in reversed(checkpoints(folder)):
+        try:
+            return mentor.read_pickle(file)
+        except ValueError as error:
+            file.replace(file.with_suffix(".torn"))
+            machine.say(f"{name}: {error}: renamed to {file.with_suffix('.torn').name}, going on from the one before")
+    return {"step": 0}
+
+
+def load_state(folder, name, stage, optimizers, machine):
+    """Restore what save_state wrote last; returns the step to go on from, 0 if there is nothing."""
+    state = newest_state(folder, name, machine) if machine.main else {"step": 0}
+    step = machine.largest(state["step"])  # the first process chooses
+    if not step:
         return 0
-    state = torch.load(folder / "state.pt", map_location=device, weights_only=True)
+    if not machine.main:
+        state = mentor.read_pickle(folder / f"state-{step}.pt")
+    if state["processes"] != machine.world_size:
+        machine.say(f"{name}: the checkpoint is from {state['processes']} processes, going on with {machine.world_size}: the same samples in the same order, other rounding and dropout")
     stage.load_state_dict(state["stage"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     if isinstance(stage, TokenizerStage):
-        stage.usage.counts.copy_(state["usage"])
+        stage.usage.counts.copy_(state["usage"] * machine.main)  # the sum over processes; they are added up again
         for key, saved in state["extras"].items():
-            stage.extras[key].load_state_dict(saved)
-    return state["step"]
+            getattr(stage.extras[key], "module", stage.extras[key]).load_state_dict(saved)
+    return step
+
+
+class StopSignals:
+    """While open, Ctrl-C and SIGTERM only leave their number in `received`, for the loop to see after the step. A second one stops at once."""
+
+    def __enter__(self):
+        self.received = 0
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        """The handler."""
+        self.received = number
+        self.__exit__()
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def leave_group(worker):
+    """For data processes: a terminal's Ctrl-C goes to the whole process group, but the training needs their samples to finish its step."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -785,7 +875,7 @@ def index_batches(start, steps, global_batch, micro, accumulate, rank):
 def check_config(config, folder):
     """Raise ValueError if the folder's weights have another shape than the config; dropout and sampling may differ."""
     if (folder / "config.json").is_file():
-        stored = flatten(mentor.from_dict(MentorConfig, json.loads((folder / "config.json").read_text())))
+        stored = flatten(mentor.from_dict(MentorConfig, mentor.read_json(folder / "config.json")))
         for key, (value, _) in flatten(config).items():
             if value != stored[key][0] and not key.startswith("sampling.") and not key.endswith(".dropout"):
                 raise ValueError(f"--model.{key}={value}, but {folder} was trained with {stored[key][0]}: leave the key out, or choose another --out")
@@ -816,46 +906,89 @@ def train_stage(name, run, machine, source, text_tokenizer):
     if (folder / "model.safetensors").is_file():
         machine.say(f"{name}: done already, {folder} holds its weights")
         return
+    micro, accumulate = micro_batches(recipe, run, machine)
     stage = build_stage(name, run, machine, source)
     optimizers = make_optimizers(stage, recipe, run)
-    start = load_state(folder, stage, optimizers, machine.device)
-    micro, accumulate = micro_batches(recipe, run, machine)
+    start = load_state(folder, name, stage, optimizers, machine)
     if machine.main:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "stage.json", (json.dumps(record, indent=2) + "\n").encode())
+        mentor.write_json(folder / "stage.json", record)
     describe_stage(name, stage, recipe, machine, micro, accumulate, start)
 
     collate = Collate(text_tokenizer, run.model.vision.image_size, run.model.image_tokens, run.model.context, run.vqgan.image_size)
     batches = iter(torch.utils.data.DataLoader(
         make_dataset(name, run, stage.mix, source), batch_sampler=index_batches(start, recipe.steps, recipe.global_batch, micro, accumulate, machine.rank),
-        collate_fn=collate, num_workers=run.workers, pin_memory=machine.device.type == "cuda"))
+        collate_fn=collate, num_workers=run.workers, worker_init_fn=leave_group, pin_memory=machine.device.type == "cuda"))
     wrapped = machine.wrap(stage.train())
     log = Log(folder, name, recipe, start, machine, stage)
-    for step in range(start, recipe.steps):
-        torch.manual_seed(run.seed * 1_000_003 + step * machine.world_size + machine.rank)  # dropout is a function of the step
-        factor = schedule(step, recipe, run)
-        for group in (g for o in optimizers for g in o.param_groups):
-            group["lr"] = group["peak"] * factor
+    with StopSignals() as signals:
+        for step in range(start, recipe.steps):
+            torch.manual_seed(run.seed * 1_000_003 + step * machine.world_size + machine.rank)  # dropout is a function of the step
+            factor = schedule(step, recipe, run)
+            for group in (g for o in optimizers for g in o.param_groups):
+                group["lr"] = group["peak"] * factor
+            loss, tasks = add_gradients(step, name, stage, wrapped, batches, micro, accumulate, machine, log)
+            grad_norm = nn.utils.clip_grad_norm_([p for _, p in stage.trained()], run.clip)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            log.add(stage.after_step(step))
+            log.step(step, loss, grad_norm, recipe.lr * factor, tasks)
+            stop = machine.largest(signals.received)
+            if step + 1 < recipe.steps and (stop or (step + 1) % run.save_every == 0):
+                log.check()
+                save_state(folder, name, stage, optimizers, step + 1, run.keep, machine)
+            if stop:
+                break
+    log.close()
+    if step + 1 == recipe.steps:
+        save_weights(folder, name, stage, machine)
+    if stop:
+        machine.say(f"{name}: stopped by {signal.Signals(stop).name} after step {step + 1}; the same command goes on from there")
+        raise SystemExit(128 + stop)
+
+
+def add_gradients(step, name, stage, wrapped, batches, micro, accumulate, machine, log):
+    """Forward and backward through the step's micro-batches. Returns their mean loss, on the device, and the tasks seen."""
+    losses, tasks = [], set()
+    try:
         for m in range(accumulate):
             batch = next(batches).to(machine.device)
+            tasks.update(batch.tasks)
             last = m == accumulate - 1
             with nullcontext() if last or wrapped is stage else wrapped.no_sync():  # gradients travel once a step
                 with machine.autocast():
                     loss, logs = wrapped(batch, step)
                 (loss / accumulate).backward()
-            log.add({"loss": loss.detach(), **logs})
-        grad_norm = nn.utils.clip_grad_norm_([p for _, p in stage.trained()], run.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        log.add(stage.after_step(step))
-        log.step(step, grad_norm, recipe.lr * factor)
-        if machine.main and (step + 1) % run.save_every == 0 and step + 1 < recipe.steps:
-            save_state(folder, stage, optimizers, step + 1)
-    log.close()
+            losses.append(loss.detach())
+            log.add({"loss": losses[-1], **logs})
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise ValueError(out_of_memory(name, micro, accumulate, machine, error)) from None
+        raise
+    return torch.stack(losses).mean(), tasks
+
+
+def out_of_memory(name, micro, accumulate, machine, error):
+    """What to do when the memory is not enough: the largest micro-batch up to half of this one that divides the share."""
+    share = micro * accumulate
+    said = f"{name}: out of memory on {machine.device} with micro_batch={micro} ({mentor.first_line(error)[:120]})"
+    if micro == 1:
+        return f"{said}; micro_batch is as small as can be: choose a smaller preset or model, or a device with more memory"
+    smaller = max(d for d in range(1, micro // 2 + 1) if share % d == 0)
+    return f"{said}; set --micro_batch={smaller}: global_batch stays {share * machine.world_size}, a step takes {share // smaller} micro-batches in place of {accumulate}"
+
+
+def save_weights(folder, name, stage, machine):
+    """The stage's result, then away with its checkpoints. Raises ValueError if it cannot be written; the checkpoints stay."""
     if machine.main:
-        stage.model.save_pretrained(folder)
-        (folder / "state.pt").unlink(missing_ok=True)
+        check_finite(stage.model.state_dict(), name, "the last", folder)
+        try:
+            stage.model.save_pretrained(folder)
+        except OSError as error:
+            raise ValueError(f"{name}: {error}: make room on the disk and give the same command again; {last_checkpoint(folder)}") from None
+        for file in folder.glob("state-*"):
+            file.unlink()
     if machine.world_size > 1:
         dist.barrier()
 
@@ -877,14 +1010,32 @@ def describe_stage(name, stage, recipe, machine, micro, accumulate, start):
         machine.say(f"{name}: guessing codes costs ln({stage.model.config.decoder.codebook_size}) = {math.log(stage.model.config.decoder.codebook_size):.2f}, the right loss to start at (the contrastive loss comes on top)")
 
 
+def read_log(file):
+    """The lines of a log.jsonl as dictionaries, up to the first that is not whole: a kill may leave half a line at the end."""
+    lines = []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
 class Log:
-    """Progress bar and log.jsonl: means since the last line. Values stay on the device until a line is written."""
+    """Progress bar and log.jsonl: means since the last line. Notices the first step that is not finite.
+
+    Values stay on the device until a line is written; a CPU, where looking costs nothing, is looked at every step.
+    """
 
     def __init__(self, folder, name, recipe, start, machine, stage):
-        self.name, self.recipe, self.machine, self.stage, self.every = name, recipe, machine, stage, max(1, recipe.steps // 200)
+        self.folder, self.name, self.recipe, self.machine, self.stage, self.every = folder, name, recipe, machine, stage, max(1, recipe.steps // 200)
         self.values, self.since, self.started = {}, start, time.perf_counter()
+        self.first_bad = torch.full((3,), -1.0, device=machine.device)  # step, loss, gradient norm
+        self.recent, self.lost = {}, False  # {step: (learning rate, tasks)} since the last check
         if machine.main:
-            self.file = open(folder / "log.jsonl", "a" if start else "w")
+            done = [json.dumps(line) + "\n" for line in read_log(folder / "log.jsonl") if line["step"] <= start] if start else []
+            mentor.write_aside(folder / "log.jsonl", lambda file: file.write_text("".join(done)))
+            self.file = open(folder / "log.jsonl", "a")
             self.bar = tqdm(total=recipe.steps, initial=start, desc=name.ljust(9), dynamic_ncols=True, smoothing=0.05)
 
     def add(self, values):
@@ -892,23 +1043,45 @@ class Log:
         for key, value in values.items():
             self.values.setdefault(key, []).append(value)
 
-    def step(self, step, grad_norm, lr):
+    def step(self, step, loss, grad_norm, lr, tasks):
         """Count a step; every so often write a line. Raises ValueError when the loss or gradient is not finite."""
+        now = torch.stack([torch.full((), step, dtype=torch.float32, device=loss.device), loss.float(), grad_norm.float()])
+        self.first_bad = torch.where((self.first_bad[0] < 0) & ~now.isfinite().all(), now, self.first_bad)
+        self.recent[step] = lr, tasks
         if self.machine.main:
             self.bar.update()
-        if (step + 1) % self.every and step + 1 < self.recipe.steps:
-            return
+        due = (step + 1) % self.every == 0 or step + 1 == self.recipe.steps
+        if due or self.machine.device.type == "cpu":
+            self.check()
+        if due:
+            self.write(step, float(grad_norm), lr)
+
+    def check(self):
+        """Raise ValueError naming the first step, since the last check, whose loss or gradient is not finite."""
+        step, loss, grad_norm = self.first_bad.tolist()
+        if step >= 0:
+            lr, tasks = self.recent[int(step)]
+            raise ValueError(f"{self.name}: loss {loss:g}, gradient norm {grad_norm:g} at step {int(step) + 1}, learning rate {lr:.2e}, tasks {', '.join(sorted(tasks))}: "
+                             f"lower --{self.name}.lr and start the stage anew (delete {self.folder}); {last_checkpoint(self.folder)}")
+        self.recent.clear()
+
+    def write(self, step, grad_norm, lr):
+        """One line with the means since the last; on a full disk they wait in memory for the next, and that is said once."""
         means = {k: float(torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in vs]).mean()) for k, vs in self.values.items()}
-        if not math.isfinite(means["loss"]) or not math.isfinite(float(grad_norm)):
-            raise ValueError(f"{self.name}: loss {means['loss']}, gradient norm {float(grad_norm)} at step {step + 1}, learning rate {lr:.2e}: lower --{self.name}.lr; the last checkpoint is sound")
         now = time.perf_counter()
         rate = (step + 1 - self.since) * self.recipe.global_batch / (now - self.started)
         self.values, self.since, self.started = {}, step + 1, now
-        if self.machine.main:
-            line = {"stage": self.name, "step": step + 1, **means, "grad_norm": float(grad_norm), "lr": lr, "samples_per_s": rate}
+        if not self.machine.main:
+            return
+        line = {"stage": self.name, "step": step + 1, **means, "grad_norm": grad_norm, "lr": lr, "samples_per_s": rate}
+        self.bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.0f} samples/s{self.speed(means, rate)}")
+        try:
             self.file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
             self.file.flush()
-            self.bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.0f} samples/s{self.speed(means, rate)}")
+        except OSError as error:
+            if not self.lost:
+                self.machine.say(f"{self.name}: {self.folder / 'log.jsonl'} could not be written ({error.strerror}): going on; make room on the disk")
+            self.lost = True
 
     def speed(self, means, rate):
         """Codes a second; on a GPU that PEAK_TFLOPS knows also the share of its peak, and the most memory it needed."""
@@ -925,7 +1098,10 @@ class Log:
         """Finish the bar and the file."""
         if self.machine.main:
             self.bar.close()
-            self.file.close()
+            try:
+                self.file.close()
+            except OSError as error:
+                self.machine.say(f"{self.name}: the end of {self.folder / 'log.jsonl'} is lost ({error.strerror})")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1231,8 +1407,7 @@ def plan_memory(name, run, machine, fixed, activations):
 
 def draw_curves(out, path):
     """The loss of every stage that left a log, side by side in one picture."""
-    logs = [(name, [json.loads(line) for line in (Path(out) / name / "log.jsonl").read_text().splitlines()])
-            for name in STAGES if (Path(out) / name / "log.jsonl").is_file()]
+    logs = [(name, lines) for name in STAGES if (lines := read_log(Path(out) / name / "log.jsonl"))]
     width, height, pad = 300, 200, 36
     canvas = Image.new("RGB", (width * len(logs), height), "white")
     pen = ImageDraw.Draw(canvas)
@@ -1272,8 +1447,8 @@ def main(arguments):
         return dry_run(run, machine, source, text_tokenizer)
     if machine.main:
         Path(run.out).mkdir(parents=True, exist_ok=True)
-        write_whole(spiece, text_tokenizer.proto)
-        (Path(run.out) / "run.json").write_text(json.dumps(asdict(run), indent=2) + "\n")
+        mentor.write_aside(spiece, lambda file: file.write_bytes(text_tokenizer.proto))
+        mentor.write_json(Path(run.out) / "run.json", asdict(run))
     for name in STAGES if run.stage == "all" else (run.stage,):
         train_stage(name, run, machine, source, text_tokenizer)
         machine.say(f"{name}: finished after {time.perf_counter() - started:.0f} s in all")
@@ -1290,15 +1465,19 @@ def main(arguments):
 
 
 def cli():
-    """main with user errors as one line and exit code 2."""
+    """main, with what users can mend as one line and exit code 2."""
+    who = f"train.py: process {os.environ['RANK']}: " if "RANK" in os.environ else "train.py: "
     try:
         main(sys.argv[1:])
-    except ValueError as error:
-        print(f"train.py: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"{who}{error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
-        print(f"train.py: out of memory ({str(error).splitlines()[0]}). Halve --micro_batch: global_batch, and so the result, stays the same", file=sys.stderr)
-        sys.exit(1)
+        print(f"{who}the device's memory is too small for the model ({mentor.first_line(error)}): choose a smaller preset or model", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{who}stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

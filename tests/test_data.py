@@ -195,6 +195,26 @@ def test_pictures_of_every_kind_are_read_right(tmp_path):
     assert (load_image(tmp_path / "turned.png") == np.rot90(base, -1)).all()
 
 
+def test_animations_and_clear_palettes(tmp_path):
+    """The first frame of an animation; a palette's transparent entry on white."""
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert (load_image(tmp_path / "moving.gif") == (255, 0, 0)).all()
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.paste(1, (0, 0, 4, 8))
+    palette.save(tmp_path / "clear.png", transparency=0)
+    picture = load_image(tmp_path / "clear.png")
+    assert (picture[:, :4] == (40, 50, 60)).all() and (picture[:, 4:] == 255).all()
+
+
+def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
+    Image.new("1", (100, 100)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    with pytest.raises(ValueError, match="bomb.png: not a readable image .*decompression bomb"):
+        load_image(tmp_path / "bomb.png")
+
+
 def test_broken_pictures_are_named(tmp_path):
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "empty.png").write_bytes(b"")

@@ -147,10 +147,10 @@ def test_a_stage_that_was_stopped_goes_on_bit_for_bit(stage, trained, tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         run_stage(tmp_path, stage, "--save_every=3")
     monkeypatch.setattr(train.Log, "step", step)
-    assert (tmp_path / stage / "state.pt").is_file() and not (tmp_path / stage / "model.safetensors").is_file()
+    assert train.checkpoints(tmp_path / stage) and not (tmp_path / stage / "model.safetensors").is_file()
     run_stage(tmp_path, stage, "--save_every=3")
     assert equal(weights(tmp_path, stage), weights(trained, stage))
-    assert not (tmp_path / stage / "state.pt").is_file()
+    assert not train.checkpoints(tmp_path / stage)
 
 
 @pytest.mark.parametrize("stage", train.STAGES[:3])

@@ -1,0 +1,258 @@
+"""What goes wrong on real machines: kills, signals, torn files, full disks, numbers that are not finite, a process that dies.
+
+KILLS=20 python -m pytest tests/test_trust.py -k killed    # more kills than the suite has time for
+"""
+
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train
+from test_train import CPU, ROOT, SMALL, equal, link_stages, run_stage, stage_and_batch, trained, weights  # noqa: F401
+
+KILLS = int(os.environ.get("KILLS", 5))
+children = multiprocessing.get_context("forkserver")  # imports the slow packages once, then each child starts in little time
+children.set_forkserver_preload(["torch", "torch.distributed.nn.functional", "torch.utils.data", "safetensors.torch", "sentencepiece", "PIL.Image", "tqdm", "pytest"])
+
+
+def train_in_child(arguments, own_group=False):
+    """The body of a child process: train.py, without the scoring."""
+    if own_group:
+        os.setsid()
+    torch.set_num_threads(1)
+    train.sample.score = lambda *arguments: None
+    train.main(arguments)
+
+
+def start(*arguments, **options):
+    child = children.Process(target=train_in_child, args=(["tiny", *SMALL, *arguments],), kwargs=options)
+    child.start()
+    return child
+
+
+def wait_for(condition, seconds=30):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def all_weights(out):
+    return {f"{stage} {k}": v for stage in train.STAGES for k, v in weights(out, stage).items()}
+
+
+def stop_after(monkeypatch, step):
+    """Make the run stop after some steps, as if the process had died there. Returns what undoes it."""
+    original = train.Log.step
+
+    def stopping(self, done, *arguments):
+        original(self, done, *arguments)
+        if done + 1 == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Log, "step", stopping)
+    return lambda: monkeypatch.setattr(train.Log, "step", original)
+
+
+def test_killed_at_random_moments_a_run_ends_with_the_same_bits(tmp_path):
+    """SIGKILL anywhere in the four stages, saving at every step; then the same command again, until it is through."""
+    def child(name):
+        return start(f"--out={tmp_path / name}", "--save_every=1")
+
+    seconds = []
+    for _ in range(2):  # the second time everything is done already: how long it takes to start
+        began, straight = time.time(), child("straight")
+        straight.join()
+        seconds.append(time.time() - began)
+        assert straight.exitcode == 0
+    rng, killed = random.Random(time.time()), 0
+    while killed < KILLS:
+        victim = child("killed")
+        victim.join(rng.uniform(0.3 * seconds[1], seconds[1] + (seconds[0] - seconds[1]) / KILLS))
+        if victim.exitcode == 0:  # it got through before its time: check, and begin again
+            assert equal(all_weights(tmp_path / "straight"), all_weights(tmp_path / "killed"))
+            shutil.rmtree(tmp_path / "killed")
+            continue
+        assert victim.exitcode is None, "it failed on its own"
+        victim.kill()
+        victim.join()
+        killed += 1
+    last = child("killed")
+    last.join()
+    assert last.exitcode == 0
+    assert equal(all_weights(tmp_path / "straight"), all_weights(tmp_path / "killed"))
+    assert not [*(tmp_path / "killed").rglob("state-*"), *(tmp_path / "killed").rglob("*.tmp")]
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "align"])
+def test_going_on_is_exact_with_accumulation_and_data_processes(stage, trained, tmp_path, monkeypatch):  # noqa: F811
+    keys = ("--micro_batch=2", "--workers=2", "--save_every=3")
+    for name in ("straight", "stopped"):
+        link_stages(trained, tmp_path / name, *train.STAGES[: train.STAGES.index(stage)])
+    run_stage(tmp_path / "straight", stage, *keys)
+    undo = stop_after(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(tmp_path / "stopped", stage, *keys)
+    undo()
+    assert train.checkpoints(tmp_path / "stopped" / stage)
+    run_stage(tmp_path / "stopped", stage, *keys)
+    assert equal(weights(tmp_path / "straight", stage), weights(tmp_path / "stopped", stage))
+    logs = [[(line["step"], line["loss"]) for line in train.read_log(tmp_path / name / stage / "log.jsonl")] for name in ("straight", "stopped")]
+    assert logs[0] == logs[1] and len(logs[0]) == 6
+
+
+@pytest.mark.parametrize("number, whole_group", [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_signals_save_before_they_end_the_run(number, whole_group, tmp_path):
+    """Also when the signal goes to the data processes too, as a terminal's Ctrl-C does."""
+    keys = ("--stage=tokenizer", "--tokenizer.steps=20", "--workers=1")
+    run = start(f"--out={tmp_path}/stopped", *keys, own_group=True)
+    wait_for(lambda: train.read_log(tmp_path / "stopped" / "tokenizer" / "log.jsonl"))
+    (os.killpg if whole_group else os.kill)(run.pid, number)
+    run.join(30)
+    assert run.exitcode == 128 + number
+    saved, = train.checkpoints(tmp_path / "stopped" / "tokenizer")
+    assert 0 < int(saved.stem[6:]) < 20
+    for name in ("stopped", "straight"):
+        train.main(["tiny", *SMALL, f"--out={tmp_path / name}", *keys])
+    assert equal(weights(tmp_path / "stopped", "tokenizer"), weights(tmp_path / "straight", "tokenizer"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "text"])
+def test_a_torn_checkpoint_is_put_aside_and_the_one_before_used(damage, trained, tmp_path, monkeypatch, capsys):  # noqa: F811
+    undo = stop_after(monkeypatch, 6)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(tmp_path, "tokenizer", "--save_every=1", "--keep=3")
+    undo()
+    folder = tmp_path / "tokenizer"
+    assert [f.name for f in train.checkpoints(folder)] == ["state-3.pt", "state-4.pt", "state-5.pt"]
+    whole = (folder / "state-5.pt").read_bytes()
+    middle = len(whole) // 2
+    broken = {"cut": whole[:middle], "empty": b"", "flipped": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :], "text": b"hello"}[damage]
+    (folder / "state-5.pt").write_bytes(broken)
+    run_stage(tmp_path, "tokenizer")
+    said = capsys.readouterr().out
+    assert "state-5.pt: not a readable file" in said and "renamed to state-5.torn, going on from the one before" in said and "from step 4" in said
+    assert equal(weights(tmp_path, "tokenizer"), weights(trained, "tokenizer"))
+
+
+def test_a_full_disk_costs_only_the_checkpoint_that_did_not_fit(trained, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """A limit on the size of files stands in for a full disk: the same system call fails."""
+    original, limits = train.Log.step, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full_after_three_steps(self, step, *arguments):
+        original(self, step, *arguments)
+        if step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+
+    monkeypatch.setattr(train.Log, "step", full_after_three_steps)
+    folder = tmp_path / "tokenizer"
+    try:
+        with pytest.raises(ValueError, match=r"tokenizer: .*model.safetensors could not be written .* make room on the disk.*state-3.pt"):
+            run_stage(tmp_path, "tokenizer", "--save_every=1", "--keep=1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        monkeypatch.setattr(train.Log, "step", original)
+    said = capsys.readouterr().out
+    assert said.count("could not be written") == 2 and "going on without it, the last good checkpoint is " in said
+    assert sorted(f.name for f in folder.iterdir()) == ["config.json", "log.jsonl", "stage.json", "state-3.pt"]
+    run_stage(tmp_path, "tokenizer")
+    assert "from step 3" in capsys.readouterr().out and equal(weights(tmp_path, "tokenizer"), weights(trained, "tokenizer"))
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "a.json"
+    train.mentor.write_json(file, {"a": 1})
+
+    def fail_half_way(path):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="a.json could not be written .*No space left"):
+        train.mentor.write_aside(file, fail_half_way)
+    assert train.mentor.read_json(file) == {"a": 1} and list(tmp_path.iterdir()) == [file]
+
+
+def test_the_first_number_that_is_not_finite_stops_the_run_and_is_never_saved(trained, tmp_path, monkeypatch):  # noqa: F811
+    forward = train.MentorStage.forward
+    monkeypatch.setattr(train.MentorStage, "forward", lambda self, batch, step: (lambda loss, logs: (loss * float("nan" if step == 3 else 1), logs))(*forward(self, batch, step)))
+    link_stages(trained, tmp_path, "tokenizer", "pretrain")
+    with pytest.raises(ValueError, match=r"align: loss nan, gradient norm nan at step 4, learning rate 2.48e-03, tasks .*(segmentation|text_to_image).*lower --align.lr.*the last good checkpoint is .*state-3.pt"):
+        run_stage(tmp_path, "align", "--save_every=1")
+    for file in train.checkpoints(tmp_path / "align"):
+        assert all(t.isfinite().all() for _, t in train.named_tensors(train.mentor.read_pickle(file)))
+    monkeypatch.setattr(train.MentorStage, "forward", forward)
+    run_stage(tmp_path, "align", "--save_every=1")
+    assert equal(weights(tmp_path, "align"), weights(trained, "align"))
+
+
+def test_where_looking_costs_time_the_first_bad_step_is_still_the_one_named(tmp_path):
+    log = train.Log(tmp_path, "align", train.StageConfig(steps=100_000), 0, CPU, None)
+    log.machine = SimpleNamespace(main=False, device=torch.device("cuda"))  # looked at when a line is due
+    for step, (loss, norm) in enumerate([(1.0, 1.0), (2.0, float("inf")), (float("nan"), 1.0), (1.0, 1.0)]):
+        log.step(step, torch.tensor(loss), torch.tensor(norm), 0.1 * (step + 1), {f"task{step}"})
+    with pytest.raises(ValueError, match="loss 2, gradient norm inf at step 2, learning rate 2.00e-01, tasks task1: "):
+        log.check()
+
+
+def test_weights_that_are_not_finite_are_not_saved(world, text_tokenizer, tmp_path):
+    run, stage, _ = stage_and_batch("align", "scratch", world, text_tokenizer)
+    optimizers = train.make_optimizers(stage, run.align, run)
+    train.save_state(tmp_path, "align", stage, optimizers, 1, 2, CPU)
+    with torch.no_grad():
+        stage.model.projector.unconditional[0, 0] = float("inf")
+    for save in (lambda: train.save_state(tmp_path, "align", stage, optimizers, 2, 2, CPU), lambda: train.save_weights(tmp_path, "align", stage, CPU)):
+        with pytest.raises(ValueError, match="projector.unconditional is not finite, so nothing was saved: lower --align.lr; .*state-1.pt"):
+            save()
+    assert [f.name for f in tmp_path.iterdir()] == ["state-1.pt"]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_says_what_to_set(error, tmp_path, monkeypatch):
+    def fail(self, images):
+        raise error
+
+    monkeypatch.setattr(train.tokenizer.Encoder, "forward", fail)
+    with pytest.raises(ValueError, match="tokenizer: out of memory on cpu with micro_batch=6 .*set --micro_batch=3: global_batch stays 12, a step takes 4 micro-batches in place of 2"):
+        run_stage(tmp_path, "tokenizer", "--tokenizer.global_batch=12", "--micro_batch=6")
+    with pytest.raises(ValueError, match="micro_batch=1 .*smaller preset"):
+        run_stage(tmp_path, "tokenizer", "--tokenizer.global_batch=12", "--micro_batch=1")
+    monkeypatch.setattr(train.tokenizer.Encoder, "forward", lambda self, images: images.view(1))
+    with pytest.raises(RuntimeError, match="shape"):  # other errors keep their traceback
+        run_stage(tmp_path, "tokenizer")
+
+
+DIES = """
+import sys, train
+step = train.Log.step
+def dies(self, done, *arguments):
+    if self.machine.rank == 1 and done == 4:
+        raise ZeroDivisionError("the bug of process 1")
+    step(self, done, *arguments)
+train.Log.step = dies
+train.cli()
+"""
+
+
+def test_a_process_that_dies_takes_the_others_down_and_one_process_goes_on(tmp_path, capsys):
+    (tmp_path / "dies.py").write_text(DIES)
+    arguments = ["tiny", *SMALL, "--stage=tokenizer", "--save_every=4"]
+    began = time.time()
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "dies.py"), *arguments, f"--out={tmp_path}/two"],
+                          capture_output=True, text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert done.returncode and time.time() - began < 60 and "ZeroDivisionError: the bug of process 1" in done.stderr
+    assert [f.name for f in train.checkpoints(tmp_path / "two" / "tokenizer")] == ["state-4.pt"]
+    for name in ("two", "one"):
+        train.main([*arguments, f"--out={tmp_path / name}"])
+    assert "the checkpoint is from 2 processes, going on with 1: the same samples" in capsys.readouterr().out
+    one, two = weights(tmp_path / "one", "tokenizer"), weights(tmp_path / "two", "tokenizer")
+    assert max((one[k] - two[k]).abs().max() for k in one) < 1e-3
