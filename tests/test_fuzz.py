@@ -1,4 +1,4 @@
-"""Five hundred broken things at the loaders: each works or raises one ValueError in a line, never anything else."""
+"""A thousand broken things at the loaders: each works or raises one ValueError in a line, never anything else."""
 
 import json
 import random
