@@ -730,8 +730,13 @@ def save_state(folder, name, stage, optimizers, step, keep, machine):
     if not machine.main:
         return
     check_finite(state, name, step, folder)
+
+    def write(path):
+        with open(path, "wb") as file:  # given a path, torch hides the system's reason and holds on to the full disk's space
+            torch.save(state, file)
+
     try:
-        mentor.write_aside(folder / f"state-{step}.pt", lambda file: torch.save(state, file))
+        mentor.write_aside(folder / f"state-{step}.pt", write)
     except OSError as error:
         machine.say(f"{name}: {error}: going on without it, {last_checkpoint(folder)}; make room on the disk")
         return

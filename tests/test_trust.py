@@ -25,10 +25,11 @@ children = multiprocessing.get_context("forkserver")  # imports the slow package
 children.set_forkserver_preload(["torch", "torch.distributed.nn.functional", "torch.utils.data", "safetensors.torch", "sentencepiece", "PIL.Image", "tqdm", "pytest"])
 
 
-def train_in_child(arguments, own_group=False):
-    """The body of a child process: train.py, without the scoring."""
-    if own_group:
+def train_in_child(arguments, errors=None):
+    """The body of a child process: train.py, without the scoring. With a file for its errors it leads a process group of its own."""
+    if errors:
         os.setsid()
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
     torch.set_num_threads(1)
     train.sample.score = lambda *arguments: None
     train.main(arguments)
@@ -111,15 +112,15 @@ def test_going_on_is_exact_with_accumulation_and_data_processes(stage, trained, 
     assert logs[0] == logs[1] and len(logs[0]) == 6
 
 
-@pytest.mark.parametrize("number, whole_group", [(signal.SIGINT, False), (signal.SIGTERM, True)])
+@pytest.mark.parametrize("number, whole_group", [(signal.SIGINT, True), (signal.SIGTERM, False)])
 def test_signals_save_before_they_end_the_run(number, whole_group, tmp_path):
     """Also when the signal goes to the data processes too, as a terminal's Ctrl-C does."""
     keys = ("--stage=tokenizer", "--tokenizer.steps=20", "--workers=1")
-    run = start(f"--out={tmp_path}/stopped", *keys, own_group=True)
+    run = start(f"--out={tmp_path}/stopped", *keys, errors=tmp_path / "errors")
     wait_for(lambda: train.read_log(tmp_path / "stopped" / "tokenizer" / "log.jsonl"))
     (os.killpg if whole_group else os.kill)(run.pid, number)
     run.join(30)
-    assert run.exitcode == 128 + number
+    assert run.exitcode == 128 + number and "Traceback" not in (tmp_path / "errors").read_text()
     saved, = train.checkpoints(tmp_path / "stopped" / "tokenizer")
     assert 0 < int(saved.stem[6:]) < 20
     for name in ("stopped", "straight"):
@@ -139,6 +140,8 @@ def test_a_torn_checkpoint_is_put_aside_and_the_one_before_used(damage, trained,
     middle = len(whole) // 2
     broken = {"cut": whole[:middle], "empty": b"", "flipped": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :], "text": b"hello"}[damage]
     (folder / "state-5.pt").write_bytes(broken)
+    assert train.newest_state(folder, "tokenizer", CPU)["step"] == 4
+    assert (folder / "state-5.torn").read_bytes() == broken and not (folder / "state-5.pt").exists()
     run_stage(tmp_path, "tokenizer")
     said = capsys.readouterr().out
     assert "state-5.pt: not a readable file" in said and "renamed to state-5.torn, going on from the one before" in said and "from step 4" in said
