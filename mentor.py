@@ -183,8 +183,8 @@ PRESETS = {
         vision=VisionConfig(image_size=32, patch_size=8, width=96, n_layer=3, n_head=4, mlp_width=384),
         connector=ConnectorConfig(n_query=8, width=96, n_layer=2, n_head=4),
         text=TextConfig(vocab_size=2048, width=128, n_layer=2, n_head=4, head_width=32, mlp_width=256, dropout=0.0),
-        decoder=DecoderConfig(codebook_size=512, grid_size=8, width=128, n_layer=4, n_head=4, multiple_of=32, dropout=0.0),
-        sampling=SamplingConfig(cfg_scale=2.0),
+        decoder=DecoderConfig(codebook_size=512, grid_size=8, width=96, n_layer=4, n_head=4, multiple_of=32, dropout=0.0),
+        sampling=SamplingConfig(cfg_scale=2.0, temperature=0.6),
         context=96),
     # 64-pixel worlds: one GPU, half an hour
     "small": MentorConfig(

@@ -225,7 +225,7 @@ def test_published_recipe_is_the_default_of_full():
     (["tiny", "--align.mix=drawing:1"], "'drawing:1': the task must be one of text_to_image"),
     (["tiny", "--align.mix=segmentation"], "'segmentation' is not task:share"),
     (["tiny", "--model.decoder.codebook_size=64"], "codes of 512, but .*codebook_size=64"),
-    (["tiny", "--model.decoder.n_head=5"], "decoder.width=128 is not legal"),
+    (["tiny", "--model.decoder.n_head=5"], "decoder.width=96 is not legal"),
 ])
 def test_mistakes_on_the_command_line_get_a_message(arguments, message):
     with pytest.raises(ValueError, match=message):
