@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 SMALL = ["--vqgan.ch=8", "--vqgan.ch_mult=1,1,1", "--vqgan.num_res_blocks=1", "--vqgan.norm_groups=4", "--vqgan.z_channels=8", "--vqgan.codebook_size=32", "--tokenizer.restart_every=3",
          "--model.vision.width=16", "--model.vision.n_head=2", "--model.vision.n_layer=2", "--model.vision.mlp_width=32", "--model.text.width=16", "--model.text.n_head=2",
          "--model.text.mlp_width=32", "--model.decoder.width=32", "--model.decoder.n_layer=2", "--model.decoder.codebook_size=32", "--model.decoder.dropout=0.1",
-         *(f"--{stage}.{key}" for stage in train.STAGES for key in ("steps=6", "global_batch=4"))]
+         *(f"--{stage}.{key}" for stage in train.STAGES for key in ("steps=6", "global_batch=4", "lr=0.003"))]
 CPU = Machine(0, 1, torch.device("cpu"), torch.float32)
 
 
