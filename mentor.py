@@ -254,7 +254,7 @@ class VisionEncoder(nn.Module):
         self.config = config
         self.class_embedding = nn.Parameter(torch.randn(config.width) * config.width**-0.5)
         self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
-        self.position_embedding = nn.Parameter(torch.randn(1 + config.n_patch, config.width) * 0.02)
+        self.position_embedding = nn.Parameter(torch.randn(1 + config.n_patch, config.width))
         self.pre_norm = nn.LayerNorm(config.width)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.n_layer))
         self.post_norm = nn.LayerNorm(config.width)
@@ -782,7 +782,8 @@ def init_weights(model):
 
     projector, decoder     N(0, 0.02) as LlamaGen; output head zero, so that the first loss is ln(V)
     text encoder           T5's: 1/sqrt(fan in), queries also / sqrt(head_width) in place of the missing score scaling
-    vision, connectors     PyTorch's defaults, position and query tables N(0, 0.02)
+    vision, connectors     PyTorch's defaults; vision positions N(0, 1), as large as the patches they are added to, so that
+                           features know where they are; queries N(0, 0.02)
     """
     for module in (*model.projector.modules(), *model.decoder.modules()):
         if isinstance(module, (nn.Linear, nn.Embedding)):
