@@ -143,10 +143,10 @@ class RunConfig:
 PRESETS = {
     "tiny": RunConfig(
         weight_decay=0.1,
-        tokenizer=TokenizerStageConfig(steps=2400, global_batch=8, lr=1.5e-3, final_lr=0.0, disc_start=1.0, codebook_weight=0.2, restart_every=50),
+        tokenizer=TokenizerStageConfig(steps=2200, global_batch=8, lr=1.5e-3, final_lr=0.0, disc_start=1.0, codebook_weight=0.2, restart_every=50),
         pretrain=StageConfig(steps=900, global_batch=24, lr=1e-2, muon_lr=0.02, final_lr=0.3),
         align=StageConfig(steps=900, global_batch=24, lr=6e-3, muon_lr=0.02, final_lr=0.3, mix=ALIGN_MIX),
-        instruct=StageConfig(steps=1900, global_batch=24, lr=6e-3, muon_lr=0.02, final_lr=0.0, mix=INSTRUCT_MIX)),
+        instruct=StageConfig(steps=1800, global_batch=24, lr=4e-3, muon_lr=0.014, final_lr=0.0, mix=INSTRUCT_MIX)),
     "small": RunConfig(
         weight_decay=0.01, world="emoji", workers=4,
         tokenizer=TokenizerStageConfig(steps=8000, global_batch=32, lr=5e-4, disc_start=0.5, restart_every=100),
