@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,3 +178,10 @@ def test_folders_that_hold_no_model_or_another_tokenizer_are_refused(out, tmp_pa
     (copy / "tokenizer" / "model.safetensors").write_bytes((copy / "tokenizer" / "model.safetensors").read_bytes()[:-4] + b"\1\2\3\4")
     with pytest.raises(ValueError, match="trained with another tokenizer"):
         sample.Pipeline.open(copy, "cpu")
+
+
+def test_the_model_that_comes_along_draws_what_it_is_told(world, judge):
+    pipeline = sample.Pipeline.open(Path(__file__).parent.parent / "trained" / "tiny", "cpu")
+    samples = [s for s in sample.held_out_samples(world, "text_to_image", 40) if len(s.scene.subjects) == 1][:24]
+    scores = judge_pictures(judge, pipeline.draw(samples)[0], samples)
+    assert scores["cp"] > 0.6 and scores["pf"] > 0.9

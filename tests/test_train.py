@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 SMALL = ["--vqgan.ch=8", "--vqgan.ch_mult=1,1,1", "--vqgan.num_res_blocks=1", "--vqgan.norm_groups=4", "--vqgan.z_channels=8", "--vqgan.codebook_size=32", "--tokenizer.restart_every=3",
          "--model.vision.width=16", "--model.vision.n_head=2", "--model.vision.n_layer=2", "--model.vision.mlp_width=32", "--model.text.width=16", "--model.text.n_head=2",
          "--model.text.mlp_width=32", "--model.decoder.width=32", "--model.decoder.n_layer=2", "--model.decoder.codebook_size=32", "--model.decoder.dropout=0.1",
-         *(f"--{stage}.{key}" for stage in train.STAGES for key in ("steps=6", "global_batch=4", "lr=0.003"))]
+         *(f"--{stage}.{key}" for stage in train.STAGES for key in ("steps=6", "global_batch=4", "lr=0.003", "final_lr=0.5"))]
 CPU = Machine(0, 1, torch.device("cpu"), torch.float32)
 
 
@@ -165,7 +165,9 @@ def test_two_processes_equal_one(stage, trained, tmp_path):
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"), *arguments, f"--out={tmp_path / 'two'}"],
                    check=True, capture_output=True, timeout=120, env={**__import__("os").environ, "OMP_NUM_THREADS": "1"})
     one, two = weights(tmp_path / "one", stage), weights(tmp_path / "two", stage)
-    assert max((one[k] - two[k]).abs().max() for k in one) < 1e-3
+    # Softmax does not see a bias of the keys: its gradient is rounding noise, and AdamW makes steps of that.
+    differences = {k: (one[k] - two[k]).abs().max().item() for k in one if not k.endswith(".k.bias")}
+    assert max(differences.values()) < 1e-4, sorted(differences.items(), key=lambda item: -item[1])[:4]
     assert (tmp_path / "two" / stage / "log.jsonl").read_text().count("\n") == 6  # rank 0 alone writes
 
 
