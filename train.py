@@ -1138,7 +1138,6 @@ def meta_mentor(config, trained):
     return model
 
 
-
 def positions(config, tokens, images, pooled):
     """{start of a matrix's name: how many positions of one sample go through it}; the longest start counts."""
     vision, n_code = config.vision, config.decoder.n_code
@@ -1202,7 +1201,6 @@ def vqgan_flops(config, encode_only):
     with FlopCounterMode(display=False) as counter:
         model.encode(image) if encode_only else model.decoder(model.post_quant_conv(model.quant_conv(model.encoder(image))))
     return counter.get_total_flops()
-
 
 
 def saved_bytes(function, module):
