@@ -483,6 +483,7 @@ class Sample:
     scene: Scene                                        # the target's scene, for whoever judges the drawing
     unconditional: bool = False                         # train this one without its prompt (for guidance)
     line: int = -1                                      # the manifest's line that it was made of
+    chance: int = 0                                     # random bits of its own, for what pretraining hides
 
 
 WHOLE = "whole image"  # the query connector's words where no subject is meant (section 3.1)
@@ -911,7 +912,8 @@ class WorldDataset(torch.utils.data.Dataset):
         rng = random.Random(f"{self.seed} {index}")
         task, = rng.choices(self.tasks, self.shares)
         unconditional = rng.random() < self.prefix_drop
-        return replace(SAMPLERS[task](self.world, rng, self.held_out), unconditional=unconditional)
+        sample = SAMPLERS[task](self.world, rng, self.held_out)
+        return replace(sample, unconditional=unconditional, chance=rng.getrandbits(63))
 
 
 def shuffled(position, count, key):
@@ -959,7 +961,8 @@ class ManifestDataset(torch.utils.data.Dataset):
         try:
             if self.targets_only:
                 return Sample(entry.task, "", [], [], entry_target(self.manifest, entry, self.size), None)
-            return replace(entry_sample(self.manifest, entry, self.size, rng), unconditional=unconditional, line=line)
+            sample = entry_sample(self.manifest, entry, self.size, rng)
+            return replace(sample, unconditional=unconditional, line=line, chance=rng.getrandbits(63))
         except ValueError as error:
             raise ValueError(f"{self.manifest.path} line {self.manifest.places[line][1]}: {error}") from None
 
@@ -976,6 +979,7 @@ class Batch:
     name_mask: torch.Tensor         # (M, Q) bool
     targets: torch.Tensor           # (B, 3, S, S) float32 in [-1, 1], the tokenizer's; empty when there are none
     unconditional: torch.Tensor     # (B,) bool: samples trained without their prompt
+    hidden: torch.Tensor            # (B, L) bool: about half of the real words, which pretraining hides
     tasks: list[str]
     lines: list[int] = field(default_factory=list)  # the manifest's lines that the samples were made of
 
@@ -1021,8 +1025,15 @@ class Collate:
             name_ids=names, name_mask=names != self.text_tokenizer.PAD,
             targets=torch.stack([tokenizer_pixels(s.target, target_size) for s in samples if s.target is not None] or [torch.zeros(0)]),
             unconditional=torch.tensor([s.unconditional for s in samples]),
+            hidden=self.half_of(samples, text_ids != self.text_tokenizer.PAD),
             tasks=[s.task for s in samples],
             lines=[s.line for s in samples])
+
+
+    def half_of(self, samples, real):
+        """About half of the positions real (B, L) bool, by each sample's own bits, whatever it is batched with."""
+        chances = [torch.rand(self.context, generator=torch.Generator().manual_seed(s.chance))[: real.shape[1]] for s in samples]
+        return real & (torch.stack(chances) < 0.5)
 
 
 def pad(rows):

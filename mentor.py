@@ -180,7 +180,7 @@ def from_dict(cls, values):
 PRESETS = {
     # 32-pixel worlds: trains in minutes on two CPU cores
     "tiny": MentorConfig(
-        vision=VisionConfig(image_size=32, patch_size=8, width=96, n_layer=3, n_head=4, mlp_width=384),
+        vision=VisionConfig(image_size=32, patch_size=8, width=128, n_layer=2, n_head=4, mlp_width=256),
         connector=ConnectorConfig(n_query=8, width=96, n_layer=2, n_head=4),
         text=TextConfig(vocab_size=2048, width=128, n_layer=2, n_head=4, head_width=32, mlp_width=256, dropout=0.0),
         decoder=DecoderConfig(codebook_size=512, grid_size=8, width=96, n_layer=4, n_head=4, multiple_of=32, dropout=0.0),
@@ -782,13 +782,15 @@ def init_weights(model):
 
     projector, decoder     N(0, 0.02) as LlamaGen; output head zero, so that the first loss is ln(V)
     text encoder           T5's: 1/sqrt(fan in), queries also / sqrt(head_width) in place of the missing score scaling
-    vision, connectors     PyTorch's defaults; vision positions N(0, 1), as large as the patches they are added to, so that
-                           features know where they are; queries N(0, 0.02)
+    vision, connectors     PyTorch's defaults; queries N(0, 0.02). Features must know where they are and still hold the pixels
+                           after a short contrastive training, so vision positions are N(0, 1), as large as the patches
+                           they are added to, and the norm in front scales by 4, well above what blocks add
     """
     for module in (*model.projector.modules(), *model.decoder.modules()):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
     nn.init.zeros_(model.decoder.output.weight)
+    nn.init.constant_(model.encoder.vision.pre_norm.weight, 4.0)
     text = model.encoder.text
     nn.init.normal_(text.embedding.weight, std=1.0)
     nn.init.normal_(text.relative_bias.weight, std=text.config.width**-0.5)

@@ -7,7 +7,8 @@
 The four stages, each starting from what the one before wrote:
 
     tokenizer   VQGAN: pixels to codes and back
-    pretrain    what the paper downloads: next-code loss on captions, contrastive loss for the vision encoder
+    pretrain    what the paper downloads: next-code loss on captions for text encoder and decoder, contrastive loss for the
+                vision encoder, and words to fill in from the picture for the connector
     align       the paper's stage 1: reconstruction, segmentation and text-to-image teach what an image prompt means
     instruct    the paper's stage 2: subject-driven generation and recovery teach to keep and to change
 
@@ -144,9 +145,9 @@ PRESETS = {
     "tiny": RunConfig(
         weight_decay=0.1,
         tokenizer=TokenizerStageConfig(steps=2200, global_batch=8, lr=1.5e-3, final_lr=0.0, disc_start=1.0, codebook_weight=0.2, restart_every=50),
-        pretrain=StageConfig(steps=900, global_batch=24, lr=1e-2, muon_lr=0.02, final_lr=0.3),
-        align=StageConfig(steps=900, global_batch=24, lr=6e-3, muon_lr=0.02, final_lr=0.3, mix=ALIGN_MIX),
-        instruct=StageConfig(steps=1800, global_batch=24, lr=4e-3, muon_lr=0.014, final_lr=0.0, mix=INSTRUCT_MIX)),
+        pretrain=StageConfig(steps=850, global_batch=24, lr=1e-2, muon_lr=0.02, final_lr=0.3),
+        align=StageConfig(steps=850, global_batch=24, lr=4e-3, muon_lr=0.01, final_lr=0.6, mix=ALIGN_MIX),
+        instruct=StageConfig(steps=1800, global_batch=24, lr=3e-3, muon_lr=0.008, final_lr=0.0, mix=INSTRUCT_MIX)),
     "small": RunConfig(
         weight_decay=0.01, world="emoji", workers=4,
         tokenizer=TokenizerStageConfig(steps=8000, global_batch=32, lr=5e-4, disc_start=0.5, restart_every=100),
@@ -164,9 +165,9 @@ EVERYTHING_BUT_VISION = ("encoder.connector", "encoder.text", "projector", "deco
 LIMITS = {  # of this file's numbers, as in mentor.LIMITS
     "steps": (1, 2**30), "seed": (0, 2**32), "micro_batch": (0, 2**20), "workers": (0, 1024), "save_every": (1, 2**30), "restart_every": (1, 2**30),
     "final_lr": (0, 1), "disc_start": (0, 1), "warmup": (0, 1), "prefix_drop": (0, 1)}
-PRETRAINED = ("encoder.vision", "encoder.text", "projector", "decoder")
+PRETRAINED = ("encoder", "projector", "decoder")
 TRAINED = {  # recipe -> stage -> the parts of Mentor that train, as prefixes of parameter names; the rest is frozen
-    # nothing is downloaded, so nobody has trained the connector before alignment
+    # a connector of minutes, not LLaVA's of days, still has to learn in alignment
     "scratch": {"pretrain": PRETRAINED, "align": EVERYTHING_BUT_VISION, "instruct": EVERYTHING_BUT_VISION},
     # section 3.2: alignment trains projector and generator
     "paper": {"pretrain": PRETRAINED, "align": ("projector", "decoder"), "instruct": EVERYTHING_BUT_VISION},
@@ -429,6 +430,24 @@ class ContrastiveHead(nn.Module):
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
+def fill_in_loss(model, batch, pixels):
+    """T5's own pretraining, with the picture: the prompt is `<image>{caption}` with every second word hidden, the loss is
+    that of the hidden words, read off the table of word embeddings (T5, arXiv 1910.10683, section 2.1).
+
+    It stands for LLaVA's connector as well, whose image tokens are learnt by telling captions from pictures. pixels
+    (B, 3, S, S): the vision encoder's. Returns a scalar, the mean over samples.
+    """
+    n, (B, L), device = model.config.image_tokens, batch.text_ids.shape, batch.text_ids.device
+    ids = F.pad(batch.text_ids.masked_fill(batch.hidden, TextTokenizer.UNKNOWN), (n, 0))  # (B, n + L)
+    slots = (torch.arange(B, device=device)[:, None] * (n + L) + torch.arange(n, device=device)).flatten()
+    nameless = torch.full((B, 1), TextTokenizer.EOS, device=device)
+    asked = replace(batch, text_ids=ids, lengths=batch.lengths + n, pixels=pixels, image_slots=slots, name_ids=nameless, name_mask=nameless > 0)
+    states = model.encoder(asked)[:, n:][batch.hidden]                                   # (hidden words, Dt)
+    logits = F.linear(states * model.config.text.width**-0.5, model.encoder.text.embedding.weight).float()
+    share = batch.hidden / batch.hidden.sum(1, keepdim=True).clamp(min=1) / B            # each sample counts alike
+    return (F.cross_entropy(logits, batch.text_ids[batch.hidden], reduction="none") * share[batch.hidden]).sum()
+
+
 class CodeCache:
     """The codes of a manifest's targets on disk: each is encoded when it is first met and read from then on.
 
@@ -476,7 +495,7 @@ class MentorStage(nn.Module):
         return [(n, p) for n, p in self.named_parameters() if p.requires_grad]
 
     def forward(self, batch, step):
-        """Loss of a batch and what to log: the loss of each task, the contrastive loss."""
+        """Loss of a batch and what to log: the loss of each task, and pretraining's two more."""
         with torch.no_grad(), torch.autocast(batch.targets.device.type, enabled=False):
             codes = self.cache.encode(self.vqgan[0], batch) if self.cache else self.vqgan[0].encode(batch.targets)  # (B, N)
         hidden = self.model.encoder(batch)                                               # (B, P, Dt)
@@ -487,11 +506,13 @@ class MentorStage(nn.Module):
         for task in set(batch.tasks):
             logs[task] = losses.detach()[[t == task for t in batch.tasks]].mean()
         if self.contrastive:
+            pixels = as_vision_pixels(batch.targets, self.model.config.vision.image_size)
             real = mentor.positions_below(batch.lengths, hidden.shape[1])[..., None]
             text = (hidden * real).sum(1) / batch.lengths[:, None]                       # (B, Dt), mean over real positions
-            pixels = as_vision_pixels(batch.targets, self.model.config.vision.image_size)
-            contrastive = self.contrastive(self.model.encoder.vision.pool(pixels), text)
-            loss, logs["contrastive"] = loss + contrastive, contrastive.detach()
+            more = {"contrastive": self.contrastive(self.model.encoder.vision.pool(pixels), text),
+                    "fill_in": fill_in_loss(self.model, batch, pixels)}
+            loss = loss + sum(more.values())
+            logs.update({name: value.detach() for name, value in more.items()})
         return loss, logs
 
     def after_step(self, step):
@@ -1012,7 +1033,7 @@ def describe_stage(name, stage, recipe, machine, micro, accumulate, start):
     machine.say(f"{name}: {recipe.steps} steps of {recipe.global_batch} = {machine.world_size} processes x {accumulate} micro-batches x {micro}"
                 + (f", from step {start}" if start else ""))
     if name == "pretrain":
-        machine.say(f"{name}: guessing codes costs ln({stage.model.config.decoder.codebook_size}) = {math.log(stage.model.config.decoder.codebook_size):.2f}, the right loss to start at (the contrastive loss comes on top)")
+        machine.say(f"{name}: guessing codes costs ln({stage.model.config.decoder.codebook_size}) = {math.log(stage.model.config.decoder.codebook_size):.2f}, the right loss to start at (contrastive and fill-in losses come on top)")
 
 
 def read_log(file):
