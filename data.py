@@ -6,7 +6,7 @@
 A picture is a uint8 array (H, W, 3) everywhere in this file; only the batch holds tensors. A sample is a pure
 function of (seed, index): no state, so any step of a run can be replayed and any rank can make its own share.
 
-Read in order: pictures, the text tokenizer, the worlds (Shapes, then Emoji), the six tasks of MENTOR's section 3,
+Read in order: pictures, the text tokenizer, the worlds (Shapes, then Emoji), the tasks of MENTOR's section 3,
 manifests (the same tasks from picture files), and at the end the datasets and their batches.
 """
 
@@ -14,6 +14,7 @@ import difflib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -217,6 +218,11 @@ SHAPES = {
 }
 
 
+def apart(a, b):
+    """Whether two small subjects at these places leave each other room: two columns or two rows between them."""
+    return max(abs(a // 3 - b // 3), abs(a % 3 - b % 3)) == 2
+
+
 class World:
     """Scenes of one or two subjects on a patterned background, and the words for them.
 
@@ -301,7 +307,7 @@ class World:
             return Scene(color, pattern, (Placed(subjects[0], rng.randrange(9), rng.randrange(2)),))
         while True:
             a, b = rng.randrange(9), rng.randrange(9)
-            if max(abs(a // 3 - b // 3), abs(a % 3 - b % 3)) == 2:
+            if apart(a, b):
                 return Scene(color, pattern, (Placed(subjects[0], a, 0), Placed(subjects[1], b, 0)))
 
     def random_subjects(self, rng, count, held_out=False):
@@ -580,7 +586,47 @@ def multi_image(world, rng, held_out=False):
                   world.draw(scene), scene)
 
 
-TASKS = {f.__name__: f for f in (text_to_image, reconstruction, segmentation, recovery, subject_driven, multi_image)}
+Rule = namedtuple("Rule", "color corner cut")  # what befalls a subject: painted (index into COLORS), moved (into PLACES), cut out; or not
+
+
+@functools.cache
+def rules(world_name, new=False):
+    """All rules that change something, less those kept out of training, or those alone: an eighth, by a hash, of the rules of
+    several parts. Each part of a new rule is known, their combination is not. Only shapes can be painted."""
+    everything = itertools.product((None, *range(len(COLORS))) if world_name == "shapes" else (None,), (None, 0, 2, 6, 8), (False, True))
+    parts = lambda rule: (rule.color is not None) + (rule.corner is not None) + rule.cut  # noqa: E731
+    return [r for r in itertools.starmap(Rule, everything) if parts(r) and (parts(r) > 1 and zlib.crc32(repr(tuple(r)).encode()) % 8 == 0) == new]
+
+
+def follow(rule, scene):
+    """The scene with its one subject painted and moved."""
+    placed, = scene.subjects
+    if rule.color is not None:
+        placed = placed._replace(subject=ShapeSubject(placed.subject.shape, rule.color, rule.color, PATTERNS.index("solid")))
+    if rule.corner is not None:
+        placed = placed._replace(place=rule.corner)
+    return scene._replace(subjects=(placed,))
+
+
+def draw_rule(world, rule, scene):
+    """The picture that a rule makes of a scene."""
+    after = follow(rule, scene)
+    return world.cut_out(*after.subjects) if rule.cut else world.draw(after)
+
+
+def in_context(world, rng, held_out=False, new_rule=False):
+    """Twice a scene and what a rule makes of it, then a scene alone -> what the rule makes of that. No word tells the rule."""
+    rule, scenes = rng.choice(rules(world.name, new_rule)), []
+    while len(scenes) < 3:
+        scene = world.random_scene(rng, world.random_subjects(rng, 1, held_out))
+        if held_out or not world.held_out(follow(rule, scene).subjects[0].subject):  # paint makes no held-out subject
+            scenes.append(scene)
+    before, after = [world.draw(scene) for scene in scenes], [draw_rule(world, rule, scene) for scene in scenes]
+    return Sample("in_context", "<image> is <image>.\n<image> is <image>.\n<image> is", [before[0], after[0], before[1], after[1], before[2]],
+                  [WHOLE] * 5, after[2], scenes[2])
+
+
+TASKS = {f.__name__: f for f in (text_to_image, reconstruction, segmentation, recovery, subject_driven, multi_image, in_context)}
 
 
 def collage(world, rng, held_out=False):

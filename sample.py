@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import random
 import re
 import sys
 import textwrap
@@ -122,17 +123,35 @@ class ShapesJudge:
         same = torch.eye(len(self.colors), dtype=torch.bool)
         self.forbidden = torch.stack([~same if p == "solid" else same for p in data.PATTERNS])             # (4, 8, 8)
 
-    def read(self, picture):
-        """The nearest scene of one subject to a picture, uint8 (S, S, 3)."""
+    def distances(self, picture):
+        """A picture's pixels x, each geometry's and pattern's squared distance under its best colours, and every pixel's to every ground."""
         x = torch.from_numpy(picture.reshape(-1, 3).astype(np.float32)) / 255                              # (P, 3)
         to_color = (x[:, None] - self.colors).square().sum(-1)                                             # (P, 8)
         to_ground = (x[:, None] - self.grounds.transpose(0, 1)).square().sum(-1)                           # (P, 32)
         fill = (self.first @ to_color)[..., :, None] + (self.second @ to_color)[..., None, :]              # (G, 4, 8, 8)
-        fill = fill.masked_fill(self.forbidden, torch.inf).flatten(2).amin(-1)                             # (G, 4)
+        return x, fill.masked_fill(self.forbidden, torch.inf).flatten(2).amin(-1), to_ground               # (P, 3), (G, 4), (P, 32)
+
+    def read(self, picture):
+        """The nearest scene of one subject to a picture, uint8 (S, S, 3)."""
+        x, fill, to_ground = self.distances(picture)
         ground_error, ground = (self.outside @ to_ground).min(-1)                                          # (G,)
         shortlist = (fill + ground_error[:, None]).flatten().topk(self.SHORTLIST, largest=False).indices.tolist()
         candidates = [self.exact(x, *divmod(index, len(data.PATTERNS)), ground) for index in shortlist]
         return min(candidates, key=lambda candidate: candidate[0])[1]
+
+    def read_two(self, picture):
+        """The nearest scene of two small subjects: their masks are apart, so what each changes in the distance adds up."""
+        x, fill, to_ground = self.distances(picture)
+        change = fill.amin(1)[:, None] - (1 - self.outside) @ to_ground                                    # (G, 32)
+        change = change.view(len(data.SHAPES), len(data.PLACES), len(data.SIZES), -1)[:, :, 0].amin(0)     # (9, 32), of small ones
+        pairs = {(a, b): change[a] + change[b] + to_ground.sum(0) for a in range(len(change)) for b in range(a) if data.apart(a, b)}
+        places = min(pairs, key=lambda pair: pairs[pair].min())
+        ground, found = pairs[places].argmin().repeat(len(fill)), []
+        for place in places:
+            geometries = [g for g, (_, p, size) in enumerate(self.geometries) if (p, size) == (place, 0)]
+            candidates = [self.exact(x, g, pattern, ground) for g in geometries for pattern in range(len(data.PATTERNS))]
+            found.append(min(candidates, key=lambda candidate: candidate[0])[1])
+        return found[0]._replace(subjects=found[0].subjects + found[1].subjects)
 
     def exact(self, x, geometry, pattern, ground):
         """The best colours for one geometry and pattern: (squared distance, Scene)."""
@@ -150,15 +169,16 @@ class ShapesJudge:
 
 
 def concept_preservation(seen, meant):
-    """Share of the subject's attributes (shape, colours, pattern) that are as in the reference, in [0, 1]."""
-    a, b = seen.subjects[0].subject, meant.subjects[0].subject
-    return sum(x == y for x, y in zip(a, b)) / len(b)
+    """Share of the subjects' attributes (shape, colours, pattern) that are as in the references, in [0, 1]."""
+    pairs = [pair for a, b in zip(seen.subjects, meant.subjects) for pair in zip(a.subject, b.subject)]
+    return sum(x == y for x, y in pairs) / len(pairs)
 
 
 def prompt_following(seen, meant):
-    """Share of what the prompt asked for (background colour and pattern, place, size), in [0, 1]."""
-    a, b = seen.subjects[0], meant.subjects[0]
-    return ((seen.color == meant.color) + (seen.pattern == meant.pattern) + (a.place == b.place) + (a.size == b.size)) / 4
+    """Share of what the prompt asked for (background colour and pattern, place, size; of two, always small, the places), in [0, 1]."""
+    pairs = [pair for a, b in zip(seen.subjects, meant.subjects) for pair in zip(a[1:], b[1:] if len(meant.subjects) == 1 else b[1:2])]
+    pairs += [(seen.color, meant.color), (seen.pattern, meant.pattern)]
+    return sum(x == y for x, y in pairs) / len(pairs)
 
 
 class EmojiJudge:
@@ -283,11 +303,17 @@ def held_out_samples(world, task, count):
 
 
 def judge_pictures(judge, pictures, samples):
-    """CP, PF, CP*PF and CP/PF of pictures against the scenes that were asked for, means over the prompts."""
-    seen = [judge.read(picture) for picture in pictures]
-    cp = float(np.mean([concept_preservation(s, sample.scene) for s, sample in zip(seen, samples, strict=True)]))
-    pf = float(np.mean([prompt_following(s, sample.scene) for s, sample in zip(seen, samples, strict=True)]))
-    return {"cp": cp, "pf": pf, "cp_pf": cp * pf, "cp_over_pf": cp / max(pf, 1e-9)}
+    """CP, PF, CP*PF and CP/PF of pictures against the scenes that were asked for, means over the prompts, and the standard
+    errors of the first three. Two subjects may be read in either order; the better one counts."""
+    marks = []
+    for picture, sample in zip(pictures, samples, strict=True):
+        seen = judge.read(picture) if len(sample.scene.subjects) == 1 else judge.read_two(picture)
+        orders = (seen, seen._replace(subjects=seen.subjects[::-1]))
+        marks.append(max(((concept_preservation(s, sample.scene), prompt_following(s, sample.scene)) for s in orders), key=sum))
+    each = np.array(marks)
+    cp, pf = each.mean(0).tolist()
+    errors = (each @ [[1, 0, pf], [0, 1, cp]]).std(0) / len(each) ** 0.5  # a product's error is that of pf * cp_i + cp * pf_i
+    return {"cp": cp, "pf": pf, "cp_pf": cp * pf, "cp_over_pf": cp / max(pf, 1e-9), **dict(zip(("cp_se", "pf_se", "cp_pf_se"), errors.tolist()))}
 
 
 def pixel_l2(pictures, samples):
@@ -299,6 +325,63 @@ def segmentation_iou(pictures, samples):
     """Intersection over union of the pixels that are not black (any channel above 64 of 255), mean over the pictures."""
     masks = [(p.max(-1) > 64, s.target.max(-1) > 64) for p, s in zip(pictures, samples, strict=True)]
     return float(np.mean([(a & b).sum() / max((a | b).sum(), 1) for a, b in masks]))
+
+
+def naming_samples(world, count):
+    """Held-out scenes of two subjects, each asked for in its turn: segmentation where only the name tells which."""
+    samples = []
+    for scene in (s.scene for s in held_out_samples(world, "multi_image", count // 2)):
+        labels = [world.label(placed.subject) for placed in scene.subjects]
+        samples += [Sample("segmentation", f"The {label} in <image>.", [world.draw(scene)], [label], world.cut_out(placed), None) for label, placed in zip(labels, scene.subjects)]
+    return samples
+
+
+def rule_following(world, pictures, samples):
+    """Share of in-context drawings that, of all that any rule or none makes of the query, are nearest to what the right one makes."""
+    every, right = data.rules(world.name) + data.rules(world.name, new=True), 0
+    for picture, sample in zip(pictures, samples, strict=True):
+        outcomes = np.stack([world.draw(sample.scene), *(data.draw_rule(world, rule, sample.scene) for rule in every)])
+        nearest = np.square(outcomes.astype(np.float32) - picture).sum((1, 2, 3)).argmin()
+        right += (outcomes[nearest] == sample.target).all()
+    return float(right / len(samples))
+
+
+def claim_scores(pipeline):
+    """What the paper's claims are told by, all on held-out subjects: {name: number or scores}."""
+    world, few = pipeline.world(), FEWER_PROMPTS
+    judge, draw = JUDGES[world.name](world), lambda samples: pipeline.draw(samples)[0]  # noqa: E731
+    subject, two, rebuilt, cut = (held_out_samples(world, task, count) for task, count in
+                                  (("subject_driven", PROMPTS), ("multi_image", few), ("reconstruction", few), ("segmentation", few)))
+    named = naming_samples(world, few)
+    others = [named[i ^ 1] for i in range(len(named))]  # the same scene, the other subject
+    cut_named, rules = draw(named), [[data.in_context(world, random.Random(f"scores {i}"), True, new) for i in range(few)] for new in (False, True)]
+    return {**judge_pictures(judge, draw(subject), subject), "two subjects": judge_pictures(judge, draw(two), two),
+            "reconstruction_l2": pixel_l2(draw(rebuilt), rebuilt),
+            "tokenizer_l2": pixel_l2(pipeline.decode(pipeline.tokenize([s.target for s in rebuilt])), rebuilt),
+            "segmentation_iou": segmentation_iou(draw(cut), cut), "named_iou": segmentation_iou(cut_named, named), "other_iou": segmentation_iou(cut_named, others),
+            "known_rules": rule_following(world, draw(rules[0]), rules[0]), "new_rules": rule_following(world, draw(rules[1]), rules[1]),
+            "repeats": float(torch.equal(*(pipeline.draw(subject[:8], seed=1)[1] for _ in range(2))))}
+
+
+@torch.no_grad()
+def next_code_loss(pipeline, samples):
+    """Mean cross entropy of the targets' codes given the prompts and the codes before, nats a code."""
+    batch = pipeline.collate(samples).to(pipeline.device)
+    codes = pipeline.vqgan.encode(batch.targets)
+    return F.cross_entropy(pipeline.model(batch, codes, batch.unconditional).transpose(1, 2), codes).item()
+
+
+def balance_scores(pipeline):
+    """What each modality carries and what guidance shifts, on subject-driven prompts: {what: loss, CP, PF, ...}."""
+    world, default = pipeline.world(), pipeline.model.config.sampling
+    judge, whole = JUDGES[world.name](world), held_out_samples(world, "subject_driven", FEWER_PROMPTS)
+    cases = {"image and text": (whole, default.cfg_scale),
+             "image dropped": ([dataclasses.replace(s, prompt=s.prompt.split("\n")[1], images=[], names=[]) for s in whole], default.cfg_scale),
+             "text dropped": ([dataclasses.replace(s, prompt="<image>", names=[data.WHOLE]) for s in whole], default.cfg_scale),
+             "both dropped": ([dataclasses.replace(s, unconditional=True) for s in whole], 0.0),
+             **{f"guidance {scale:g}": (whole, scale) for scale in SCALES}}
+    return {name: {"loss": next_code_loss(pipeline, samples), **judge_pictures(judge, pipeline.draw(samples, dataclasses.replace(default, cfg_scale=scale))[0], whole)}
+            for name, (samples, scale) in cases.items()}
 
 
 def score(pipeline, out):
@@ -339,10 +422,13 @@ def score_table(scores):
     rows += [(f"model, guidance {scale}, {FEWER_PROMPTS} prompts", row) for scale, row in scores["guidance"].items()]
     rows += list(scores["bounds"].items())
     columns = {"CP": "cp", "PF": "pf", "CP*PF": "cp_pf", "CP/PF": "cp_over_pf", "recon. L2": "reconstruction_l2", "segm. IoU": "segmentation_iou"}
-    lines = ["| held-out subjects | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
-    for name, row in rows:
-        lines.append(f"| {name} | " + " | ".join(f"{row[key]:.3f}" if key in row else "" for key in columns.values()) + " |")
-    return "\n".join([*lines, f"scored in {scores['seconds']:.0f} s"])
+    return table(["held-out subjects", *columns], [[name, *(row.get(key, "") for key in columns.values())] for name, row in rows]) + f"\nscored in {scores['seconds']:.0f} s"
+
+
+def table(header, rows):
+    """A table in markdown, fractions with three decimals."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(f'{cell:.3f}' if isinstance(cell, float) else str(cell) for cell in line)} |" for line in lines)
 
 
 def labelled_sheet(samples, pictures, scale=3):
@@ -361,6 +447,19 @@ def labelled_sheet(samples, pictures, scale=3):
         pen.multiline_text((pad + column, y + 4), "\n".join(lines), fill="black")
         sheet.paste(enlarge(picture), (pad + column + text_width, y))
         sheet.paste(enlarge(s.target), (pad + 2 * column + text_width, y))
+    return np.asarray(sheet)
+
+
+def titled_rows(rows, titles, scale=3, left=190, top=100):
+    """Rows of pictures, {label: pictures}, under one title a column: uint8 (H, W, 3)."""
+    grid = Image.fromarray(contact_sheet(list(rows.values()), scale=scale))
+    sheet = Image.new("RGB", (left + grid.width, top + grid.height), "white")
+    sheet.paste(grid, (left, top))
+    pen, step = ImageDraw.Draw(sheet), (grid.width - 2 * scale) // len(titles)
+    for j, title in enumerate(titles):
+        pen.multiline_text((left + j * step + 6, 4), textwrap.fill(title, 15), fill="black")
+    for i, label in enumerate(rows):
+        pen.multiline_text((8, top + i * step + step // 3), textwrap.fill(label, 28), fill="black")
     return np.asarray(sheet)
 
 
