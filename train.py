@@ -2,6 +2,7 @@
 
     python train.py tiny                                    # everything, on the built-in world
     python train.py tiny --stage=align --align.lr=0.001     # one stage, one key changed
+    python train.py tiny --stage=claims                     # what each stage and task is worth: the paper's ablation, small
     torchrun --nproc_per_node=8 train.py full --stage=align # the same on 8 GPUs
 
 The four stages, each starting from what the one before wrote:
@@ -1478,7 +1479,7 @@ ROWS = {  # all with the same number of samples: without stage 1 its steps go to
     "without recovery": Row("align", keys=without("instruct", "recovery"), paper=(0.661, 0.284, 0.188)),
     "without segmentation in stage 2": Row("align", keys=without("instruct", "segmentation"), paper=(0.412, 0.918, 0.378)),
     "without subject-driven": Row("align", keys=without("instruct", "subject_driven"), paper=(0.407, 0.910, 0.370)),
-    "query connector": Row("pretrain", ("align", "instruct"), lambda run: {"model.connector.kind": "query"}, (0.421, 0.882, 0.371)),
+    "query connector": Row("tokenizer", ("pretrain", "align", "instruct"), lambda run: {"model.connector.kind": "query"}, (0.421, 0.882, 0.371)),
     "with multi-image": Row("align", keys=lambda run: {"instruct.mix": f"{run.instruct.mix},multi_image:1500"}, paper=(0.586, 0.829, 0.486)),
     "reconstruction tuning": Row("instruct", keys=tuning("reconstruction", 0.25)),
     "in-context tuning": Row("instruct", keys=tuning("in_context", 0.5)),
@@ -1492,15 +1493,6 @@ def link(folder, name, target):
         (folder / name).symlink_to(os.path.relpath(target, folder), target_is_directory=True)
 
 
-def graft(source, folder, run):
-    """Write the weights of `source` into `folder` with a new connector of the run's kind."""
-    torch.manual_seed(run.seed)
-    model = Mentor(run.model)
-    weights = {name: t for name, t in mentor.read_weights(source / "model.safetensors").items() if not name.startswith("encoder.connector")}
-    mentor.load_released(model.state_dict(), weights, fresh=("encoder.connector",))
-    model.save_pretrained(folder)
-
-
 def train_row(name, run, machine, world, text_tokenizer):
     """Train what a row does not share with the full run. Returns the run that it is, and the folder of its weights."""
     row, full = ROWS[name], Path(run.out)
@@ -1510,12 +1502,10 @@ def train_row(name, run, machine, world, text_tokenizer):
     for key, value in row.keys(run).items():
         new = with_key(new, key, str(value))
     folder = Path(new.out)
+    machine.say(f"claims: {name}, in {folder}")
     if machine.main:
         link(folder, "tokenizer", full / "tokenizer")
-        if new.model.connector.kind == run.model.connector.kind:
-            link(folder, before, full / row.start)
-        elif not (folder / before / "model.safetensors").is_file():
-            graft(full / row.start, folder / before, new)
+        link(folder, before, full / row.start)
     machine.wait()
     train_stages(row.stages, new, machine, world, text_tokenizer)
     return new, folder / row.stages[-1]
@@ -1525,7 +1515,7 @@ def remembered(file, folder, compute, machine):
     """What compute(Pipeline) gives for the weights in a folder: from the file, if they have been there before."""
     old, weights = mentor.read_json(file) if file.is_file() else {}, sample.weights_hash(folder)
     if old.get("weights") != weights:
-        machine.say(f"claims: {file.stem}")
+        machine.say(f"claims: scoring {file.stem}")
         file.parent.mkdir(parents=True, exist_ok=True)
         old = {"weights": weights, "scores": compute(sample.Pipeline.open(folder, machine.device))}
         mentor.write_json(file, old)
@@ -1535,13 +1525,13 @@ def remembered(file, folder, compute, machine):
 def train_rows(run, machine, world, text_tokenizer):
     """Train the full run and every row, and score them: {row: scores} and {row: folder of its weights}."""
     align, instruct = (getattr(run, stage).steps * getattr(run, stage).global_batch for stage in STAGES[2:])
-    before, scores, folders = {"pretrain": 0, "align": align, "instruct": align + instruct}, {}, {}
+    before, scores, folders = {"tokenizer": 0, "pretrain": 0, "align": align, "instruct": align + instruct}, {}, {}
     for name, row in ROWS.items():
         own, folders[name] = train_row(name, run, machine, world, text_tokenizer)
         if machine.main:
             rates = [line["samples_per_s"] for line in read_log(folders[name] / "log.jsonl")]
             scores[name] = {**remembered(Path(run.out) / "claims" / f"{name.replace(' ', '_')}.json", folders[name], sample.claim_scores, machine),
-                            "samples": before[row.start] + sum(getattr(own, stage).steps * getattr(own, stage).global_batch for stage in row.stages),
+                            "samples": before[row.start] + sum(getattr(own, stage).steps * getattr(own, stage).global_batch for stage in row.stages if stage in STAGES[2:]),
                             "image_tokens": own.model.image_tokens, "samples_per_s": float(np.median(rates or [0]))}
     return scores, folders
 
@@ -1578,7 +1568,7 @@ def claims(run, machine, world, text_tokenizer):
 def averaged(scores):
     """The mean over seeds of nested scores. A standard error is over the prompts and, where there are several, the seeds."""
     if not isinstance(scores[0], dict):
-        return sum(scores) / len(scores)
+        return scores[0] if scores.count(scores[0]) == len(scores) else sum(scores) / len(scores)
     mean = {key: averaged([s[key] for s in scores]) for key in scores[0]}
     for key in mean.keys() & {f"{measure}_se" for measure in MEASURES}:
         mean[key] = math.sqrt(np.mean([s[key] ** 2 for s in scores]) + np.var([s[key[:-3]] for s in scores]) / max(1, len(scores) - 1))
@@ -1593,7 +1583,7 @@ def against_full(name, rows):
     parts, row, full = [], rows[name], rows["full"]
     for (key, label), paper in zip(MEASURES.items(), np.subtract(ROWS[name].paper, ROWS["full"].paper)):
         here, error = row[key] - full[key], math.hypot(row[f"{key}_se"], full[f"{key}_se"])
-        said = "no clear difference" if abs(here) < 2 * error else "the same direction" if here * paper > 0 else "the other direction"
+        said = "no clear difference" if abs(here) <= 2 * error else "the same direction" if here * paper > 0 else "the other direction"
         parts.append(f"{label} {here:+.3f} ± {error:.3f}, in the paper {paper:+.3f} ({said})")
     return f"- {name}: {'; '.join(parts)}."
 
@@ -1605,6 +1595,7 @@ def claims_text(result):
     marks = lambda row: [f"{row[key]:.3f} ± {row[f'{key}_se']:.3f}" for key in MEASURES]  # noqa: E731
     reached = lambda share: next(line[0] for line in curve if line[3] >= share * curve[-1][3])  # noqa: E731
     return "\n\n".join([
+        f"± is one standard error over {sample.PROMPTS} prompts{f' and {seeds} seeds' if (seeds := result['seeds']) > 1 else ''}.",
         sample.table(["row", "samples", *MEASURES.values(), *(f"the paper's {label}" for label in MEASURES.values())],
                      [[name, row["samples"], *marks(row), *(ROWS[name].paper or ("", "", ""))] for name, row in rows.items()]),
         "**1. Both stages matter, and each task has its role.** Against the full run:",
