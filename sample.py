@@ -337,13 +337,13 @@ def naming_samples(world, count):
 
 
 def rule_following(world, pictures, samples):
-    """Share of in-context drawings that, of all that any rule or none makes of the query, are nearest to what the right one makes."""
-    every, right = data.rules(world.name) + data.rules(world.name, new=True), 0
+    """Which rule's outcome is nearest to each in-context drawing: the share of right rules, and of right parts of rules."""
+    every, right = [data.Rule(None, None, False), *data.rules(world.name), *data.rules(world.name, new=True)], []
     for picture, sample in zip(pictures, samples, strict=True):
-        outcomes = np.stack([world.draw(sample.scene), *(data.draw_rule(world, rule, sample.scene) for rule in every)])
-        nearest = np.square(outcomes.astype(np.float32) - picture).sum((1, 2, 3)).argmin()
-        right += (outcomes[nearest] == sample.target).all()
-    return float(right / len(samples))
+        outcomes = np.stack([data.draw_rule(world, rule, sample.scene) for rule in every]).astype(np.float32)
+        seen, meant = (every[np.square(outcomes - p).sum((1, 2, 3)).argmin()] for p in (picture, sample.target))
+        right.append([a == b for a, b in zip(seen, meant)])
+    return {"whole": float(np.all(right, 1).mean()), "parts": float(np.mean(right))}
 
 
 def claim_scores(pipeline):

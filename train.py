@@ -1609,7 +1609,9 @@ def claims_text(result):
         f"**5. Balance.** The full run on {sample.FEWER_PROMPTS} prompts; the loss is that of the true picture's codes.",
         sample.table(["full run", "loss", *MEASURES.values()], [[name, row["loss"], *marks(row)] for name, row in balance.items()]),
         f"**6. Versatile without new parts.** Segmentation straight after stage 1: IoU {one['segmentation_iou']:.3f}; of two subjects, {one['named_iou']:.3f} with the one that is named and {one['other_iou']:.3f} with the other. "
-        f"In context, two examples of a rule and a query: the right one of {len(rules('shapes') + rules('shapes', True)) + 1} outcomes in {tuned['known_rules']:.0%} for rules known from training and {tuned['new_rules']:.0%} for new combinations; before tuning {full['known_rules']:.0%} and {full['new_rules']:.0%}.",
+        f"In context, from two examples, the rule (paint, move, cut out) whose outcome is nearest of all {len(rules('shapes') + rules('shapes', True)) + 1}:",
+        sample.table(["tuned in context", "known rules", "their parts", "new combinations", "their parts"],
+                     [[said, *(row[kind][part] for kind in ("known_rules", "new_rules") for part in ("whole", "parts"))] for said, row in (("before", full), ("after", tuned))]),
         "**7. Training efficiency.** " + (f"Half of the last CP*PF after {reached(0.5)} samples, nine tenths after {reached(0.9)}." if curve else "The full run was trained without --score_every, so its logs hold no scores."),
         *([sample.table(["samples", *MEASURES.values()], curve)] if curve else [])]) + "\n"
 
