@@ -116,6 +116,9 @@ def contact_sheet(rows, pad=2, scale=1):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+HALF = re.compile("[\ud800-\udfff]")  # half of a character, which SentencePiece cannot read
+
+
 class TextTokenizer:
     """SentencePiece pieces plus T5's added tokens: ids 0 pad, 1 </s>, 2 unknown, then the pieces, then
     <extra_id_99> .. <extra_id_0> and last <image> (32100 with T5's own 32000 pieces).
@@ -130,7 +133,7 @@ class TextTokenizer:
         """proto: the bytes of a SentencePiece model (`spiece.model`)."""
         if not proto:
             raise RuntimeError("it is empty")  # SentencePiece takes that for "none given"
-        self.proto = proto
+        self.proto, self.digest = proto, hashlib.sha256(proto).hexdigest()[:16]
         self.pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
         first = self.pieces.vocab_size()
         self.added = {"<pad>": self.PAD, "</s>": self.EOS, "<unk>": self.UNKNOWN}
@@ -154,13 +157,17 @@ class TextTokenizer:
             ids = ids[: max_length - 1]
         return ids + [self.EOS]
 
+    def unknown_word(self, text):
+        """The first word of a text that the text model has no piece for; None if it knows them all."""
+        return next((word for word in text.replace("<image>", " ").split() if HALF.search(word) or self.UNKNOWN in self.pieces.encode(word)), None)
+
     def check_words(self, text):
-        """Raise ValueError naming the first word that the text model has no piece for, and the nearest known one."""
-        for word in re.sub(r"<image>", " ", text).split():
-            if self.UNKNOWN in self.pieces.encode(word):
-                known = sorted({self.pieces.id_to_piece(i).strip("▁") for i in range(3, self.pieces.vocab_size())})
-                near = difflib.get_close_matches(word.lower(), known, n=3) or known
-                raise ValueError(f"the text model does not know the word {word!r}; known words near it: {', '.join(near)}")
+        """Raise ValueError naming the first word that the text model does not know, and the nearest known ones."""
+        word = self.unknown_word(text)
+        if word:
+            known = sorted({self.pieces.id_to_piece(i).strip("▁") for i in range(3, self.pieces.vocab_size())})
+            near = difflib.get_close_matches(word.lower(), known, n=3) or known
+            raise ValueError(f"the text model does not know the word {word!r}; known words near it: {', '.join(near)}")
 
     @classmethod
     def train(cls, sentences):
@@ -650,6 +657,7 @@ SAMPLERS = {**TASKS, "collage": collage}
 # ---------------------------------------------------------------------------------------------------------------
 
 FLAGS = {"generation_only": "text_to_image", "do_mask": "segmentation", "do_replace": "recovery"}
+HELD_OUT = (50, 128)  # one picture in so many is held out for validation, but no more than so many
 PATH_FIELDS = ("image_path", "source_image", "input_img_list")
 
 
@@ -692,7 +700,7 @@ def read_entry(line):
     """
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({error}); want one object in braces a line") from None
     if not isinstance(record, dict):
         raise ValueError(f"{record!r:.80}: want one JSON object in braces a line")
@@ -750,23 +758,26 @@ class Manifest:
     """A file of JSON lines. Every line is checked once, when it is opened; kept are only the places of the lines, so a
     million of them take seconds and megabytes."""
 
-    def __init__(self, path, root="", backgrounds=None, skip_bad=False, quiet=False):
+    def __init__(self, path, root="", backgrounds=None, skip_bad=False, quiet=False, content=None):
         """root: the folder that file names start from, by default the manifest's own; backgrounds: the Manifest whose
-        pictures lie behind the objects of recovery, by default this one; quiet: no progress bar.
+        pictures lie behind the objects of recovery, by default this one; quiet: no progress bar; content: its bytes, if
+        the file is not written yet.
 
         Raises ValueError with line number, field and value at the first line that is wrong or names a file that is
         not there; with skip_bad such lines are left out and their messages kept in `bad`.
         """
-        self.path, self.root, self.backgrounds, self.bad = Path(path), str(root or Path(path).parent), backgrounds or self, []
-        if not self.path.is_file():
+        self.path, self.root, self.backgrounds, self.bad, self.content = Path(path), str(root or Path(path).parent), backgrounds or self, [], content
+        if content is None and not self.path.is_file():
             raise ValueError(f"{path}: there is no such manifest; give a .jsonl file, or a folder of pictures")
-        places, tasks, self.digest = array("q"), array("b"), hashlib.blake2b(digest_size=8)
-        with open(path, "rb") as file, tqdm(total=self.path.stat().st_size, desc=f"checking {self.path.name}", unit="B", unit_scale=True, disable=quiet) as bar:
+        places, tasks, pictures, self.digest, self.times = array("q"), array("b"), array("I"), hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
+        with self.open() as file, tqdm(total=self.path.stat().st_size if content is None else len(content), desc=f"checking {self.path.name}", unit="B", unit_scale=True, disable=quiet) as bar:
             place = 0
             for number, line in enumerate(file, 1):
                 try:
                     if line.strip():
-                        tasks.append(list(TASKS).index(self.check(line)))
+                        entry = self.check(line)
+                        tasks.append(list(TASKS).index(entry.task))
+                        pictures.append(zlib.crc32(os.fsencode(entry.picture)))
                         places.extend((place, number))
                 except ValueError as error:
                     self.bad.append(f"{path} line {number}: {error}")
@@ -777,30 +788,53 @@ class Manifest:
         if not tasks:
             raise ValueError(f"{path}: the manifest holds no line" + (f" that is right; the first: {self.bad[0]}" if self.bad else ""))
         self.places = np.array(places).reshape(-1, 2)                    # (lines, 2) int64: where it begins, its number
-        self.digest = self.digest.hexdigest()                            # changes with the lines and with their files
+        self.digest, self.times = self.digest.hexdigest(), self.times.hexdigest()  # of the lines and the sizes of their files; of when these were written
         tasks = np.array(tasks)
-        self.tasks = {task: np.flatnonzero(tasks == i) for i, task in enumerate(TASKS) if (tasks == i).any()}
+        self.held = self.choose_held_out(tasks, np.array(pictures))      # (lines,) bool
+        self.tasks, self.held_out = ({task: np.flatnonzero((tasks == i) & chosen) for i, task in enumerate(TASKS) if ((tasks == i) & chosen).any()}
+                                     for chosen in (~self.held, self.held))
+
+    def choose_held_out(self, tasks, pictures):
+        """Which lines training leaves out, bool (lines,), given the task's number and the hash of the picture of each: all lines
+        of some pictures, so that none is half seen. A task that would have no others keeps its lines."""
+        different = np.unique(pictures)
+        held = pictures < different[min(len(different) // HELD_OUT[0], HELD_OUT[1])]
+        for i in range(len(TASKS)):
+            held[tasks == i] &= not held[tasks == i].all()
+        return held
 
     def check(self, line):
-        """The task of a line. Raises ValueError if it is wrong or if one of its files is not there."""
+        """The Entry of a line. Raises ValueError if it is wrong or if one of its files is not there."""
         entry = read_entry(line)
+        for text in (entry.text, *entry.labels):
+            if HALF.search(text):
+                raise ValueError(f"{text!r:.80}: holds half of a character (a lone surrogate), which no text model can read; write it anew")
         self.digest.update(line)
         for name in (entry.picture, *entry.masks, *entry.references):
             path = os.path.join(self.root, name)
             if os.path.isfile(path):
                 file = os.stat(path)
-                self.digest.update(b"%d %d" % (file.st_size, file.st_mtime_ns))
+                self.digest.update(b"%d" % file.st_size)
+                self.times.update(b"%d" % file.st_mtime_ns)
             else:
                 named = next(f for f in PATH_FIELDS if name in strings(json.loads(line), f))
                 raise ValueError(f"{named}={name!r}: there is no such file in {self.root}, the folder that names start from")
-        return entry.task
+        return entry
+
+    def open(self):
+        """The lines as a binary file."""
+        return open(self.path, "rb") if self.content is None else io.BytesIO(self.content)
 
     def __len__(self):
         return len(self.places)
 
+    def some(self, count):
+        """About `count` entries evenly spaced, or all if there are fewer."""
+        return (self[i] for i in range(0, len(self), max(1, len(self) // count)))
+
     def __getitem__(self, index):
         """The Entry of a line, counted from 0 without the bad ones."""
-        with open(self.path, "rb") as file:                              # opened anew: worker processes share no position
+        with self.open() as file:                                        # opened anew: worker processes share no position
             file.seek(self.places[index][0])
             return read_entry(file.readline())
 
@@ -822,8 +856,7 @@ class Manifest:
 
     def text_tokenizer(self):
         """A word model of the texts and labels, those of 100,000 lines evenly spaced if there are more."""
-        entries = (self[i] for i in range(0, len(self), max(1, len(self) // 100_000)))
-        texts = (text.replace("<image>", " ") for entry in entries for text in (entry.text, *entry.labels) if text)
+        texts = (text.replace("<image>", " ") for entry in self.some(100_000) for text in (entry.text, *entry.labels) if text)
         return TextTokenizer.train(text for part in (["The in", ".", "The image is", WHOLE], texts) for text in part)
 
 
@@ -888,8 +921,9 @@ def some_background(manifest, entry, size, rng):
     """Another picture than the entry's, uint8 (size, size, 3). Raises ValueError if there seems to be none."""
     others = manifest.backgrounds
     for _ in range(100):
-        other = others[rng.randrange(len(others))]
-        if (others.root, other.picture) != (manifest.root, entry.picture):
+        line = rng.randrange(len(others))
+        other = others[line]
+        if not others.held[line] and (others.root, other.picture) != (manifest.root, entry.picture):
             return center_crop(others.load(other.picture), size)
     raise ValueError(f"{others.path} has no other picture than {entry.picture} to put behind the {entry.labels[0]}; give --backgrounds a manifest or folder with more")
 
@@ -907,8 +941,8 @@ def read_caption(file):
     return first.strip(), second.strip()
 
 
-def manifest_of_folder(folder, path):
-    """Write a manifest of a folder of pictures to the file `path`; names in it start from the folder.
+def manifest_of_folder(folder):
+    """The manifest of a folder of pictures, bytes; names in it start from the folder.
 
         dog.jpg         a picture: .jpg, .jpeg, .png or .webp, in the folder or below it; gives reconstruction
         dog.txt         its caption on the first line; gives text-to-image
@@ -927,19 +961,19 @@ def manifest_of_folder(folder, path):
     lost = [masks[stem] for stem in masks if stem not in pictures]
     if lost or not pictures:
         raise ValueError(f"{lost[0]}: there is no picture of that name beside the mask" if lost else f"{folder}: no picture in it ({', '.join(PICTURE_SUFFIXES)})")
-    with open(path, "w", encoding="utf-8") as out:
-        for stem, picture in pictures.items():
-            caption, label = read_caption(picture.with_suffix(".txt"))
-            if stem in masks and not label:
-                raise ValueError(f"{masks[stem]}: nothing says what the mask marks; write the object's name on the second line of {picture.with_suffix('.txt')}")
-            name, mask = (str(f.relative_to(folder)) if f else "" for f in (picture, masks.get(stem)))
-            whole = {"input_text": caption, "image_path": name}
-            lines = [{**whole, "generation_only": True}] if caption else []
-            lines.append({**whole, "source_image": name, "objects": None})
-            cut = {"input_text": caption, "image_path": mask, "source_image": name, "objects": label}
-            lines += [{**cut, "do_mask": True}] if mask else []
-            lines += [{**cut, "do_replace": True}] if mask and caption else []
-            out.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    lines = []
+    for stem, picture in pictures.items():
+        caption, label = read_caption(picture.with_suffix(".txt"))
+        if stem in masks and not label:
+            raise ValueError(f"{masks[stem]}: nothing says what the mask marks; write the object's name on the second line of {picture.with_suffix('.txt')}")
+        name, mask = (str(f.relative_to(folder)) if f else "" for f in (picture, masks.get(stem)))
+        whole = {"input_text": caption, "image_path": name}
+        cut = {"input_text": caption, "image_path": mask, "source_image": name, "objects": label}
+        lines += [{**whole, "generation_only": True}] if caption else []
+        lines.append({**whole, "source_image": name, "objects": None})
+        lines += [{**cut, "do_mask": True}] if mask else []
+        lines += [{**cut, "do_replace": True}] if mask and caption else []
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
 # ---------------------------------------------------------------------------------------------------------------
 # Datasets and batches
@@ -949,8 +983,11 @@ def manifest_of_folder(folder, path):
 class WorldDataset(torch.utils.data.Dataset):
     """Samples of a world's tasks, mixed by shares. Endless: any index is legal, and (seed, index) fixes the sample."""
 
+    count = float("inf")  # different samples
+
     def __init__(self, world, mix, seed, held_out=False, prefix_drop=0.0):
-        """mix: {name in SAMPLERS: share}, any positive numbers; prefix_drop: probability that a sample goes without its prompt."""
+        """mix: {name in SAMPLERS: share}, any positive numbers; held_out: of the subjects kept out of training; prefix_drop:
+        probability that a sample goes without its prompt."""
         self.world, self.seed, self.held_out, self.prefix_drop = world, seed, held_out, prefix_drop
         self.tasks, self.shares = list(mix), list(mix.values())
 
@@ -982,16 +1019,20 @@ class ManifestDataset(torch.utils.data.Dataset):
 
     BLOCK = 10_000  # so many indices hold each task's share exactly
 
-    def __init__(self, manifest, mix, seed, size, prefix_drop=0.0, targets_only=False):
+    def __init__(self, manifest, mix, seed, size, prefix_drop=0.0, targets_only=False, held_out=False):
         """mix: {task: share}, or None for all lines alike; size: pixels a side of the targets; targets_only: no
-        prompts and references, for the tokenizer. Raises ValueError naming tasks that the manifest does not have."""
+        prompts and references, for the tokenizer; held_out: the lines that training leaves out, of those tasks that have any.
+        Raises ValueError naming tasks that the manifest does not have."""
         missing = [task for task, share in (mix or {}).items() if share and task not in manifest.tasks]
         if missing:
             raise ValueError(f"{manifest.path} has no lines for {', '.join(missing)}; it has {', '.join(manifest.tasks)}")
         self.manifest, self.seed, self.size, self.prefix_drop, self.targets_only = manifest, seed, size, prefix_drop, targets_only
-        self.groups = [manifest.tasks[task] for task, share in mix.items() if share] if mix else [np.arange(len(manifest))]
-        shares = np.array([share for share in mix.values() if share] if mix else [1.0])
-        self.edges = [0, *(shares.cumsum() / shares.sum() * self.BLOCK).round().astype(int).tolist()]
+        lines = manifest.held_out if held_out else manifest.tasks
+        shares = {task: share for task, share in mix.items() if share and task in lines} if mix else {"": 1.0}
+        self.groups = [lines[task] if task else np.flatnonzero(manifest.held == held_out) for task in shares]
+        self.count = sum(map(len, self.groups))                          # lines
+        edges = np.cumsum([*shares.values()])
+        self.edges = [0, *(edges / edges[-1:] * self.BLOCK).round().astype(int).tolist()]
 
     def line(self, index):
         """The manifest's line that an index takes."""

@@ -232,6 +232,13 @@ def weights_hash(folder):
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
+def check_text_model(folder, text_tokenizer):
+    """Raise ValueError if the folder's stage was trained with another text model."""
+    trained_with = read_json(folder / "stage.json").get("text model", text_tokenizer.digest)
+    if trained_with != text_tokenizer.digest:
+        raise ValueError(f"{folder} was trained with another text model (hash {trained_with}) than {folder.parent / 'spiece.model'} ({text_tokenizer.digest}): its words would mean nothing; put the right one there")
+
+
 def usable_device(name):
     """A torch.device. Raises ValueError if torch does not know it or this machine has none."""
     try:
@@ -253,7 +260,7 @@ class Pipeline:
         """Open a run's folder (its last finished stage) or one stage's folder in it. Raises ValueError if incomplete."""
         folder = Path(folder)
         stages = ("instruct", "align", "pretrain")
-        root = folder.parent if folder.name in stages else folder
+        root = folder.parent if folder.name in stages and not (folder / "run.json").is_file() else folder
         found = [folder] if root != folder else [root / s for s in stages if (root / s / "model.safetensors").is_file()]
         if not found or not (root / "run.json").is_file():
             raise ValueError(f"{folder} holds no trained model; `python train.py tiny --out={folder}` makes one")
@@ -261,7 +268,9 @@ class Pipeline:
         trained_with = read_json(found[0] / "stage.json").get("weights of tokenizer")
         if weights_hash(root / "tokenizer") != trained_with:
             raise ValueError(f"{found[0]} was trained with another tokenizer (weights {trained_with}) than {root / 'tokenizer'} holds ({weights_hash(root / 'tokenizer')}): its codes would mean nothing")
-        return cls(model, vqgan, TextTokenizer.from_file(root / "spiece.model"), read_json(root / "run.json"), device)
+        text_tokenizer = TextTokenizer.from_file(root / "spiece.model")
+        check_text_model(found[0], text_tokenizer)
+        return cls(model, vqgan, text_tokenizer, read_json(root / "run.json"), device)
 
     def world(self):
         """The built-in world of the run. Raises ValueError if it was trained on own pictures, or if its run.json names none."""

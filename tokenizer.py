@@ -10,6 +10,7 @@ Read in order: TokenizerConfig and PRESETS, the blocks, Encoder, VectorQuantizer
 what only its training needs: PatchDiscriminator, LPIPS, the losses and CodebookUsage.
 """
 
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mentor import check_fields, load_folder, save_folder
+from mentor import check_fields, first_line, load_folder, save_folder
 
 
 @dataclass(frozen=True)
@@ -320,18 +321,22 @@ class LPIPS(nn.Module):
     """Perceptual distance in VGG16's features (arXiv 1801.03924), from two local files.
 
     `folder` holds torchvision's `vgg16-397923af.pth` and LPIPS v0.1's linear heads `vgg.pth`. There is no random
-    fallback: without the files the loss is off, and train.py says so. Raises ValueError naming a missing file.
+    fallback: without the files the loss is off, and train.py says so. Raises ValueError naming a missing or broken file.
     """
 
     LAYERS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # VGG16's five convolution blocks
 
     def __init__(self, folder):
         super().__init__()
-        files = [Path(folder) / "vgg16-397923af.pth", Path(folder) / "vgg.pth"]
+        files, loaded = [Path(folder) / "vgg16-397923af.pth", Path(folder) / "vgg.pth"], []
         for file in files:
             if not file.is_file():
                 raise ValueError(f"lpips={folder}: {file} is missing; give a folder with torchvision's vgg16-397923af.pth and LPIPS v0.1's vgg.pth, or leave lpips empty")
-        vgg, heads = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
+            try:
+                loaded.append(torch.load(file, map_location="cpu", weights_only=True))
+            except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+                raise ValueError(f"lpips={folder}: {file} is broken ({first_line(error)}): get it again") from None
+        vgg, heads = loaded
         self.blocks, index, before = nn.ModuleList(), 0, 3
         for widths in self.LAYERS:
             block = nn.Sequential()

@@ -40,7 +40,8 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
@@ -202,37 +203,39 @@ def flatten(config, prefix=""):
     return keys
 
 
-def with_key(config, key, text):
-    """The config with one dotted key set from text, by the type of its present value."""
-    head, _, rest = key.partition(".")
-    value = getattr(config, head)
-    if rest:
-        return replace(config, **{head: with_key(value, rest, text)})
+def read_value(key, text, default):
+    """A key's value from text, by the type of its default."""
     try:
-        if isinstance(value, tuple):
-            new = tuple(int(part) for part in text.strip("()").split(",") if part)
-        elif isinstance(value, bool):
-            new = {"true": True, "false": False}[text.lower()]
-        else:
-            new = type(value)(text)
+        if isinstance(default, tuple):
+            return tuple(int(part) for part in text.strip("()").split(",") if part)
+        if isinstance(default, bool):
+            return {"true": True, "false": False}[text.lower()]
+        return type(default)(text)
     except (ValueError, KeyError):
-        raise ValueError(f"--{key}={text}: not {'a list of int' if isinstance(value, tuple) else 'of type ' + type(value).__name__}; the default is {value!r}") from None
-    return replace(config, **{head: new})
+        raise ValueError(f"--{key}={text}: not {'a list of int' if isinstance(default, tuple) else 'of type ' + type(default).__name__}; the default is {default!r}") from None
+
+
+def with_values(config, values):
+    """The config with {dotted key: value} set, all at once: it is checked when it has all of them, whatever their order."""
+    parts = {}
+    for key, value in values.items():
+        head, _, rest = key.partition(".")
+        parts.setdefault(head, {})[rest] = value
+    return replace(config, **{head: part[""] if "" in part else with_values(getattr(config, head), part) for head, part in parts.items()})
 
 
 def parse(arguments):
     """Command line -> (preset name, RunConfig). Raises ValueError naming the argument and the nearest legal one."""
     if not arguments or arguments[0] not in PRESETS:
         raise ValueError(f"the first argument must be a preset, one of {', '.join(PRESETS)}; got {arguments[0] if arguments else 'nothing'!r}")
-    run = PRESETS[arguments[0]]
-    known = flatten(run)
+    known, values = flatten(PRESETS[arguments[0]]), {}
     for argument in arguments[1:]:
         key, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not equals or key not in known:
             near = get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise ValueError(f"{argument}: {'no such key' if equals else 'want --key=value'}; the nearest is --{near}={known[near][0]}. `python train.py --help` lists all")
-        run = with_key(run, key, text)
-    return arguments[0], validate(run)
+        values[key] = read_value(key, text, known[key][0])
+    return arguments[0], validate(with_values(PRESETS[arguments[0]], values))
 
 
 def validate(run):
@@ -324,6 +327,15 @@ class Machine:
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return int(numbers)
 
+    def mean(self, values):
+        """{key: number} with the mean of the processes that have the key."""
+        if self.world_size == 1:
+            return values
+        everyone = [None] * self.world_size
+        dist.all_gather_object(everyone, values)
+        found = {key: [other[key] for other in everyone if key in other] for key in dict.fromkeys(key for other in everyone for key in other)}
+        return {key: sum(numbers) / len(numbers) for key, numbers in found.items()}
+
     def say(self, *words):
         """Print, once."""
         if self.main:
@@ -381,16 +393,25 @@ class TokenizerStage(nn.Module):
         """Named parameters to train."""
         return list(self.model.named_parameters())
 
-    def forward(self, batch, step):
-        """Loss of a batch and what to log. Keeps codes and images for after_step."""
+    def reconstruct(self, batch):
+        """(loss, its reconstruction and quantizer parts, pictures (B, 3, S, S), encoder outputs (B, C, h, w), codes) of a batch's targets."""
         z = self.model.quant_conv(self.model.encoder(batch.targets))
         z_q, quantizer_loss, codes = self.model.quantize(z)
         fake = self.model.decoder(self.model.post_quant_conv(z_q.to(z.dtype))).float()
         reconstruction = F.mse_loss(fake, batch.targets)
         if self.extras["lpips"]:
             reconstruction = reconstruction + self.extras["lpips"](fake, batch.targets)
-        loss, logs = reconstruction + self.config.codebook_weight * quantizer_loss, {"reconstruction": reconstruction.detach(), "quantizer": quantizer_loss.detach()}
-        if "disc" in self.extras and self.training and step >= self.disc_start * 1.05:  # the discriminator learns a little first
+        return reconstruction + self.config.codebook_weight * quantizer_loss, reconstruction, quantizer_loss, fake, z, codes
+
+    def validation_loss(self, batch):
+        """Mean loss of a batch's samples, without the discriminator's part."""
+        return self.reconstruct(batch)[0]
+
+    def forward(self, batch, step):
+        """Loss of a batch and what to log. Keeps codes and images for after_step."""
+        loss, reconstruction, quantizer_loss, fake, z, codes = self.reconstruct(batch)
+        logs = {"reconstruction": reconstruction.detach(), "quantizer": quantizer_loss.detach()}
+        if "disc" in self.extras and step >= self.disc_start * 1.05:  # the discriminator learns a little first
             generator_loss = -self.extras["disc"](fake).mean()
             d_weight = adaptive_weight(reconstruction, generator_loss, self.model.decoder.last_layer)
             loss, logs["d_weight"] = loss + self.config.disc_weight * d_weight * generator_loss, d_weight
@@ -469,7 +490,7 @@ class CodeCache:
 
     def __init__(self, run, machine, manifest):
         tokenizer_hash = sample.weights_hash(Path(run.out) / "tokenizer")
-        path = Path(run.out) / "codes" / f"{tokenizer_hash}-{manifest.digest}.npy"
+        path = Path(run.out) / "codes" / f"{tokenizer_hash}-{manifest.digest}{manifest.times}.npy"
         if machine.main and not path.is_file():
             path.parent.mkdir(exist_ok=True)
             np.lib.format.open_memmap(path, "w+", np.uint16, (len(manifest), run.vqgan.grid_size**2))  # all zero, and sparse
@@ -506,14 +527,22 @@ class MentorStage(nn.Module):
         """Named parameters to train."""
         return [(n, p) for n, p in self.named_parameters() if p.requires_grad]
 
-    def forward(self, batch, step):
-        """Loss of a batch and what to log: the loss of each task, and pretraining's two more."""
+    def code_losses(self, batch):
+        """Mean next-code loss of each sample (B,), and the text encoder's hidden states (B, P, Dt)."""
         with torch.no_grad(), torch.autocast(batch.targets.device.type, enabled=False):
             codes = self.cache.encode(self.vqgan[0], batch) if self.cache else self.vqgan[0].encode(batch.targets)  # (B, N)
         hidden = self.model.encoder(batch)                                               # (B, P, Dt)
         prefix = self.model.projector(hidden, batch.lengths, batch.unconditional)
         states = self.model.next_code_hidden(prefix, batch.lengths, codes)               # (B, N, D)
-        losses = next_code_losses(self.model.decoder.output, states, codes)              # (B,)
+        return next_code_losses(self.model.decoder.output, states, codes), hidden
+
+    def validation_loss(self, batch):
+        """Mean loss of a batch's samples, without the contrastive part, which hangs on what else is in the batch."""
+        return self.code_losses(batch)[0].mean()
+
+    def forward(self, batch, step):
+        """Loss of a batch and what to log: the loss of each task, and pretraining's two more."""
+        losses, hidden = self.code_losses(batch)
         loss, logs = losses.mean(), {"tokens": batch.lengths.float().mean(), "images": len(batch.pixels) / len(batch)}
         for task in set(batch.tasks):
             logs[task] = losses.detach()[[t == task for t in batch.tasks]].mean()
@@ -583,7 +612,8 @@ def open_source(run, machine):
         return WORLDS[run.world](run.vqgan.image_size, **({"font": run.emoji_font} if run.world == "emoji" else {}))
     backgrounds = open_manifest(run.backgrounds, "backgrounds", run, machine) if run.backgrounds else None
     manifest = open_manifest(run.data, "data", run, machine, backgrounds)
-    machine.say(f"data: {', '.join(f'{task} {len(lines)}' for task, lines in manifest.tasks.items())} lines of {run.data}")
+    machine.say(f"data: {', '.join(f'{task} {len(lines)}' for task, lines in manifest.tasks.items())} lines of {run.data}; "
+                + (f"{manifest.held.sum()} more are held out for validation" if manifest.held.any() else "none is held out for validation: too few pictures"))
     for stage in STAGES[1:] if run.stage == "all" else {run.stage} - {"tokenizer"}:
         mix = getattr(run, stage).mix
         lacking = [task for task, share in parse_mix(stage, mix).items() if share and task not in manifest.tasks]
@@ -593,15 +623,11 @@ def open_source(run, machine):
 
 
 def open_manifest(path, name, run, machine, backgrounds=None):
-    """The Manifest of a file, or of a folder: then it is first written to run.out as NAME.jsonl."""
-    root = run.data_root if name == "data" else ""
+    """The Manifest of a file, or of a folder: then it becomes run.out's NAME.jsonl, when the run may start."""
+    root, content = run.data_root if name == "data" else "", None
     if Path(path).is_dir():
-        root, folder, path = path, path, Path(run.out) / f"{name}.jsonl"
-        if machine.main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            manifest_of_folder(folder, path)
-        machine.wait()
-    manifest = Manifest(path, root, backgrounds, run.skip_bad, quiet=not machine.main)
+        root, content, path = path, manifest_of_folder(path), Path(run.out) / f"{name}.jsonl"
+    manifest = Manifest(path, root, backgrounds, run.skip_bad, not machine.main, content)
     for message in manifest.bad:
         machine.say(f"left out: {message}")
     if manifest.bad:
@@ -609,14 +635,14 @@ def open_manifest(path, name, run, machine, backgrounds=None):
     return manifest
 
 
-def make_dataset(name, run, mix, source):
-    """The samples that a stage learns from."""
-    seed = f"{run.seed} {name}"
+def make_dataset(name, run, mix, source, held_out=False):
+    """The samples that a stage learns from; or, held_out, what it is validated on, whatever the seed."""
+    seed, prefix_drop = ("validation", 0.0) if held_out else (f"{run.seed} {name}", run.prefix_drop)
     if not isinstance(source, Manifest):
-        return WorldDataset(source, mix, seed, prefix_drop=run.prefix_drop)
+        return WorldDataset(source, mix, seed, held_out, prefix_drop)
     if name == "tokenizer":
-        return ManifestDataset(source, None, seed, run.vqgan.image_size, targets_only=True)
-    return ManifestDataset(source, mix, seed, run.vqgan.image_size, run.prefix_drop)
+        return ManifestDataset(source, None, seed, run.vqgan.image_size, targets_only=True, held_out=held_out)
+    return ManifestDataset(source, mix, seed, run.vqgan.image_size, prefix_drop, held_out=held_out)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -699,12 +725,19 @@ def schedule(step, recipe, run):
 NOT_OF_THE_RESULT = ("out", "stage", "device", "dtype", "workers", "save_every", "score_every", "claims_seeds", "keep", "micro_batch", "train_scale", "data_root", "skip_bad", "cache_codes", "checkpoint", "dry_run", "released.", "model.sampling.")
 
 
-def stage_record(name, run):
-    """What fixes a stage's result: its keys and the weights it starts from, by hash. Stored beside its weights."""
+CHANGED = {"text model": " (spiece.model is another)", "contents of data": " (lines, or sizes of files, have changed: bring the old ones back)"}  # what a hash means
+
+
+def stage_record(name, run, source, text_tokenizer):
+    """What fixes a stage's result: its keys, and by hash its data, its text model and the weights it starts from. Stored beside its weights."""
     others = (*NOT_OF_THE_RESULT, *(s + "." for s in STAGES if s != name), *(("model.",) if name == "tokenizer" else ()))
     keys = {k: v for k, (v, _) in flatten(run).items() if not k.startswith(others)}
     before = [s for s in STAGES[: STAGES.index(name)] if s == "tokenizer" or s == STAGES[STAGES.index(name) - 1]]
     keys.update({f"weights of {s}": sample.weights_hash(Path(run.out) / s) for s in before})
+    if name != "tokenizer":
+        keys["text model"] = text_tokenizer.digest
+    if run.data:
+        keys["contents of data"] = source.digest + source.backgrounds.digest * (source.backgrounds is not source)
     return json.loads(json.dumps(keys))
 
 
@@ -716,8 +749,8 @@ def check_record(folder, record):
         if "imported from" in old:
             return
         for key in sorted(record.keys() | old.keys()):
-            if record.get(key) != old.get(key):
-                raise ValueError(f"{folder} was trained with {key}={old.get(key)}, this run has {record.get(key)}; choose another --out, or delete {folder}")
+            if record.get(key) != old.get(key) and (key in old or key not in CHANGED):  # older runs did not note these
+                raise ValueError(f"{folder} was trained with {key}={old.get(key)}, this run has {record.get(key)}{CHANGED.get(key, '')}; choose another --out, or delete {folder}")
 
 
 def checkpoints(folder):
@@ -807,6 +840,39 @@ def load_state(folder, name, stage, optimizers, machine):
     return step
 
 
+def best_so_far(folder, start):
+    """(validation loss, step) of best.safetensors, (infinity, 0) if there is none from before step `start`."""
+    try:
+        with safe_open(folder / "best.safetensors", "pt") as file:
+            loss, step = json.loads(file.metadata()["validation"])
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+        return math.inf, 0
+    return (loss, step) if step <= start else (math.inf, 0)
+
+
+def keep_best(folder, name, stage, step, loss, best, last, machine):
+    """Put the weights apart, as best.safetensors, if their validation loss is below the best, (loss, step), so far. Returns the best.
+
+    The stage's result are its last weights: by then the learning rate has come down, and the scores are on the same held-out
+    subjects, so that choosing by them would flatter. When the last are the best, no file is left.
+    """
+    file, said = folder / "best.safetensors", f"{name}: validation loss {loss:.4f} after step {step}, the best so far"
+    if not loss < best[0]:
+        machine.say(f"{said}: {best[0]:.4f} after step {best[1]}" + f"; those weights are in {file}" * last)
+        return best
+    machine.say(said)
+    if machine.main and last:
+        file.unlink(missing_ok=True)
+    elif machine.main:
+        check_finite(stage.model.state_dict(), name, step, folder)
+        try:
+            mentor.write_aside(file, lambda path: save_file(stage.model.state_dict(), path, {"validation": json.dumps([loss, step])}))
+        except OSError as error:
+            machine.say(f"{name}: {error}: going on without it; make room on the disk")
+            return best
+    return loss, step
+
+
 class StopSignals:
     """While open, Ctrl-C and SIGTERM only leave their number in `received`, for the loop to see after the step. A second one stops at once."""
 
@@ -842,6 +908,17 @@ def check_vocabulary(text_tokenizer, run):
         raise ValueError(f"--model.text.vocab_size={run.model.text.vocab_size}: the text tokenizer has {text_tokenizer.vocab_size} ids; give at least as many")
 
 
+def check_words(text_tokenizer, run, source, machine):
+    """Raise ValueError naming the first word that the text model does not know, if it is the world's, or if more than half of the lines
+    of the data have such words; fewer, as rare signs make them, are counted and said."""
+    lines = [" ".join((e.text, *e.labels)) for e in source.some(10_000)] if run.data else source.sentences()
+    unknown = [word for word in map(text_tokenizer.unknown_word, lines) if word]
+    if unknown and len(unknown) > len(lines) * (0.5 if run.data else 0):
+        raise ValueError(f"{Path(run.out) / 'spiece.model'}: this text model does not know {unknown[0]!r} and other words of {run.data or 'the world ' + run.world}, so it was made for something else; choose another --out, or put the right spiece.model there")
+    if unknown:
+        machine.say(f"data: {len(unknown) / len(lines):.2%} of the lines have words that the text model does not know, the first is {unknown[0]!r}; it reads them as <unk>")
+
+
 def import_released(run, machine):
     """Turn released files into stages of run.out that train.py and sample.py open. Raises ValueError if a tensor does not fit."""
     released, out = run.released, Path(run.out)
@@ -867,11 +944,14 @@ def import_released(run, machine):
     mentor.load_released(mentor.released_parameters(model), tensors, [r for n, r in names.items() if n.startswith(tuple("encoder." + p for p in fresh) + fresh)])
     for line in filter(None, (said, f"new, as asked: {released.fresh}" if fresh else "")):
         machine.say(f"import: {line}")
+    for stage in ("tokenizer", released.into):
+        if (out / stage / "stage.json").is_file() and "imported from" not in mentor.read_json(out / stage / "stage.json"):
+            raise ValueError(f"{out / stage} holds a stage that was trained: choose another --out, or delete it")
     vqgan.save_pretrained(out / "tokenizer")
     model.save_pretrained(out / released.into)
-    (out / "spiece.model").write_bytes(text_tokenizer.proto)
-    for stage, record in (("tokenizer", {}), (released.into, {"weights of tokenizer": sample.weights_hash(out / "tokenizer")})):
-        (out / stage / "stage.json").write_text(json.dumps({"imported from": {**sources, "vq": released.vq}, **record}, indent=2) + "\n")
+    for stage, record in (("tokenizer", {}), (released.into, {"weights of tokenizer": sample.weights_hash(out / "tokenizer"), "text model": text_tokenizer.digest})):
+        mentor.write_json(out / stage / "stage.json", {"imported from": {**sources, "vq": released.vq}, **record})
+    write_run(run, text_tokenizer)
     machine.say(f"import: wrote {out / 'tokenizer'} and {out / released.into}")
 
 
@@ -909,15 +989,6 @@ def index_batches(start, steps, global_batch, micro, accumulate, rank):
             yield list(range(first, first + micro))
 
 
-def check_config(config, folder):
-    """Raise ValueError if the folder's weights have another shape than the config; dropout and sampling may differ."""
-    if (folder / "config.json").is_file():
-        stored = flatten(mentor.from_dict(MentorConfig, mentor.read_json(folder / "config.json")))
-        for key, (value, _) in flatten(config).items():
-            if value != stored[key][0] and not key.startswith("sampling.") and not key.endswith(".dropout"):
-                raise ValueError(f"--model.{key}={value}, but {folder} was trained with {stored[key][0]}: leave the key out, or choose another --out")
-
-
 def build_stage(name, run, machine, source):
     """The stage's module with the weights it starts from, and the folder it writes to."""
     torch.manual_seed(run.seed)
@@ -928,7 +999,6 @@ def build_stage(name, run, machine, source):
     if name == "pretrain":
         model = Mentor(run.model)
     else:
-        check_config(run.model, Path(run.out) / before)
         model = Mentor.from_pretrained(Path(run.out) / before, run.model)
     stage = MentorStage(name, run, machine, model, vqgan).to(machine.device)
     stage.cache = CodeCache(run, machine, source) if run.cache_codes else None
@@ -938,7 +1008,7 @@ def build_stage(name, run, machine, source):
 def train_stage(name, run, machine, source, text_tokenizer):
     """Train one stage from its last checkpoint, or from the stage before, and save its weights."""
     folder, recipe = Path(run.out) / name, getattr(run, name)
-    record = stage_record(name, run)
+    record = stage_record(name, run, source, text_tokenizer)
     check_record(folder, record)
     if (folder / "model.safetensors").is_file():
         machine.say(f"{name}: done already, {folder} holds its weights")
@@ -953,6 +1023,8 @@ def train_stage(name, run, machine, source, text_tokenizer):
     describe_stage(name, stage, recipe, machine, micro, accumulate, start)
 
     collate = Collate(text_tokenizer, run.model.vision.image_size, run.model.image_tokens, run.model.context, run.vqgan.image_size)
+    validation = make_dataset(name, run, stage.mix, source, held_out=True)
+    best = best_so_far(folder, start)
     batches = iter(torch.utils.data.DataLoader(
         make_dataset(name, run, stage.mix, source), batch_sampler=index_batches(start, recipe.steps, recipe.global_batch, micro, accumulate, machine.rank),
         collate_fn=collate, num_workers=run.workers, worker_init_fn=leave_group, pin_memory=machine.device.type == "cuda"))
@@ -972,9 +1044,14 @@ def train_stage(name, run, machine, source, text_tokenizer):
             log.add(stage.after_step(step))
             if run.score_every and name in STAGES[2:] and (step + 1) % run.score_every == 0 and machine.main:
                 log.add(score_now(stage, run, source, text_tokenizer, machine))
-            log.step(step, loss, grad_norm, recipe.lr * factor, tasks)
+            last = step + 1 == recipe.steps
+            due = last or (step + 1) % run.save_every == 0
+            seen = held_out_loss(stage, validation, collate, micro, machine, log) if due else None
+            log.step(step, loss, grad_norm, recipe.lr * factor, tasks, due)
+            if seen is not None:  # before the checkpoint: a run that is killed between them comes by here again
+                best = keep_best(folder, name, stage, step + 1, seen, best, last, machine)
             stop = machine.largest(signals.received)
-            if step + 1 < recipe.steps and (stop or (step + 1) % run.save_every == 0):
+            if not last and (stop or due):
                 log.check()
                 save_state(folder, name, stage, optimizers, step + 1, run.keep, machine)
             if stop:
@@ -1015,6 +1092,31 @@ def add_gradients(step, name, stage, wrapped, batches, micro, accumulate, machin
             raise ValueError(out_of_memory(name, micro, accumulate, machine, error)) from None
         raise
     return torch.stack(losses).mean(), tasks
+
+
+VALIDATION = 128  # samples, at most
+
+
+@torch.no_grad()
+def held_out_loss(stage, dataset, collate, micro, machine, log):
+    """Mean loss of the first VALIDATION samples of a held-out dataset, None if it has none. Nothing in it is random, and
+    nothing of it stays in the stage; the processes share the samples."""
+    began, count = time.perf_counter(), min(VALIDATION, dataset.count)
+    if not count:
+        return None
+    stage.eval()
+    total, mine = torch.zeros((), device=machine.device), range(machine.rank, count, machine.world_size)
+    for first in range(0, len(mine), micro):
+        batch = collate([dataset[i] for i in mine[first : first + micro]]).to(machine.device)
+        with machine.autocast():
+            total += stage.validation_loss(batch) * len(batch)
+    stage.train()
+    if machine.world_size > 1:
+        dist.all_reduce(total)
+    loss = float(total) / count
+    log.add({"validation": loss})
+    log.started += time.perf_counter() - began  # no samples were trained on
+    return loss
 
 
 def out_of_memory(name, micro, accumulate, machine, error):
@@ -1090,14 +1192,14 @@ class Log:
         for key, value in values.items():
             self.values.setdefault(key, []).append(value)
 
-    def step(self, step, loss, grad_norm, lr, tasks):
-        """Count a step; every so often write a line. Raises ValueError when the loss or gradient is not finite."""
+    def step(self, step, loss, grad_norm, lr, tasks, due=False):
+        """Count a step; every so often, and if `due`, write a line. Raises ValueError when the loss or gradient is not finite."""
         now = torch.stack([torch.full((), step, dtype=torch.float32, device=loss.device), loss.float(), grad_norm.float()])
         self.first_bad = torch.where((self.first_bad[0] < 0) & ~now.isfinite().all(), now, self.first_bad)
         self.recent[step] = lr, tasks
         if self.machine.main:
             self.bar.update()
-        due = (step + 1) % self.every == 0 or step + 1 == self.recipe.steps
+        due = due or (step + 1) % self.every == 0
         if due or self.machine.device.type == "cpu":
             self.check()
         if due:
@@ -1113,8 +1215,8 @@ class Log:
         self.recent.clear()
 
     def write(self, step, grad_norm, lr):
-        """One line with the means since the last; on a full disk they wait in memory for the next, and that is said once."""
-        means = {k: float(torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in vs]).mean()) for k, vs in self.values.items()}
+        """One line with the means since the last, over all processes; on a full disk they wait in memory for the next, and that is said once."""
+        means = self.machine.mean({k: float(torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in vs]).mean()) for k, vs in self.values.items()})
         now = time.perf_counter()
         rate = (step + 1 - self.since) * self.recipe.global_batch / (now - self.started)
         self.values, self.since, self.started = {}, step + 1, now
@@ -1329,13 +1431,11 @@ def fixed_bytes(model, frozen, size, processes):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def dry_run(run, machine, source, text_tokenizer):
-    """Print what the stages would cost. Raises ValueError naming everything that keeps the run from starting."""
+def dry_run(run, machine, source, text_tokenizer, problems):
+    """Print what the stages would cost. Raises ValueError naming the problems, all that keeps the run from starting."""
     dtype = machine.dtype if machine.device.type == "cuda" else getattr(torch, run.dtype, torch.bfloat16)
     machine.say(f"a plan, nothing is trained; memory and hours are for GPUs in {str(dtype)[6:]}, {machine.world_size} of them (torchrun sets how many)")
-    problems = []
     for name in STAGES if run.stage == "all" else (run.stage,):
-        problems += missing(name, run, machine)
         if name == "tokenizer":
             plan_tokenizer(run, machine, dtype)
         else:
@@ -1345,17 +1445,17 @@ def dry_run(run, machine, source, text_tokenizer):
     machine.say("everything needed is there")
 
 
-def missing(name, run, machine):
+def missing(name, run, machine, source, text_tokenizer):
     """What keeps a stage from starting, as a list of sentences; what the same run makes before it counts as there."""
     out, problems = Path(run.out), []
-    before = [] if run.stage == "all" else [s for s in STAGES[: STAGES.index(name)] if s == "tokenizer" or s == STAGES[STAGES.index(name) - 1]]
-    needed = [out / s / file for s in before for file in ("config.json", "model.safetensors")]
-    absent = [str(file) for file in needed + [out / "spiece.model"] * (len(before) > 1) if not file.is_file()]
-    if absent:
-        problems.append(f"{name} needs {', '.join(absent)}: --stage=import makes them of released weights, the stages {' and '.join(before)} from nothing")
-    checks = [lambda: micro_batches(getattr(run, name), run, machine)]
-    if before and not absent:
-        checks += [lambda: check_shapes(run, out / before[-1]) if len(before) > 1 else None, lambda: check_record(out / name, stage_record(name, run))]
+    before = [s for s in STAGES[: STAGES.index(name)] if s == "tokenizer" or s == STAGES[STAGES.index(name) - 1]]
+    absent = [str(out / s / file) for s in before for file in ("config.json", "model.safetensors") if not (out / s / file).is_file()]
+    if absent and run.stage in STAGES:
+        problems.append(f"{name} needs {', '.join(absent)}: {' and '.join(f'--stage={s}' for s in before)} make them from nothing, --stage=import of released weights")
+    checks = [lambda: micro_batches(getattr(run, name), run, machine), lambda: LPIPS(run.tokenizer.lpips) if run.tokenizer.lpips and name == "tokenizer" else None]
+    if not absent:
+        checks += [lambda s=s: check_shapes(run, out / s, text_tokenizer) for s in before]
+        checks.append(lambda: check_record(out / name, stage_record(name, run, source, text_tokenizer)))
     for check in checks:
         try:
             check()
@@ -1364,12 +1464,25 @@ def missing(name, run, machine):
     return problems
 
 
-def check_shapes(run, folder):
-    """Raise ValueError if the folder's weights are not this run's model; reads their names and shapes alone."""
-    check_config(run.model, folder)
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    wanted = {name: tuple(t.shape) for name, t in meta_mentor(run.model, ()).state_dict().items()}
+def check_shapes(run, folder, text_tokenizer):
+    """Raise ValueError if the folder's stage is not of this run's model and text model; reads its config, names and shapes alone.
+
+    Dropout and sampling may differ.
+    """
+    key, config, module = ("vqgan", run.vqgan, VQGAN) if folder.name == "tokenizer" else ("model", run.model, Mentor)
+    stored = flatten(mentor.from_dict(type(config), mentor.read_json(folder / "config.json")))
+    for name, (value, _) in flatten(config).items():
+        if value != stored[name][0] and not name.startswith("sampling.") and not name.endswith(".dropout"):
+            raise ValueError(f"--{key}.{name}={value}, but {folder} was trained with {stored[name][0]}: leave the key out, or choose another --out")
+    if folder.name != "tokenizer":
+        sample.check_text_model(folder, text_tokenizer)
+    try:
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{folder / 'model.safetensors'}: not a readable weights file ({mentor.first_line(error)})") from None
+    with torch.device("meta"):
+        wanted = {name: tuple(t.shape) for name, t in module(config).state_dict().items()}
     wrong = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
     if wrong:
         raise ValueError(f"{folder / 'model.safetensors'} has {wrong[0]} of shape {stored.get(wrong[0])}, the model wants {wanted.get(wrong[0])}, and {len(wrong) - 1} more differ: make the stage {folder.name} again")
@@ -1499,8 +1612,7 @@ def train_row(name, run, machine, world, text_tokenizer):
     if not row.stages:
         return run, full / row.start
     new, before = replace(run, score_every=0, out=str(full / "claims" / name.replace(" ", "_"))), STAGES[STAGES.index(row.stages[0]) - 1]
-    for key, value in row.keys(run).items():
-        new = with_key(new, key, str(value))
+    new = with_values(new, row.keys(run))
     folder = Path(new.out)
     machine.say(f"claims: {name}, in {folder}")
     if machine.main:
@@ -1622,30 +1734,40 @@ def claims_text(result):
 
 
 def draw_curves(out, path):
-    """The loss of every stage that left a log, side by side in one picture."""
+    """The loss of every stage that left a log, side by side in one picture; dots are the validation loss."""
     logs = [(name, lines) for name in STAGES if (lines := read_log(Path(out) / name / "log.jsonl"))]
     width, height, pad = 300, 200, 36
     canvas = Image.new("RGB", (width * len(logs), height), "white")
     pen = ImageDraw.Draw(canvas)
     for i, (name, lines) in enumerate(logs):
         left, right, top, bottom = i * width + pad, (i + 1) * width - 12, 24, height - 24
-        losses, last = [line["loss"] for line in lines], lines[-1]["step"]
-        low, high = min(losses), max(losses)
-        points = [(left + (right - left) * line["step"] / last, bottom - (bottom - top) * (line["loss"] - low) / max(high - low, 1e-9)) for line in lines]
+        losses, dots = ([(line["step"], line[key]) for line in lines if key in line] for key in ("loss", "validation"))
+        last, low, high = lines[-1]["step"], *(f(loss for _, loss in losses + dots) for f in (min, max))
+        points, dots = ([(left + (right - left) * step / last, bottom - (bottom - top) * (loss - low) / max(high - low, 1e-9)) for step, loss in pairs] for pairs in (losses, dots))
         pen.rectangle((left, top, right, bottom), outline="#bbbbbb")
         pen.line(points, fill="#2060c0", width=2)
-        pen.text((left, 6), f"{name}: loss {losses[0]:.3g} to {losses[-1]:.3g}", fill="black")
+        for x, y in dots:
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill="#c03020")
+        pen.text((left, 6), f"{name}: loss {losses[0][1]:.3g} to {losses[-1][1]:.3g}", fill="black")
         pen.text((left, bottom + 6), f"0 to {last} steps", fill="#666666")
     canvas.save(path)
 
 
+def write_run(run, text_tokenizer, manifests=()):
+    """What lies in a run's folder beside its stages: text model, keys, manifests that were made of folders."""
+    Path(run.out).mkdir(parents=True, exist_ok=True)
+    mentor.write_aside(Path(run.out) / "spiece.model", lambda file: file.write_bytes(text_tokenizer.proto))
+    mentor.write_json(Path(run.out) / "run.json", asdict(run))
+    for manifest in (m for m in manifests if m.content is not None):
+        mentor.write_aside(manifest.path, lambda file: file.write_bytes(manifest.content))
+        manifest.content = None
+
+
 def train_stages(names, run, machine, source, text_tokenizer):
-    """Train some stages into run.out, beside the run's keys and the text tokenizer."""
-    started, out = time.perf_counter(), Path(run.out)
+    """Train some stages into run.out."""
+    started = time.perf_counter()
     if machine.main:
-        out.mkdir(parents=True, exist_ok=True)
-        mentor.write_aside(out / "spiece.model", lambda file: file.write_bytes(text_tokenizer.proto))
-        mentor.write_json(out / "run.json", asdict(run))
+        write_run(run, text_tokenizer, [source, source.backgrounds] if run.data else [])
     for name in names:
         train_stage(name, run, machine, source, text_tokenizer)
         machine.say(f"{name}: finished after {time.perf_counter() - started:.0f} s in all")
@@ -1664,19 +1786,22 @@ def main(arguments):
     if run.dry_run and run.stage in ("claims", "import", "export"):
         raise ValueError(f"--dry_run=true plans the training of stages; it has nothing for --stage={run.stage}: leave one of them out")
     if run.stage in ("import", "export"):
-        Path(run.out).mkdir(parents=True, exist_ok=True)
-        (Path(run.out) / "run.json").write_text(json.dumps(asdict(run), indent=2) + "\n")
         return import_released(run, machine) if run.stage == "import" else export_released(run, machine)
     source = open_source(run, machine)
     spiece = Path(run.out) / "spiece.model"
     text_tokenizer = TextTokenizer.from_file(spiece) if spiece.is_file() else source.text_tokenizer()
     check_vocabulary(text_tokenizer, run)
+    check_words(text_tokenizer, run, source, machine)
+    stages = (run.stage,) if run.stage in STAGES else STAGES
+    problems = [problem for name in stages for problem in missing(name, run, machine, source, text_tokenizer)]
     if run.dry_run:
-        return dry_run(run, machine, source, text_tokenizer)
+        return dry_run(run, machine, source, text_tokenizer, problems)
+    if problems:  # until here nothing is written
+        raise ValueError(problems[0])
     if run.stage == "claims":
         claims(run, machine, source, text_tokenizer)
     else:
-        train_stages(STAGES if run.stage == "all" else (run.stage,), run, machine, source, text_tokenizer)
+        train_stages(stages, run, machine, source, text_tokenizer)
     if machine.main and run.stage != "claims":
         draw_curves(run.out, Path(run.out) / "curves.png")
         if run.data:

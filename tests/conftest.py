@@ -9,10 +9,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import train  # noqa: E402
 from data import TASKS, Collate, Shapes, WorldDataset  # noqa: E402
 from mentor import ConnectorConfig, DecoderConfig, Mentor, MentorConfig, TextConfig, VisionConfig  # noqa: E402
 
 torch.set_num_threads(1)  # tensors this small are slower on two, and much slower where other work runs
+train.VALIDATION = 8
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
-"""A thousand broken things at the loaders: each works or raises one ValueError in a line, never anything else."""
+"""Two thousand broken things at the loaders: each works or raises one ValueError in a line, never anything else."""
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -10,21 +11,22 @@ from PIL import Image
 
 import sample
 import train
-from data import TextTokenizer, load_image
+from data import Collate, Manifest, ManifestDataset, TextTokenizer, load_image
 from mentor import Mentor, read_weights
-from test_train import SMALL
-from tokenizer import VQGAN
+from test_manifest import ALL, folder  # noqa: F401
+from test_train import CPU, SMALL
+from tokenizer import LPIPS, VQGAN
 
 ODD = [0, -1, 1, 3, 7, 1000, 10**12, 1.5, float("inf"), float("nan"), True, None, "", "x", "\u202e\0", [], [1, -2], {}, {"a": 1}]
 
 
-def survives(loader, *arguments):
-    """Whether the loader worked; a ValueError of one line is fine too, everything else fails the test."""
+def survives(loader, *arguments, named=""):
+    """Whether the loader worked; a ValueError of one line that matches `named` is fine too, everything else fails the test."""
     try:
         loader(*arguments)
         return True
     except ValueError as error:
-        assert str(error) and "\n" not in str(error).strip(), repr(str(error))
+        assert str(error) and "\n" not in str(error).strip() and re.search(named, str(error)), repr(str(error))
         return False
 
 
@@ -78,13 +80,13 @@ def out(tmp_path_factory, text_tokenizer):
     return folder
 
 
-def try_file(path, change, loader, count, seed):
+def try_file(path, change, loader, count, seed, named=""):
     """Load `count` times with the file changed; returns how often that worked. The file is whole again afterwards."""
     whole, rng, worked = path.read_bytes(), random.Random(seed), 0
     try:
         for _ in range(count):
             path.write_bytes(change(whole, rng))
-            worked += survives(loader)
+            worked += survives(loader, named=named)
     finally:
         path.write_bytes(whole)
     assert survives(loader)
@@ -117,6 +119,16 @@ def test_released_weights(out, tmp_path):
     assert try_file(index, lambda whole, rng: damaged_json(whole.decode(), rng), lambda: read_weights(tmp_path / "hub"), 30, 1) < 25
 
 
+def test_weights_of_the_perceptual_loss(tmp_path):
+    for name in ("vgg16-397923af.pth", "vgg.pth"):
+        torch.save({"a": torch.arange(50.0)}, tmp_path / name, _use_new_zipfile_serialization=name == "vgg.pth")
+    for name in ("vgg.pth", "vgg16-397923af.pth"):
+        whole = (tmp_path / name).read_bytes()
+        for cut in (0, 1, 10, len(whole) // 2, len(whole) - 8):
+            (tmp_path / name).write_bytes(whole[:cut])
+            assert not survives(LPIPS, tmp_path, named=f"{name} is broken")
+
+
 def test_text_models(out):
     try_file(out / "spiece.model", damaged, lambda: TextTokenizer.from_file(out / "spiece.model").encode("a star in <image>"), 60, 2)
 
@@ -128,6 +140,49 @@ def test_pictures(tmp_path, suffix):
     try_file(file, damaged, lambda: load_image(file), 40, suffix)
     with pytest.raises(ValueError, match="not a readable image"):  # Pillow's own ValueErrors name no file
         load_image("a\0.png")
+
+
+@pytest.fixture
+def opened(folder, text_tokenizer):  # noqa: F811
+    """opened(lines) writes them as a manifest, opens it as a run does and makes a batch of its samples."""
+    run = train.replace(train.PRESETS["tiny"], data=str(folder / "m.jsonl"), out=str(folder / "out"), align=train.StageConfig(mix="text_to_image:1,segmentation:1"), stage="align")
+    collate = Collate(text_tokenizer, 32, 16, 96, 32)
+
+    def open_manifest(lines, skip_bad=False):
+        (folder / "m.jsonl").write_bytes(lines)
+        manifest = train.open_source(train.replace(run, skip_bad=skip_bad), CPU)
+        dataset = ManifestDataset(manifest, None, 0, 32)
+        collate([dataset[i] for i in range(len(manifest))])
+        return manifest
+
+    return open_manifest
+
+
+WHOLE = "".join(json.dumps(record) + "\n" for record in [*ALL, {"image_path": "blue.png"}])
+
+
+def test_manifests(opened, folder, capsys):  # noqa: F811
+    """A value of a line changed, or the bytes damaged; the message names the line, or what the file as a whole lacks."""
+    rng, worked, named = random.Random(4), 0, r"m\.jsonl line \d+: |m\.jsonl: the manifest holds no line|m\.jsonl has nothing for|the prompt takes"
+    for count in range(700):
+        lines = WHOLE.splitlines()
+        k = rng.randrange(len(lines))
+        broken = damaged(WHOLE.encode(), rng) if count % 3 == 0 else b"\n".join([*(line.encode() for line in lines[:k]), damaged_json(lines[k], rng), *(line.encode() for line in lines[k + 1 :])])
+        worked += survives(opened, broken, rng.random() < 0.3, named=named)
+    assert 100 < worked < 600
+
+
+def test_odd_texts_in_manifests(opened):
+    odd = ["\u202e\0", "\ud800", "\ufeff", "a\tb\r\nc", "\U0001f642 " * 30, "<unk> </s> <pad> <extra_id_0>", "e\u0301" * 50, "\u2028", "x" * 5000, "\x7f\x1b[31m", "<image", "< image >", "%s {} \\ '\""]
+    for text in odd:
+        lines = "".join(json.dumps({**record, "input_text": text, **({"objects": text} if record.get("objects") == "box" else {})}) + "\n" for record in ALL)
+        if survives(opened, lines.encode(), named=r"m\.jsonl line \d+: |the prompt takes"):
+            survives(lambda: opened(lines.encode()).text_tokenizer().encode(text))
+
+
+def test_damaged_pictures_of_a_manifest(opened, folder):  # noqa: F811
+    for name, line in (("scene.png", r"[1-6]"), ("mask.png", "[3-6]"), ("blue.png", "[57]")):
+        try_file(folder / name, damaged, lambda: opened(WHOLE.encode()), 40, name, named=rf"m\.jsonl line {line}: .*{name}")
 
 
 def test_command_lines():

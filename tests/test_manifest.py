@@ -174,6 +174,31 @@ def test_every_epoch_shows_every_line_once_in_another_order(folder):
     assert len({tuple(drawn[i : i + 60]) for i in range(0, 30_000, 60)}) == 500
 
 
+def test_a_few_pictures_are_held_out_with_all_their_lines(folder):
+    for i in range(150):
+        save(folder / f"{i}.png", picture(size=(8, 8)))
+    records = [{**record, "image_path": f"{i}.png"} for i in range(150) for record in (T2I, {"input_text": ""})] + [SEGMENTATION]
+    assert not manifest(folder, records[:80]).held.any()  # too few pictures
+    lines = manifest(folder, records)
+    held = {lines[i].picture for i in np.flatnonzero(lines.held)}
+    assert len(held) == 3 and lines.held.sum() == 6 and {task: len(rows) for task, rows in lines.held_out.items()} == {"text_to_image": 3, "reconstruction": 3}
+    assert (manifest(folder, records).held == lines.held).all()
+    for mix in (None, {"text_to_image": 1.0, "segmentation": 1.0}):
+        taken, kept_back = (ManifestDataset(lines, mix, 0, 32, held_out=held_out) for held_out in (False, True))
+        assert {lines[taken.line(i)].picture for i in range(2000)}.isdisjoint(held) and {lines[kept_back.line(i)].picture for i in range(200)} == held
+        assert kept_back.count == (3 if mix else 6) and taken.count == (148 if mix else 295)
+    only_segmentation = ManifestDataset(lines, {"segmentation": 1.0}, 0, 32, held_out=True)
+    assert only_segmentation.count == 0 and train.held_out_loss(None, only_segmentation, None, 1, CPU, None) is None
+    recovery = manifest(folder, records + [RECOVERY])
+    rng = data.random.Random(0)
+    with pytest.MonkeyPatch.context() as patch:
+        seen = set()
+        patch.setattr(Manifest, "load", lambda self, name: seen.add(name) or picture())
+        for _ in range(400):
+            data.some_background(recovery, recovery[301], 8, rng)
+    assert len(seen) > 100 and seen.isdisjoint(held)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 17, 64, 1000])
 def test_shuffled_is_a_permutation(count):
     assert sorted(shuffled(i, count, "key") for i in range(count)) == list(range(count))
@@ -278,7 +303,7 @@ def pictures(tmp_path):
 
 
 def test_a_folder_becomes_a_manifest(pictures, tmp_path):
-    manifest_of_folder(pictures, tmp_path / "m.jsonl")
+    (tmp_path / "m.jsonl").write_bytes(manifest_of_folder(pictures))
     lines = Manifest(tmp_path / "m.jsonl", root=pictures, quiet=True)
     found = {(e.task, e.picture, e.text, e.labels) for e in (lines[i] for i in range(len(lines)))}
     assert found == {("text_to_image", "cat.png", "a cat", ()), ("reconstruction", "cat.png", "a cat", ()),
@@ -291,29 +316,28 @@ def test_a_folder_becomes_a_manifest(pictures, tmp_path):
 
 def test_a_mask_without_caption_still_gives_segmentation(pictures, tmp_path):
     (pictures / "dog.txt").write_text("\ndog\n")
-    manifest_of_folder(pictures, tmp_path / "m.jsonl")
+    (tmp_path / "m.jsonl").write_bytes(manifest_of_folder(pictures))
     lines = Manifest(tmp_path / "m.jsonl", root=pictures, quiet=True)
     assert set(lines.tasks) == {"text_to_image", "reconstruction", "segmentation"}
 
 
-def test_folders_that_are_wrong_are_named(pictures, tmp_path):
-    out = tmp_path / "m.jsonl"
+def test_folders_that_are_wrong_are_named(pictures):
     (pictures / "dog.txt").write_text("a dog on grass\n")
     with pytest.raises(ValueError, match="dog.mask.png: nothing says what the mask marks; .*second line of .*dog.txt"):
-        manifest_of_folder(pictures, out)
+        manifest_of_folder(pictures)
     (pictures / "dog.txt").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ValueError, match="dog.txt: not UTF-8"):
-        manifest_of_folder(pictures, out)
+        manifest_of_folder(pictures)
     save(pictures / "cat.jpg", picture())
     with pytest.raises(ValueError, match="cat.png and .*cat.jpg would share one caption"):
-        manifest_of_folder(pictures, out)
+        manifest_of_folder(pictures)
     (pictures / "cat.jpg").unlink()
     (pictures / "dog.png").unlink()
     with pytest.raises(ValueError, match="dog.mask.png: there is no picture of that name"):
-        manifest_of_folder(pictures, out)
+        manifest_of_folder(pictures)
     with pytest.raises(ValueError, match="sub2: no picture in it"):
         (pictures / "sub2").mkdir()
-        manifest_of_folder(pictures / "sub2", out)
+        manifest_of_folder(pictures / "sub2")
 
 
 def coco_files(tmp_path):
@@ -383,7 +407,34 @@ def test_a_run_on_own_pictures_trains_and_draws(pictures, tmp_path, capsys):
 def test_a_run_wants_only_tasks_that_the_data_has(pictures, tmp_path):
     with pytest.raises(ValueError, match="--instruct.mix=text_to_image:600.*has nothing for subject_driven; it has text_to_image, reconstruction, segmentation, recovery, so give"):
         train.main(["tiny", *SMALL, f"--data={pictures}", f"--out={tmp_path}/out"])
-    assert not (tmp_path / "out" / "tokenizer").exists()  # said before anything is trained
+    assert not (tmp_path / "out").exists()  # said before anything is trained or written
+
+
+def test_data_that_changed_is_refused(pictures, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["tiny", *SMALL, "--stage=tokenizer", f"--data={pictures}", f"--out={out}"]
+    train.main(arguments)
+    written = (out / "data.jsonl").read_bytes()
+    save(pictures / "cat.png", picture(BLUE))  # the same bytes at another time
+    train.main(arguments)
+    (pictures / "cat.txt").write_text("a cow")
+    with pytest.raises(ValueError, match=r"tokenizer was trained with contents of data=\w+, this run has \w+ \(lines, or sizes of files, have changed: bring the old ones back\); choose"):
+        train.main(arguments)
+    (pictures / "cat.txt").write_text("a cat")
+    save(pictures / "cat.png", picture(BLUE, size=(40, 40)))
+    with pytest.raises(ValueError, match="contents of data="):
+        train.main(arguments)
+    assert (out / "data.jsonl").read_bytes() == written and "a cat" in written.decode()
+
+
+def test_words_that_the_text_model_does_not_know_are_counted_and_too_many_refused(folder, capsys):
+    run = train.replace(train.PRESETS["tiny"], data="m.jsonl", out="out")
+    lines, known = manifest(folder, [{**T2I, "input_text": f"a {'b' * (i // 2 + 1)} box"} for i in range(20)]), "a box "
+    for count, said in ((10, ""), (9, "data: 10.00% of the lines have words that the text model does not know, the first is 'bbbbbbbbbb'"), (5, "data: 50.00% of the lines")):
+        train.check_words(TextTokenizer.train([known + " ".join("b" * (i + 1) for i in range(count))]), run, lines, CPU)
+        assert capsys.readouterr().out.startswith(said)
+    with pytest.raises(ValueError, match="out/spiece.model: this text model does not know 'bbbbb' and other words of m.jsonl, so it was made for something else; choose another --out"):
+        train.check_words(TextTokenizer.train([known + "b bb bbb bbbb"]), run, lines, CPU)
 
 
 def test_a_run_lists_the_lines_it_leaves_out(folder, capsys):

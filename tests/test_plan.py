@@ -131,7 +131,7 @@ def test_a_run_that_could_start_is_planned_and_nothing_is_written(trained, tmp_p
 
 
 def test_what_is_missing_is_named(trained, tmp_path):
-    with pytest.raises(ValueError, match=r"could not start: align needs .*tokenizer.*pretrain/model.safetensors, .*spiece.model: --stage=import"):
+    with pytest.raises(ValueError, match=r"could not start: align needs .*tokenizer.*pretrain/model.safetensors: --stage=tokenizer and --stage=pretrain make them"):
         dry_run(tmp_path, "--stage=align")
     with pytest.raises(ValueError, match="global_batch=4 .* 1 x 3 x"):
         dry_run(trained, "--stage=align", "--micro_batch=3")

@@ -1,4 +1,4 @@
-"""Stages, freezing, accumulation, resume, several processes, the command line, and the README's commands."""
+"""Stages, freezing, accumulation, resume, several processes, and the command line."""
 
 import re
 import subprocess
@@ -153,22 +153,26 @@ def test_a_stage_that_was_stopped_goes_on_bit_for_bit(stage, trained, tmp_path, 
     assert not train.checkpoints(tmp_path / stage)
 
 
-@pytest.mark.parametrize("stage", train.STAGES[:3])
-def test_two_processes_equal_one(stage, trained, tmp_path):
-    link_stages(trained, tmp_path, *train.STAGES[: train.STAGES.index(stage)])
-    keys = [*SMALL, "--model.decoder.dropout=0.1"]
-    keys += ["--model.decoder.dropout=0"]
-    for name in (["one"], ["two"]):
-        link_stages(trained, tmp_path / name[0], *train.STAGES[: train.STAGES.index(stage)])
-    arguments = ["tiny", *keys, f"--stage={stage}"]
-    train.main([*arguments, f"--out={tmp_path / 'one'}"])
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"), *arguments, f"--out={tmp_path / 'two'}"],
-                   check=True, capture_output=True, timeout=120, env={**__import__("os").environ, "OMP_NUM_THREADS": "1"})
-    one, two = weights(tmp_path / "one", stage), weights(tmp_path / "two", stage)
-    # Softmax does not see a bias of the keys: its gradient is rounding noise, and AdamW makes steps of that.
-    differences = {k: (one[k] - two[k]).abs().max().item() for k in one if not k.endswith(".k.bias")}
-    assert max(differences.values()) < 1e-4, sorted(differences.items(), key=lambda item: -item[1])[:4]
-    assert (tmp_path / "two" / stage / "log.jsonl").read_text().count("\n") == 6  # rank 0 alone writes
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("name", train.STAGES)
+def test_a_gpu_agrees_with_the_cpu(name, world, text_tokenizer):
+    """In float32 without TF32: the loss to a thousandth, the gradient to a hundredth of its length. In bfloat16: the loss to 3%."""
+    _, stage, batch = stage_and_batch(name, "scratch", world, text_tokenizer)
+    if name != "tokenizer":
+        torch.nn.init.normal_(stage.model.decoder.output.weight, std=0.1)  # a zero head would guess
+        codes = stage.vqgan[0].encode(batch.targets)
+        stage.vqgan[0].encode = lambda targets: codes.to(targets.device)
+    results = {}
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.bfloat16)):
+        stage.eval().to(device).zero_grad()
+        if name == "tokenizer":
+            stage.usage.counts = stage.usage.counts.to(device)
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32), torch.backends.cudnn.flags(allow_tf32=False):
+            loss, _ = stage(batch.to(device), 0)
+        loss.backward()
+        results[device, dtype] = loss.item(), torch.cat([p.grad.flatten().cpu() for _, p in stage.trained() if p.grad is not None])
+    (cpu, gradient), (gpu, same), (half, _) = results.values()
+    assert abs(gpu / cpu - 1) < 1e-3 and (same - gradient).norm() < 1e-2 * gradient.norm() and abs(half / cpu - 1) < 3e-2
 
 
 def test_another_run_in_the_same_folder_is_refused(trained):
@@ -177,8 +181,9 @@ def test_another_run_in_the_same_folder_is_refused(trained):
 
 
 def test_a_stage_without_its_predecessor_says_what_to_run(tmp_path):
-    with pytest.raises(ValueError, match="tokenizer.*is missing.*--stage=tokenizer"):
+    with pytest.raises(ValueError, match="pretrain needs .*tokenizer/config.json, .*model.safetensors: --stage=tokenizer make"):
         run_stage(tmp_path, "pretrain")
+    assert not list(tmp_path.iterdir())
 
 
 def test_batches_cover_every_sample_once():
@@ -234,6 +239,14 @@ def test_mistakes_on_the_command_line_get_a_message(arguments, message):
         train.main(arguments)
 
 
+@pytest.mark.parametrize("keys", [["--model.vision.width=30", "--model.vision.n_head=3"], ["--vqgan.ch=20", "--vqgan.norm_groups=5", "--vqgan.ch_mult=1,2,3"]])
+def test_keys_are_legal_together_in_any_order(keys):
+    runs = [train.parse(["tiny", *order])[1] for order in (keys, keys[::-1])]
+    assert runs[0] == runs[1] != train.PRESETS["tiny"]
+    with pytest.raises(ValueError, match="vision.width=30 is not legal|norm_groups=8 does not divide"):
+        train.parse(["tiny", keys[0]])
+
+
 def test_mistakes_exit_with_code_2_and_one_line():
     done = subprocess.run([sys.executable, ROOT / "train.py", "tiny", "--sede=1"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nearest is --seed" in done.stderr
@@ -258,19 +271,3 @@ def test_presets_fit_together():
     for name, run in train.PRESETS.items():
         train.validate(run)
         assert run.model is mentor.PRESETS[name] and run.vqgan.image_size % run.vqgan.downsample == 0
-
-
-def test_the_readmes_commands_exist():
-    """Every `python train.py ...` in the README parses, every `python sample.py ...` too."""
-    import sample
-
-    commands = re.findall(r"^\s*(?:python|torchrun \S+) (train|sample)\.py (.*)$", (ROOT / "README.md").read_text(), re.M)
-    assert len(commands) >= 6
-    import shlex
-
-    for program, arguments in commands:
-        arguments = shlex.split(arguments, comments=True)
-        if program == "train" and arguments[0] != "--help":
-            train.parse(arguments)
-        elif program == "sample":
-            sample.parse(arguments)

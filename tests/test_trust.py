@@ -9,6 +9,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 import train
+from data import Shapes, TextTokenizer
 from test_train import CPU, ROOT, SMALL, equal, link_stages, run_stage, stage_and_batch, trained, weights  # noqa: F401
 
 KILLS = int(os.environ.get("KILLS", 5))
@@ -31,6 +33,7 @@ def train_in_child(arguments, errors=None):
         os.setsid()
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
     torch.set_num_threads(1)
+    train.VALIDATION = 8
     train.sample.score = lambda *arguments: None
     train.main(arguments)
 
@@ -92,7 +95,8 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(tmp_path):
     last.join()
     assert last.exitcode == 0
     assert equal(all_weights(tmp_path / "straight"), all_weights(tmp_path / "killed"))
-    assert not [*(tmp_path / "killed").rglob("state-*"), *(tmp_path / "killed").rglob("*.tmp")]
+    best = [{f.parent.name: f.read_bytes() for f in (tmp_path / name).rglob("best.safetensors")} for name in ("straight", "killed")]
+    assert best[0] == best[1] and not [*(tmp_path / "killed").rglob("state-*"), *(tmp_path / "killed").rglob("*.tmp")]
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "align"])
@@ -110,6 +114,44 @@ def test_going_on_is_exact_with_accumulation_and_data_processes(stage, trained, 
     assert equal(weights(tmp_path / "straight", stage), weights(tmp_path / "stopped", stage))
     logs = [[(line["step"], line["loss"]) for line in train.read_log(tmp_path / name / stage / "log.jsonl")] for name in ("straight", "stopped")]
     assert logs[0] == logs[1] and len(logs[0]) == 6
+
+
+@pytest.mark.parametrize("killed_in", ["step", "save_state"])
+def test_the_best_weights_are_kept_apart_and_survive_a_kill(killed_in, trained, tmp_path, monkeypatch):  # noqa: F811
+    """With the loss upside down the first weights stay the best. Killed at step 4, or between best.safetensors and the first checkpoint."""
+    seen, measured = [], train.held_out_loss
+    monkeypatch.setattr(train, "held_out_loss", lambda *arguments: seen.append(-measured(*arguments)) or seen[-1])
+    run_stage(tmp_path / "straight", "tokenizer", "--save_every=1")
+    assert len(seen) == 6 and seen == sorted(seen)
+
+    def kill(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 4) if killed_in == "step" else patch.setattr(train, "save_state", kill)
+        run_stage(tmp_path / "killed", "tokenizer", "--save_every=1")
+    assert train.best_so_far(tmp_path / "killed" / "tokenizer", 1) == (seen[0], 1) and train.best_so_far(tmp_path / "killed" / "tokenizer", 0)[1] == 0
+    run_stage(tmp_path / "killed", "tokenizer", "--save_every=1")
+    files = [(tmp_path / name / "tokenizer" / file).read_bytes() for name in ("straight", "killed") for file in ("best.safetensors", "model.safetensors")]
+    assert files[0] == files[2] and files[1] == files[3] and files[0] != files[1]
+    (tmp_path / "killed" / "tokenizer" / "best.safetensors").write_bytes(files[0][:100])
+    assert train.best_so_far(tmp_path / "killed" / "tokenizer", 6) == (float("inf"), 0)
+
+
+def test_validation_is_on_held_out_subjects_and_leaves_no_trace(world, text_tokenizer, trained, tmp_path):  # noqa: F811
+    for name in train.STAGES:
+        run, stage, batch = stage_and_batch(name, "scratch", world, text_tokenizer)
+        first, again = (train.make_dataset(name, train.replace(run, seed=seed), stage.mix, world, held_out=True) for seed in (0, 1))
+        samples = [first[i] for i in range(20)]
+        assert all(world.held_out(placed.subject) for s in samples for placed in s.scene.subjects) and not any(s.unconditional for s in samples)
+        assert all((s.target == again[i].target).all() and s.prompt == again[i].prompt for i, s in enumerate(samples))
+        collate, log = train.Collate(text_tokenizer, 32, run.model.image_tokens, run.model.context, 32), SimpleNamespace(started=0, add=lambda values: None)
+        state, before = torch.get_rng_state(), {k: v.clone() for k, v in stage.state_dict().items()}
+        losses = [train.held_out_loss(stage.train(), first, collate, micro, CPU, log) for micro in (1, 3, 8)]
+        assert stage.training and max(losses) - min(losses) < 1e-5 and torch.equal(state, torch.get_rng_state()) and equal(before, stage.state_dict())
+        assert name != "tokenizer" or not stage.usage.counts.any()
+    line = train.read_log(trained / "align" / "log.jsonl")[-1]
+    assert abs(line["validation"] - line["loss"]) < 1 and not list(trained.rglob("best.safetensors"))  # the last were the best
 
 
 @pytest.mark.parametrize("number, whole_group", [(signal.SIGINT, True), (signal.SIGTERM, False)])
@@ -166,7 +208,7 @@ def test_a_full_disk_costs_only_the_checkpoint_that_did_not_fit(trained, tmp_pat
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         monkeypatch.setattr(train.Log, "step", original)
     said = capsys.readouterr().out
-    assert said.count("could not be written") == 2 and "going on without it, the last good checkpoint is " in said
+    assert said.count("could not be written") == 4 and said.count("best.safetensors could not") == 2 and "going on without it, the last good checkpoint is " in said
     assert sorted(f.name for f in folder.iterdir()) == ["config.json", "log.jsonl", "stage.json", "state-3.pt"]
     run_stage(tmp_path, "tokenizer")
     assert "from step 3" in capsys.readouterr().out and equal(weights(tmp_path, "tokenizer"), weights(trained, "tokenizer"))
@@ -219,6 +261,53 @@ def test_weights_that_are_not_finite_are_not_saved(world, text_tokenizer, tmp_pa
     assert [f.name for f in tmp_path.iterdir()] == ["state-1.pt"]
 
 
+ZEBRA = TextTokenizer.train(["zebra", *Shapes(32).sentences()]).proto  # knows all words, by other numbers
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("damage, arguments, message", [
+    (None, ["--stage=instruct", "--micro_batch=3"], "global_batch=4 is not processes x micro_batch"),
+    (None, ["--micro_batch=3"], "global_batch=4 is not processes x micro_batch"),
+    (None, ["--stage=align", "--align.lr=0.5"], "align was trained with align.lr="),
+    (None, ["--align.lr=0.5"], "align was trained with align.lr="),
+    (None, ["--stage=align", "--vqgan.ch=16"], "--vqgan.ch=16, but .*tokenizer was trained with 8"),
+    (None, ["--stage=tokenizer", "--tokenizer.lpips=nowhere"], "lpips=nowhere: .* is missing"),
+    (("instruct/stage.json", b"{"), ["--stage=instruct"], "instruct/stage.json: not a readable JSON file"),
+    (("align/config.json", b"[]"), ["--stage=instruct"], "align/config.json: holds .*not a JSON object"),
+    (("align/model.safetensors", b"\0" * 99), ["--stage=instruct"], "align/model.safetensors: not a readable weights file"),
+    (("align/model.safetensors", None), ["--stage=instruct"], "instruct needs .*align/model.safetensors: --stage=tokenizer and --stage=align make"),
+    (("spiece.model", b"torn"), ["--stage=instruct"], "spiece.model: not a SentencePiece model"),
+    (("spiece.model", TextTokenizer.train(["a red star"]).proto), [], "does not know '.*' and other words of the world shapes"),
+    (("spiece.model", ZEBRA), ["--stage=pretrain"], r"pretrain was trained with text model=\w+, this run has \w+ \(spiece.model is another\)"),
+    (("spiece.model", ZEBRA), ["--stage=instruct"], "align was trained with another text model .*spiece.model"),
+])
+def test_a_run_that_is_refused_has_written_nothing(damage, arguments, message, trained, tmp_path):  # noqa: F811
+    out = shutil.copytree(trained, tmp_path / "out")
+    if damage:
+        (out / damage[0]).unlink()
+        if damage[1] is not None:
+            (out / damage[0]).write_bytes(damage[1])
+    before = contents(out)
+    with pytest.raises(ValueError, match=message):
+        train.main(["tiny", *SMALL, f"--out={out}", *arguments])
+    assert contents(out) == before
+
+
+def test_a_refused_run_makes_no_folder_and_another_text_model_does_not_open(trained, tmp_path):  # noqa: F811
+    for arguments, message in ((["--micro_batch=3"], "global_batch=4 is not"), (["--stage=align"], "align needs ")):
+        with pytest.raises(ValueError, match=message):
+            train.main(["tiny", *SMALL, f"--out={tmp_path / 'new'}", *arguments])
+    assert not (tmp_path / "new").exists()
+    out = shutil.copytree(trained, tmp_path / "out")
+    (out / "spiece.model").write_bytes(ZEBRA)
+    for folder in (out, out / "pretrain"):
+        with pytest.raises(ValueError, match="was trained with another text model .* its words would mean nothing"):
+            train.sample.Pipeline.open(folder, "cpu")
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_out_of_memory_says_what_to_set(error, tmp_path, monkeypatch):
     def fail(self, images):
@@ -232,6 +321,55 @@ def test_out_of_memory_says_what_to_set(error, tmp_path, monkeypatch):
     monkeypatch.setattr(train.tokenizer.Encoder, "forward", lambda self, images: images.view(1))
     with pytest.raises(RuntimeError, match="shape"):  # other errors keep their traceback
         run_stage(tmp_path, "tokenizer")
+
+
+def rank_in_child(rank, runs):
+    """The body of one of two processes: those runs one after the other, each with a port to meet on."""
+    for port, arguments in runs:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        train_in_child(arguments)
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def test_two_processes_equal_one(trained, tmp_path, monkeypatch):  # noqa: F811
+    """Every stage, restarts of codes and validation included; and a stage that one process began and two go on with."""
+    monkeypatch.setattr(train.sample, "score", lambda *arguments: None)
+    runs = {}
+    for case in (*train.STAGES, "resumed"):
+        stage = "instruct" if case == "resumed" else case
+        for name in ("one", "two"):
+            link_stages(trained, tmp_path / name / case, *train.STAGES[: train.STAGES.index(stage)])
+        runs[case] = ["tiny", *SMALL, "--model.decoder.dropout=0", f"--stage={stage}", "--save_every=3"]
+        train.main([*runs[case], f"--out={tmp_path / 'one' / case}"])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # dies with a checkpoint at step 3
+        stop_after(patch, 5)
+        train.main([*runs["resumed"], f"--out={tmp_path / 'two' / 'resumed'}"])
+    two = [(port, [*run, f"--out={tmp_path / 'two' / case}"]) for port, (case, run) in zip(free_ports(len(runs)), runs.items())]
+    processes = [children.Process(target=rank_in_child, args=(rank, two)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    for case in runs:
+        stage = "instruct" if case == "resumed" else case
+        one, two = (weights(tmp_path / name / case, stage) for name in ("one", "two"))
+        # Softmax does not see a bias of the keys: its gradient is rounding noise, and AdamW makes steps of that.
+        differences = {k: (one[k] - two[k]).abs().max().item() for k in one if not k.endswith(".k.bias")}
+        assert max(differences.values()) < 1e-4, (case, sorted(differences.items(), key=lambda item: -item[1])[:4])
+        logs = [train.read_log(tmp_path / name / case / stage / "log.jsonl") for name in ("one", "two")]  # rank 0 alone writes
+        for key, count in (("loss", 6), ("validation", 2), ("restarted", int(stage == "tokenizer"))):
+            seen, again = ([line[key] for line in log if key in line] for log in logs)
+            assert len(seen) == count and all(seen) and again == pytest.approx(seen, rel=1e-3), (case, key)
 
 
 DIES = """
