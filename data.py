@@ -1075,6 +1075,10 @@ class Batch:
         moved = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in vars(self).items()}
         return Batch(**moved)
 
+    def pin_memory(self):
+        """The same batch in memory that a GPU can fetch from by itself; the DataLoader calls it."""
+        return Batch(**{k: v.pin_memory() if torch.is_tensor(v) else v for k, v in vars(self).items()})
+
     def __len__(self):
         return len(self.text_ids)
 
@@ -1082,10 +1086,11 @@ class Batch:
 class Collate:
     """Makes a Batch of Samples. Checks what would otherwise go wrong unseen: placeholders and prompt lengths."""
 
-    def __init__(self, text_tokenizer, vision_size, image_tokens, context, target_size):
-        """vision_size, target_size: pixels a side; image_tokens: ids an image; context: ids a prompt may have."""
+    def __init__(self, text_tokenizer, vision_size, image_tokens, context, target_size, multiple=1):
+        """vision_size, target_size: pixels a side; image_tokens: ids an image; context: ids a prompt may have; multiple: of
+        this many positions is the padded length, which is else that of the longest prompt."""
         self.text_tokenizer, self.vision_size, self.target_size = text_tokenizer, vision_size, target_size
-        self.image_tokens, self.context = image_tokens, context
+        self.image_tokens, self.context, self.multiple = image_tokens, context, multiple
 
     def encode(self, sample):
         """Ids of a sample's prompt. Raises ValueError on a wrong number of placeholders or too long a prompt."""
@@ -1100,9 +1105,9 @@ class Collate:
 
     def __call__(self, samples):
         ids = [self.encode(s) for s in samples]
-        text_ids = pad(ids)
+        text_ids = pad(ids, self.multiple)
         images = [image for s in samples for image in s.images]
-        names = pad([self.text_tokenizer.encode(name) for s in samples for name in s.names])
+        names = pad([self.text_tokenizer.encode(name) for s in samples for name in s.names], self.multiple)
         size, target_size = self.vision_size, self.target_size
         return Batch(
             text_ids=text_ids,
@@ -1116,16 +1121,15 @@ class Collate:
             tasks=[s.task for s in samples],
             lines=[s.line for s in samples])
 
-
     def half_of(self, samples, real):
         """About half of the positions real (B, L) bool, by each sample's own bits, whatever it is batched with."""
-        chances = [torch.rand(self.context, generator=torch.Generator().manual_seed(s.chance))[: real.shape[1]] for s in samples]
+        chances = [torch.rand(real.shape[1], generator=torch.Generator().manual_seed(s.chance)) for s in samples]
         return real & (torch.stack(chances) < 0.5)
 
 
-def pad(rows):
-    """Lists of ids -> (len(rows), longest) int64, zeros on the right."""
-    longest = max((len(row) for row in rows), default=1)
+def pad(rows, multiple=1):
+    """Lists of ids -> (len(rows), longest) int64, zeros on the right; the longest is rounded up to a multiple."""
+    longest = -(-max((len(row) for row in rows), default=1) // multiple) * multiple
     return torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.long).view(len(rows), longest)
 
 

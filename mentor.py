@@ -261,7 +261,7 @@ class VisionEncoder(nn.Module):
 
     def embed(self, pixels):
         """Class token and patches with their positions: (M, 1 + n_patch, D)."""
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)                # (M, n_patch, D)
+        patches = self.patch_embedding(pixels.to(self.class_embedding.dtype)).flatten(2).transpose(1, 2)  # (M, n_patch, D)
         first = self.class_embedding.expand(len(pixels), 1, -1)
         return self.pre_norm(torch.cat([first, patches], dim=1) + self.position_embedding)
 
@@ -348,18 +348,11 @@ class QueryConnector(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight, statistics in float32: no mean, no bias. T5 uses eps 1e-6, Llama 1e-5."""
 
-    def __init__(self, width, eps):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
     def forward(self, x):
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)   # of one dtype, or no fused kernel takes it
 
 
 def relative_position_bucket(distance, n_bucket, max_distance):
@@ -518,34 +511,59 @@ def rotary_table(grid_size, head_width, prefix_rotation="identity", base=10000.0
 
 
 def rotate(x, turns):
-    """Turn the interleaved pairs (2i, 2i + 1) of x (B, T, H, hd), as complex numbers, by turns (B, T, hd / 2) complex."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))                      # (B, T, H, hd / 2)
-    return torch.view_as_real(pairs * turns[:, :, None]).flatten(-2).to(x.dtype)
+    """Turn the interleaved pairs (2i, 2i + 1) of x (..., hd), as complex numbers, by turns (..., hd / 2) complex."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))                      # (..., hd / 2)
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
 
 class KVCache:
-    """Keys and values of everything the decoder has read, sized once: prefix slots first, then one slot a code.
+    """Keys and values of what the decoder has read: each sample's [prefix | codes | unused], as in training, sized once.
 
-    A prefix shorter than its slots leaves some unused; `mask` hides them. Where a key lies does not matter to
-    attention, since its position is in its rotation.
+    Attention reads whole buckets of slots, the last one partly filled, and `mask` hides what is unused: so shapes stay the
+    same for BUCKET steps, and a sample is read alike whatever the others' lengths. Where the next code goes is in tensors.
     """
 
-    def __init__(self, config, lengths, n_prefix, device, dtype):
-        """lengths (B,) int64: the real prefix lengths; n_prefix: the prefix slots (the batch's longest)."""
-        size = n_prefix + config.n_code - 1  # the last code is never read
-        shape = (config.n_layer, len(lengths), config.n_head, size, config.width // config.n_head)
-        self.k = torch.empty(shape, device=device, dtype=dtype)
-        self.v = torch.empty(shape, device=device, dtype=dtype)
-        self.mask = positions_below(lengths, size)
-        self.mask[:, n_prefix:] = True
+    BUCKET = 64
+
+    def __init__(self, config, n_sample, n_prefix, device, dtype):
+        """n_prefix: the longest prefix that there must be room for."""
+        size = self.whole_buckets(n_prefix + config.n_code - 1)                          # the last code is never read
+        shape = (config.n_layer, n_sample, config.n_head, size, config.width // config.n_head)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")
+        self.mask = torch.empty(n_sample, 1, 1, size, device=device, dtype=dtype)        # added to the scores: 0 or -inf
+        self.slot = torch.empty(n_sample, 1, 1, 1, device=device, dtype=torch.long)      # where the last code went
+        self.position = torch.empty(n_sample, 1, device=device, dtype=torch.long)        # the last code's row in the rotary table
+        self.used = 0                                                                    # slots used by the longest sample
+
+    def whole_buckets(self, slots):
+        """That many slots, rounded up to whole buckets."""
+        return -(-slots // self.BUCKET) * self.BUCKET
+
+    def start(self, lengths):
+        """Begin anew with prefixes of these lengths (B,)."""
         self.used = 0
+        self.slot.copy_(lengths.view_as(self.slot) - 1)
+        self.position.zero_()
+        self.mask.fill_(-torch.inf).masked_fill_(positions_below(lengths, self.mask.shape[-1])[:, None, None], 0)
+
+    def next(self):
+        """Go on to the next code: its slot may be read from now on. Returns its position (B, 1)."""
+        self.used += 1
+        self.mask.scatter_(3, self.slot.add_(1), 0)
+        return self.position.add_(1)
 
     def append(self, layer, k, v):
-        """Store k and v (B, H, T, hd) after what is there; return all of the layer's, (B, H, used + T, hd)."""
-        end = self.used + k.shape[2]
-        self.k[layer, :, :, self.used : end] = k
-        self.v[layer, :, :, self.used : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        """Store k and v (B, H, T, hd) in a layer: the prefix, or the code that next() made room for.
+
+        Returns the keys, the values and the mask that attention needs, no mask for the prefix, where it is causal.
+        """
+        if self.used == 0:
+            self.k[layer, :, :, : k.shape[2]], self.v[layer, :, :, : k.shape[2]] = k, v
+            return k, v, None
+        slot, read = self.slot.expand_as(k), self.whole_buckets(self.used)
+        self.k[layer].scatter_(2, slot, k)
+        self.v[layer].scatter_(2, slot, v)
+        return self.k[layer, :, :, :read], self.v[layer, :, :, :read], self.mask[..., :read]
 
 
 class DecoderAttention(nn.Module):
@@ -558,13 +576,10 @@ class DecoderAttention(nn.Module):
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x, turns, layer, cache):
-        q, k, v = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).unbind(2)             # each (B, T, H, hd)
-        q, k, v = rotate(q, turns).transpose(1, 2), rotate(k, turns).transpose(1, 2), v.transpose(1, 2)
-        mask = None
+        qkv = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)    # (3, B, H, T, hd)
+        (q, k), v, mask = rotate(qkv[:2], turns), qkv[2], None
         if cache is not None:
-            first = cache.used == 0
-            k, v = cache.append(layer, k, v)
-            mask = None if first else cache.mask[:, None, None, : k.shape[2]]            # one query sees all before it
+            k, v, mask = cache.append(layer, k, v)
         # Without a cache, and when it is filled: plain causal attention, no mask tensor, so the flash kernel runs.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.wo(y.transpose(1, 2).flatten(2))
@@ -619,11 +634,9 @@ class ImageDecoder(nn.Module):
 
         With a cache, x follows what the cache holds and is added to it: first the whole prefix, then code by code.
         """
-        x, turns = self.dropout(x), self.rotary[positions]                               # (B, T, hd / 2)
+        x, turns = self.dropout(x), self.rotary[positions][:, None]                      # (B, 1, T, hd / 2)
         for layer, block in enumerate(self.blocks):
             x = block(x, turns, layer, cache)
-        if cache is not None:
-            cache.used += positions.shape[1]
         return self.norm(x)
 
 
@@ -754,16 +767,22 @@ class Mentor(nn.Module):
         predicts = lengths[:, None] - 1 + torch.arange(N, device=codes.device)           # from the last prefix position on
         return hidden.gather(1, predicts[..., None].expand(-1, -1, D))                   # only these go through the head
 
-    def prefill(self, prefix, lengths):
-        """Read the prefix into a new cache. Returns the first code's logits (B, V) float32 and the cache."""
-        cache = KVCache(self.config.decoder, lengths, prefix.shape[1], prefix.device, prefix.dtype)
-        hidden = self.decoder(prefix, torch.zeros(prefix.shape[:2], dtype=torch.long, device=prefix.device), cache)
-        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]      # (B, D)
+    def prefill(self, prefix, lengths, cache=None):
+        """Read the prefix (B, P, D) of lengths (B,) into the cache, by default a new one.
+
+        Returns the first code's logits (B, V) float32 and the cache.
+        """
+        B, P, _ = prefix.shape
+        cache = cache or KVCache(self.config.decoder, B, P, prefix.device, prefix.dtype)
+        cache.start(lengths)
+        hidden = self.decoder(prefix, torch.zeros(B, P, dtype=torch.long, device=prefix.device), cache)
+        cache.used = P
+        last = hidden[torch.arange(B, device=hidden.device), lengths - 1]                # (B, D)
         return self.decoder.output(last).float(), cache
 
-    def decode_step(self, codes, k, cache):
-        """Read code number k of every sample, codes (B,) int64; returns the next code's logits (B, V) float32."""
-        positions = torch.full((len(codes), 1), k + 1, device=codes.device)
+    def decode_step(self, codes, cache):
+        """Read one more code of every sample, codes (B,) int64; returns the next code's logits (B, V) float32."""
+        positions = cache.next()
         hidden = self.decoder(self.decoder.code_embedding(codes)[:, None], positions, cache)
         return self.decoder.output(hidden[:, 0]).float()
 

@@ -15,18 +15,22 @@ import re
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
+import mentor
+import tokenizer
 from data import Collate, Sample, Scene, ShapeSubject, Placed, TextTokenizer, WORLDS, contact_sheet, to_picture, tokenizer_pixels
-from mentor import Mentor, first_line, read_json
-from tokenizer import VQGAN
+from mentor import KVCache, Mentor, first_line, read_json
+from tokenizer import VQGAN, TokenizerConfig
 
 # ---------------------------------------------------------------------------------------------------------------
 # Choosing a code
@@ -58,7 +62,7 @@ def choose(logits, sampling, generator):
         return logits.argmax(-1)
     probabilities = filter_logits(logits, sampling.temperature, sampling.top_k, sampling.top_p).softmax(-1)
     # argmax(p / Exp(1)) is a draw from p, without multinomial's wait for the GPU
-    noise = torch.empty(probabilities.shape).exponential_(generator=generator).to(probabilities.device)
+    noise = torch.empty(probabilities.shape, device=generator.device).exponential_(generator=generator).to(probabilities.device)
     return (probabilities / noise).argmax(-1)
 
 
@@ -68,29 +72,155 @@ def choose(logits, sampling, generator):
 
 
 @torch.no_grad()
-def generate(model, batch, sampling, generator):
+def generate(model, batch, sampling, generator, decoder=None):
     """Draw the codes of every prompt in the batch.
 
-    model: Mentor in eval mode; batch: a data.Batch on its device; sampling: a mentor.SamplingConfig;
-    generator: a CPU torch.Generator. Returns codes (B, N) int64.
+    model: Mentor in eval mode; batch: a data.Batch on its device; sampling: a mentor.SamplingConfig; generator: a
+    torch.Generator; decoder: what prefills and steps, the model itself or its GraphedDecoder. Returns codes (B, N) int64.
 
     With guidance the batch runs twice as tall: the conditional half above the unconditional one, whose prefixes have
-    the same lengths. The prefix is read once, then every step reads one code.
+    the same lengths.
     """
     guided, unguided = sampling.cfg_scale not in (0, 1), sampling.cfg_scale == 1
     hidden, lengths = model.encoder(batch), batch.lengths
     drop = torch.zeros(len(batch), dtype=torch.bool, device=lengths.device)
     halves = [(hidden, drop), (hidden, ~drop)] if guided else [(hidden, drop if unguided else ~drop)]
     prefix = torch.cat([model.projector(h, lengths, d) for h, d in halves])
-    logits, cache = model.prefill(prefix, lengths.repeat(len(halves)))
-    codes = torch.empty(len(batch), model.config.decoder.n_code, dtype=torch.long, device=lengths.device)
-    for k in range(codes.shape[1]):
-        if guided:
-            logits = guide(*logits.chunk(2), sampling.cfg_scale)
-        codes[:, k] = choose(logits, sampling, generator)
-        if k + 1 < codes.shape[1]:
-            logits = model.decode_step(codes[:, k].repeat(len(halves)), k, cache)
+    return continue_prefix(decoder or model, prefix, lengths.repeat(len(halves)), guided, model.config.decoder.n_code, sampling, generator, least_rows(model))
+
+
+PROMPT_MULTIPLE = 32  # prompts are padded to whole multiples, so that attention on a CPU cuts its sums into the same pieces alone and in a batch
+
+
+def least_rows(model):
+    """How many rows the decoder must have on a CPU, so that a prompt's logits are the same bits alone and in a batch.
+
+    For less than four, products with matrices as they are take other kernels, which round otherwise; with packed ones not.
+    """
+    return 4 if model.decoder.norm.weight.device.type == "cpu" and not is_packed(model) else 1
+
+
+def continue_prefix(decoder, prefix, lengths, guided, n_code, sampling, generator, least_rows=1):
+    """Read the prefixes (R, P, D) of lengths (R,) once, then code by code. R is B, with guidance 2B. Returns (B, n_code).
+
+    Where there are fewer than least_rows, some are read twice.
+    """
+    rows = torch.arange(len(prefix), device=prefix.device).repeat(-(-least_rows // len(prefix)))
+    logits, cache = decoder.prefill(prefix[rows], lengths[rows])
+    samples = rows.remainder(len(prefix) // (1 + guided))                                # whose code each row reads
+    codes = torch.empty(len(prefix) // (1 + guided), n_code, dtype=torch.long, device=prefix.device)
+    for k in range(n_code):
+        logits = logits[: len(prefix)]
+        codes[:, k] = choose(guide(*logits.chunk(2), sampling.cfg_scale) if guided else logits, sampling, generator)
+        if k + 1 < n_code:
+            logits = decoder.decode_step(codes[samples, k], cache)
     return codes
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The same numbers, sooner: a model made ready for a device. What is here changes no result and can be left out.
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def record_graph(step):
+    """Record the kernels that step() launches. Returns a function that runs them again, and step's tensor, which each run fills anew."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()                                  # once as it is: libraries set up what may not be recorded
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph.replay, result
+
+
+class GraphedDecoder:
+    """Mentor's prefill and decode_step, where a step is a recorded CUDA graph: one launch in place of hundreds.
+
+    A graph knows fixed shapes and addresses. So codes, logits and cache stay where they are from prompt to prompt, and each
+    number of buckets that attention reads has its own graph, recorded when first met. A batch of another size starts anew.
+    """
+
+    def __init__(self, model, record=record_graph):
+        self.model, self.record, self.cache = model, record, None
+        self.warmup = 0.0                       # seconds spent recording
+
+    def prefill(self, prefix, lengths):
+        """Mentor.prefill, always into the same cache, which has room for the longest prompt there can be."""
+        if self.cache is None or len(prefix) != len(self.codes):
+            config = self.model.config
+            self.cache = KVCache(config.decoder, len(prefix), config.context, prefix.device, prefix.dtype)
+            self.codes, self.graphs = torch.zeros(len(prefix), dtype=torch.long, device=prefix.device), {}
+        return self.model.prefill(prefix, lengths, self.cache)
+
+    def decode_step(self, codes, cache):
+        """Mentor.decode_step; the logits are overwritten by the next one."""
+        self.codes.copy_(codes)
+        read = cache.whole_buckets(cache.used + 1)
+        if read not in self.graphs:
+            started = time.perf_counter()
+            self.graphs[read] = self.recorded(cache)
+            self.warmup += time.perf_counter() - started
+        replay, logits = self.graphs[read]
+        used = cache.used
+        replay()
+        cache.used = used + 1
+        return logits
+
+    def recorded(self, cache):
+        """The next step as a graph; the cache is left as it was."""
+        used, state = cache.used, (cache.mask, cache.slot, cache.position)
+        before = [tensor.clone() for tensor in state]
+
+        def step():
+            cache.used = used
+            return self.model.decode_step(self.codes, cache)
+
+        graph, cache.used = self.record(step), used
+        for tensor, old in zip(state, before):
+            tensor.copy_(old)
+        return graph
+
+
+PACK_FROM = 512  # a decoder's width: the matrices of narrower ones lie in the CPU's cache, and oneDNN's calls cost more than they save
+
+
+def packed_linear(weight, bias, x):
+    """F.linear with a weight in oneDNN's layout."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def pack(model):
+    """On a CPU, copy the decoder's matrices into oneDNN's own layout: few rows go through large ones at the memory's speed.
+
+    The weights stay too, for whoever saves them; if they change, this must run again.
+    """
+    for linear in (module for module in model.decoder.modules() if isinstance(module, nn.Linear)):
+        linear.forward = partial(packed_linear, torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 2), linear.bias)
+
+
+def is_packed(model):
+    """Whether pack has been there."""
+    return "forward" in vars(model.decoder.output)
+
+
+def halve(model):
+    """Turn the weights into bfloat16, half the bytes to read a step; the rotary table stays exact."""
+    for p in model.parameters():
+        p.data = p.data.bfloat16()
+
+
+def make_ready(model, device):
+    """Put a Mentor on the device in the form in which it draws fastest there. Returns what prefills and steps."""
+    model.to(device).eval()
+    if device.type == "cpu" and torch.backends.mkldnn.is_available() and model.config.decoder.width >= PACK_FROM:
+        pack(model)
+    if device.type != "cuda":
+        return model
+    if torch.cuda.is_bf16_supported():
+        halve(model)
+    return GraphedDecoder(model)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -251,9 +381,11 @@ class Pipeline:
     """Model, image tokenizer and text tokenizer, opened from the folder that train.py writes."""
 
     def __init__(self, model, vqgan, text_tokenizer, run, device):
-        self.model, self.vqgan = model.to(device).eval(), vqgan.to(device).eval()
-        self.text_tokenizer, self.run, self.device = text_tokenizer, run, device
-        self.collate = Collate(text_tokenizer, model.config.vision.image_size, model.config.image_tokens, model.config.context, vqgan.config.image_size)
+        self.model, self.vqgan, self.text_tokenizer, self.run, self.device = model, vqgan, text_tokenizer, run, torch.device(device)
+        self.decoder = make_ready(model, self.device)
+        self.vqgan.to(self.device, memory_format=torch.channels_last).eval()
+        self.collate = Collate(text_tokenizer, model.config.vision.image_size, model.config.image_tokens, model.config.context, vqgan.config.image_size, PROMPT_MULTIPLE)
+        self.seconds = {}  # what the last draw took
 
     @classmethod
     def open(cls, folder, device):
@@ -283,10 +415,18 @@ class Pipeline:
 
     def draw(self, samples, sampling=None, seed=0, batch_size=128):
         """Draw the prompts of the samples: pictures, uint8 (S, S, 3) each, and their codes (B, N)."""
-        generator = torch.Generator().manual_seed(seed)
-        codes = torch.cat([generate(self.model, self.collate(samples[i : i + batch_size]).to(self.device), sampling or self.model.config.sampling, generator)
+        generator, warmup, started = torch.Generator(self.device).manual_seed(seed), self.warmup(), time.perf_counter()
+        codes = torch.cat([generate(self.model, self.collate(samples[i : i + batch_size]).to(self.device), sampling or self.model.config.sampling, generator, self.decoder)
                            for i in range(0, len(samples), batch_size)])
-        return self.decode(codes), codes
+        synchronize(self.device)
+        drawn, warmup = time.perf_counter(), self.warmup() - warmup
+        pictures = self.decode(codes)
+        self.seconds = {"codes": drawn - started - warmup, "pixels": time.perf_counter() - drawn, "warm-up": warmup}
+        return pictures, codes
+
+    def warmup(self):
+        """Seconds spent so far on making steps fast."""
+        return getattr(self.decoder, "warmup", 0.0)
 
     def decode(self, codes):
         """Codes (B, N) -> pictures."""
@@ -473,6 +613,160 @@ def titled_rows(rows, titles, scale=3, left=190, top=100):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# How fast (--bench): every variant beside its baseline, in turns, so that noise hits both
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def synchronize(device):
+    """Wait for a GPU's work to be done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_seconds(variants, device, rounds=5):
+    """{name: function} -> {name: median seconds of a call}: each once to warm up, then `rounds` times all in turn."""
+    seconds = {name: [] for name in variants}
+    for turn in range(rounds + 1):
+        for name, function in variants.items():
+            synchronize(device)
+            started = time.perf_counter()
+            function()
+            synchronize(device)
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: float(np.median(times)) for name, times in seconds.items()}
+
+
+def measure_limits(device, dtype):
+    """What the device can do: bytes a second of a copy (read and written both count), FLOPs a second of a matrix product."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, 2**28 if device.type == "cuda" else 2**25, device=device)
+    x = torch.randn(size, size, device=device, dtype=dtype)
+    seconds = median_seconds({"copy": lambda: b.copy_(a), "product": lambda: x @ x}, device, 9)
+    return 2 * a.nbytes / seconds["copy"], 2 * size**3 / seconds["product"]
+
+
+def print_table(columns, rows):
+    """A table in markdown; numbers get three digits."""
+    print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    for row in rows:
+        print("| " + " | ".join(cell if isinstance(cell, str) else f"{cell:,.0f}" if cell >= 100 else f"{cell:.3g}" for cell in row) + " |", flush=True)
+    print()
+
+
+class CacheFreeDecoder:
+    """The baseline of a KV cache: reads prefix and codes anew for every code."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def prefill(self, prefix, lengths):
+        """As Mentor.prefill; the cache is all that there is to read again."""
+        cache = [prefix, lengths, lengths.new_empty(len(lengths), 0)]
+        return self.logits(*cache), cache
+
+    def decode_step(self, codes, cache):
+        """As Mentor.decode_step."""
+        cache[2] = torch.cat([cache[2], codes[:, None]], dim=1)
+        return self.logits(*cache)
+
+    def logits(self, prefix, lengths, codes):
+        """Logits of the code after `codes`, (R, V)."""
+        hidden = self.model.next_code_hidden(prefix, lengths, F.pad(codes, (0, 1)))      # the code to predict is never read
+        return self.model.decoder.output(hidden[:, -1]).float()
+
+
+def some_steps(decoder, prefix, done=0, count=8):
+    """A function that reads `count` codes after prefix (R, P, D) and `done` codes, as often as it is called."""
+    R, P, _ = prefix.shape
+    _, cache = decoder.prefill(prefix, torch.full((R,), P, device=prefix.device))
+    codes = torch.zeros(R, dtype=torch.long, device=prefix.device)
+    cache.mask.zero_()
+
+    def run():
+        cache.used = P + done
+        cache.slot.fill_(P + done - 1)
+        cache.position.fill_(done)
+        for _ in range(count):
+            decoder.decode_step(codes, cache)
+
+    return run
+
+
+@torch.no_grad()
+def bench(preset, device):
+    """Print what drawing costs with random weights at a preset's sizes: seconds, ratios and what the device would allow."""
+    if preset not in mentor.PRESETS:
+        raise ValueError(f"--bench={preset}: must be one of {', '.join(mentor.PRESETS)}")
+    torch.manual_seed(0)
+    small, config = mentor.PRESETS["tiny"], mentor.PRESETS[preset]
+    config = dataclasses.replace(config, vision=small.vision, connector=small.connector, text=small.text)  # read once a prompt
+
+    def new(**sizes):
+        return Mentor(dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, **sizes)))
+
+    def prefixes(samples, length):
+        return torch.randn(2 * samples, length, config.decoder.width, device=device, dtype=dtype)
+
+    decoder = make_ready(new(), device)
+    model = decoder.model if isinstance(decoder, GraphedDecoder) else decoder
+    again = lambda: GraphedDecoder(model) if model is not decoder else model  # noqa: E731
+    dtype, sampling, generator = model.decoder.norm.weight.dtype, config.sampling, torch.Generator(device).manual_seed(0)
+    n_prefix, n_code = min(64, config.context), min(64, config.decoder.n_code)
+    copied, multiplied = measure_limits(device, dtype)
+    weights = sum(p.numel() for p in model.decoder.parameters()) - model.decoder.code_embedding.weight.numel()
+    print(f"{preset}: a decoder of {weights / 1e6:.4g}M weights in {str(dtype)[6:]}, guided, prefixes of {n_prefix}; {torch.get_num_threads()} threads; "
+          f"{torch.cuda.get_device_name() if device.type == 'cuda' else device} copies {copied / 1e9:.3g} GB/s and multiplies {multiplied / 1e12:.3g} TFLOPS")
+
+    prefix, rows = prefixes(1, n_prefix), []
+
+    def loop(decoder, rows=least_rows(model)):
+        return lambda: continue_prefix(decoder, prefix, torch.full((2,), n_prefix, device=device), True, n_code, sampling, generator, rows)
+
+    ours = loop(decoder)
+    pairs = {("KV cache", "cache-free loop"): (ours, loop(CacheFreeDecoder(model), 1))}
+    if model is not decoder:
+        pairs["steps as CUDA graphs", "launched one by one"] = ours, loop(model)
+    elif is_packed(model):
+        pairs["matrices packed", "as they are"] = ours, loop(new().eval())
+    for (name, baseline), both in pairs.items():
+        seconds = median_seconds(dict(zip((name, baseline), both)), device, 3)
+        rows.append([name, n_code / seconds[name], baseline, n_code / seconds[baseline], seconds[baseline] / seconds[name]])
+    print_table([f"one prompt, {n_code} codes", "codes/s", "against", "codes/s", "ratio"], rows)
+    if model is decoder:
+        print("(CUDA graphs: no CUDA here)")
+
+    samples = (1, 2, 4, 8, 16, 32, 64)
+    seconds = median_seconds({n: some_steps(again(), prefixes(n, n_prefix), count=4) for n in samples}, device, 3)
+    cached = 2 * n_prefix * config.decoder.n_layer * config.decoder.width * dtype.itemsize
+    rows = [[str(n), 4 * n / seconds[n], 250 * seconds[n], 1e3 * (limit := max((weights * dtype.itemsize + 2 * n * cached) / copied, 4 * n * weights / multiplied)), f"{4 * limit / seconds[n]:.0%}"] for n in samples]
+    print_table(["prompts at once", "codes/s", "ms a step", "limit, ms", "of the limit"], rows)
+
+    rows, third = [], 1 / 3
+    for side in (16, 32, 64):
+        other = make_ready(new(grid_size=side), device)
+        at = [int((side**2 - 9) * share) for share in (0, third, 2 * third, 1)]
+        seconds = list(median_seconds({k: some_steps(other, prefix, k) for k in at}, device, 3).values())
+        rows.append([f"{side} x {side}", 125 * seconds[0], 125 * seconds[-1], side**2 * np.mean(seconds) / 8])
+    print_table(["codes", "ms a code, first", "last", "s an image"], rows)
+
+    rows = []
+    for length in sorted({32, 128, 512, config.context}):
+        wide = prefixes(1, length)
+        seconds = median_seconds({"prefill": lambda: model.prefill(wide, torch.full((2,), length, device=device)), "steps": some_steps(model, wide)}, device, 3)
+        rows.append([str(length), 1e3 * seconds["prefill"], 125 * seconds["steps"]])
+    print_table(["prefix tokens", "prefill, ms", "ms a code"], rows)
+
+    vqgan, plain = (VQGAN(TokenizerConfig(**tokenizer.PRESETS[preset])).to(device).eval() for _ in range(2))
+    vqgan.to(memory_format=torch.channels_last)
+    codes = torch.zeros(1, config.decoder.n_code, dtype=torch.long, device=device)
+    seconds = median_seconds({"last": lambda: vqgan.decode(codes), "first": lambda: plain.decode(codes), "steps": some_steps(decoder, prefix)}, device, 3)
+    drawing = codes.numel() * seconds["steps"] / 8
+    print_table(["VQ decoder, one image", "ms", "against", "ms", "ratio", "of the time"],
+                [["channels last", 1e3 * seconds["last"], "channels first", 1e3 * seconds["first"], seconds["first"] / seconds["last"], f"{seconds['last'] / (drawing + seconds['last']):.0%}"]])
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -508,10 +802,10 @@ def draw_prompt(pipeline, options):
     sample = Sample("prompt", options.prompt, images, names, None, None)
     pipeline.text_tokenizer.check_words(options.prompt)
     sampling = chosen_sampling(pipeline, options)
-    started = time.perf_counter()
     pictures, codes = pipeline.draw([sample] * options.n, sampling, options.seed)
-    seconds = time.perf_counter() - started
-    print(f"{options.n} x {codes.shape[1]} codes in {seconds:.2f} s, {codes.numel() / seconds:.0f} codes/s; " + ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(sampling).items()))
+    drawing, decoding, warmup = pipeline.seconds.values()
+    print(f"{options.n} x {codes.shape[1]} codes in {drawing:.2f} s, {codes.numel() / drawing:.0f} codes/s, then {decoding:.2f} s for the pixels ({decoding / (drawing + decoding):.0%} of the time)"
+          + f", warm-up {warmup:.1f} s before" * (warmup > 0) + "; " + ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(sampling).items()))
     if options.gif:
         save_gif(pipeline, codes[0], Path(options.out).with_suffix(".gif"))
         print(f"wrote {Path(options.out).with_suffix('.gif')}")
@@ -580,12 +874,13 @@ class Parser(argparse.ArgumentParser):
 def parse(arguments):
     """The command line, as an argparse Namespace. Raises ValueError naming the argument that is wrong."""
     parser = Parser(prog="sample.py", description="Draw with a trained model, or score it.")
-    parser.add_argument("folder", help="what train.py wrote, for example out/tiny or out/tiny/align")
+    parser.add_argument("folder", nargs="?", default="", help="what train.py wrote, for example out/tiny or out/tiny/align")
     parser.add_argument("prompt", nargs="?", default="", help=r"text with one <image> for each of --images; \n is a line break")
     parser.add_argument("--images", nargs="+", default=[], metavar="FILE", help="reference images, in the order of their <image>")
     parser.add_argument("--segment", metavar="NAME", help="cut the named subject out of the one image in --images")
     parser.add_argument("--reconstruct", metavar="FILE", help="draw this image again, beside the tokenizer's own reconstruction")
     parser.add_argument("--score", action="store_true", help="score the model on held-out subjects of its world")
+    parser.add_argument("--bench", metavar="PRESET", help="measure how fast that preset's sizes draw, with random weights; needs no folder")
     parser.add_argument("--dreambench", metavar="FOLDER", help="draw all prompts of DreamBench++'s data folder, --n times each, for its scorer")
     parser.add_argument("--out", default="sample.png", help="file to write (--score, --dreambench: folder to write into; default %(default)s)")
     parser.add_argument("--n", type=int, default=1, help="how many samples to draw, as a grid (default %(default)s)")
@@ -608,7 +903,9 @@ def parse(arguments):
     out = Path(options.out)
     if not (options.score or options.dreambench) and (out.suffix.lower() not in Image.registered_extensions() or not out.parent.is_dir()):
         raise ValueError(f"--out={out}: must end in .png, .jpg or .webp and lie in a folder that exists")
-    if not (options.prompt or options.score or options.reconstruct or options.dreambench):
+    if not (options.folder or options.bench):
+        raise ValueError("give the folder that train.py wrote, for example out/tiny; `python sample.py --help` lists what there is")
+    if not (options.prompt or options.score or options.reconstruct or options.dreambench or options.bench):
         raise ValueError('give a prompt ("A big red star at the top on a green background"), --segment, --reconstruct, --dreambench or --score')
     return options
 
@@ -616,6 +913,8 @@ def parse(arguments):
 def main(arguments):
     """Do what the command line asks for."""
     options = parse(arguments)
+    if options.bench:
+        return bench(options.bench, usable_device(options.device))
     pipeline = Pipeline.open(options.folder, usable_device(options.device))
     if options.score:
         score(pipeline, Path(options.folder if options.out == "sample.png" else options.out))

@@ -386,7 +386,7 @@ class CodebookUsage:
 
     def add(self, codes):
         """Count a batch of codes, any shape, int64."""
-        self.counts += torch.bincount(codes.flatten(), minlength=len(self.counts))
+        self.counts.index_add_(0, codes.flatten(), torch.ones_like(codes.flatten(), dtype=self.counts.dtype))  # bincount would wait for the GPU
 
     def usage(self):
         """Share of the codes chosen at least once in the window, in [0, 1]."""

@@ -33,6 +33,7 @@ from difflib import get_close_matches
 from functools import cache, partial
 from inspect import getsource
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -135,7 +136,9 @@ class RunConfig:
     score_every: int = 0           # steps of align and instruct between CP and PF in their logs; 0: never
     claims_seeds: int = 1          # how many seeds, from `seed` on, --stage=claims trains align and instruct with
     checkpoint: bool = False       # recompute activations in the backward pass: less memory, a third slower
+    compile: str = "auto"          # torch.compile for the blocks of text encoder and decoder: true, false, or auto (true on CUDA)
     dry_run: bool = False          # train nothing: check what is needed, print parameters, FLOPs, memory and hours
+    bench: bool = False            # train nothing: measure steps of instruct, each way to make them fast beside the plain way
     keep: int = 2                  # checkpoints of a stage to keep, the newest ones
     released: ReleasedConfig = field(default_factory=ReleasedConfig)
     vqgan: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -231,6 +234,8 @@ def parse(arguments):
     known, values = flatten(PRESETS[arguments[0]]), {}
     for argument in arguments[1:]:
         key, equals, text = argument.removeprefix("--").partition("=")
+        if not equals and known.get(key, ("",))[0] is False:
+            equals, text = "=", "true"
         if not argument.startswith("--") or not equals or key not in known:
             near = get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise ValueError(f"{argument}: {'no such key' if equals else 'want --key=value'}; the nearest is --{near}={known[near][0]}. `python train.py --help` lists all")
@@ -241,7 +246,7 @@ def parse(arguments):
 def validate(run):
     """The run itself, if its keys are legal together; else a ValueError that says which are not."""
     mentor.check_fields(run, "--", {**mentor.LIMITS, **LIMITS})
-    choices = {"stage": ("all", *STAGES, "claims", "import", "export"), "world": tuple(WORLDS), "recipe": tuple(TRAINED), "dtype": ("auto", "bfloat16", "float32")}
+    choices = {"stage": ("all", *STAGES, "claims", "import", "export"), "world": tuple(WORLDS), "recipe": tuple(TRAINED), "dtype": ("auto", "bfloat16", "float32"), "compile": ("auto", "true", "false")}
     for key, legal in choices.items():
         if getattr(run, key) not in legal:
             raise ValueError(f"--{key}={getattr(run, key)}: must be one of {', '.join(legal)}")
@@ -476,10 +481,10 @@ def fill_in_loss(model, batch, pixels):
     slots = (torch.arange(B, device=device)[:, None] * (n + L) + torch.arange(n, device=device)).flatten()
     nameless = torch.full((B, 1), TextTokenizer.EOS, device=device)
     asked = replace(batch, text_ids=ids, lengths=batch.lengths + n, pixels=pixels, image_slots=slots, name_ids=nameless, name_mask=nameless > 0)
-    states = model.encoder(asked)[:, n:][batch.hidden]                                   # (hidden words, Dt)
-    logits = F.linear(states * model.config.text.width**-0.5, model.encoder.text.embedding.weight).float()
-    share = batch.hidden / batch.hidden.sum(1, keepdim=True).clamp(min=1) / B            # each sample counts alike
-    return (F.cross_entropy(logits, batch.text_ids[batch.hidden], reduction="none") * share[batch.hidden]).sum()
+    states = model.encoder(asked)[:, n:] * model.config.text.width**-0.5                 # (B, L, Dt)
+    logits = F.linear(states, model.encoder.text.embedding.weight).float()               # (B, L, vocabulary)
+    losses = F.cross_entropy(logits.transpose(1, 2), batch.text_ids, reduction="none") * batch.hidden
+    return (losses.sum(1) / batch.hidden.sum(1).clamp(min=1)).mean()                     # each sample counts alike
 
 
 class CodeCache:
@@ -504,7 +509,8 @@ class CodeCache:
         if new.any():
             rows[new] = vqgan.encode(batch.targets[torch.from_numpy(new)]).cpu().numpy() + 1
             self.rows[np.array(batch.lines)[new]] = rows[new]
-        return torch.from_numpy(rows.astype(np.int64) - 1).to(batch.targets.device)
+        codes = torch.from_numpy(rows.astype(np.int64) - 1)
+        return (codes.pin_memory() if batch.targets.is_cuda else codes).to(batch.targets.device, non_blocking=True)
 
 
 class MentorStage(nn.Module):
@@ -518,6 +524,8 @@ class MentorStage(nn.Module):
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name.startswith(self.parts))
         self.contrastive = ContrastiveHead(model.config, machine) if name == "pretrain" else None
+        if run.compile == "true" or run.compile == "auto" and machine.device.type == "cuda":
+            compile_blocks(model.to(machine.device), machine)
         if run.checkpoint:
             recompute_activations(model)
         self.vqgan = (vqgan.requires_grad_(False),)  # in a tuple: outside the module tree, never trained or saved
@@ -531,7 +539,11 @@ class MentorStage(nn.Module):
         """Mean next-code loss of each sample (B,), and the text encoder's hidden states (B, P, Dt)."""
         with torch.no_grad(), torch.autocast(batch.targets.device.type, enabled=False):
             codes = self.cache.encode(self.vqgan[0], batch) if self.cache else self.vqgan[0].encode(batch.targets)  # (B, N)
-        hidden = self.model.encoder(batch)                                               # (B, P, Dt)
+        return self.losses(batch, codes)
+
+    def losses(self, batch, codes):
+        """Mean cross entropy of each sample's codes (B, N), (B,), and what the text encoder made of the prompts, (B, P, Dt)."""
+        hidden = self.model.encoder(batch)
         prefix = self.model.projector(hidden, batch.lengths, batch.unconditional)
         states = self.model.next_code_hidden(prefix, batch.lengths, codes)               # (B, N, D)
         return next_code_losses(self.model.decoder.output, states, codes), hidden
@@ -545,7 +557,7 @@ class MentorStage(nn.Module):
         losses, hidden = self.code_losses(batch)
         loss, logs = losses.mean(), {"tokens": batch.lengths.float().mean(), "images": len(batch.pixels) / len(batch)}
         for task in set(batch.tasks):
-            logs[task] = losses.detach()[[t == task for t in batch.tasks]].mean()
+            logs[task] = torch.stack([loss for loss, t in zip(losses.detach(), batch.tasks) if t == task]).mean()  # a mask would wait for the GPU
         if self.contrastive:
             pixels = as_vision_pixels(batch.targets, self.model.config.vision.image_size)
             real = mentor.positions_below(batch.lengths, hidden.shape[1])[..., None]
@@ -593,12 +605,36 @@ def recompute_activations(model):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
+def compile_blocks(model, machine):
+    """Let torch.compile make one program of all blocks of the text encoder, and one of the decoder's, for any lengths.
+
+    Returns whether that worked. If not (there may be no compiler), the blocks stay as they are, and the reason is said.
+    """
+    text, decoder, started = model.encoder.text, model.decoder, time.perf_counter()
+    bias = text.attention_bias(torch.ones(2, 9, dtype=torch.bool, device=machine.device)).detach()
+    kinds = (text, (bias,)), (decoder, (decoder.rotary[None, None, :9], 0, None))
+    try:
+        for part, inputs in kinds:
+            program = torch.compile(type(part.blocks[0]).forward, dynamic=True)
+            for block in part.blocks:
+                block.forward = partial(program, block)
+            x = torch.randn(2, 9, part.config.width, device=machine.device, requires_grad=True)
+            with machine.autocast():
+                part.blocks[0](x, *inputs).sum().backward()                              # now, not in the middle of a step
+        machine.say(f"blocks compiled in {time.perf_counter() - started:.0f} s")
+    except Exception as error:                                                           # compilers fail in many ways
+        for block in (*text.blocks, *decoder.blocks):
+            vars(block).pop("forward", None)
+        machine.say(f"blocks not compiled: torch.compile fails here ({mentor.first_line(error)[:150]})")
+    model.zero_grad()
+    return "forward" in vars(decoder.blocks[0])
+
+
 def as_vision_pixels(targets, size):
     """Targets (B, 3, S, S) in [-1, 1] as the vision encoder wants them, (B, 3, size, size) CLIP-normalised."""
     if targets.shape[-1] != size:
         targets = F.interpolate(targets, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
-    mean, std = (torch.from_numpy(a).view(3, 1, 1).to(targets.device) for a in (CLIP_MEAN, CLIP_STD))
-    return ((targets + 1) / 2 - mean) / std
+    return torch.stack([(x - float(mean)) / float(std) for x, mean, std in zip(((targets + 1) / 2).unbind(1), CLIP_MEAN, CLIP_STD)], 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -722,7 +758,7 @@ def schedule(step, recipe, run):
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------------------
 
-NOT_OF_THE_RESULT = ("out", "stage", "device", "dtype", "workers", "save_every", "score_every", "claims_seeds", "keep", "micro_batch", "train_scale", "data_root", "skip_bad", "cache_codes", "checkpoint", "dry_run", "released.", "model.sampling.")
+NOT_OF_THE_RESULT = ("out", "stage", "device", "dtype", "workers", "save_every", "score_every", "claims_seeds", "keep", "micro_batch", "train_scale", "data_root", "skip_bad", "cache_codes", "checkpoint", "compile", "dry_run", "bench", "released.", "model.sampling.")
 
 
 CHANGED = {"text model": " (spiece.model is another)", "contents of data": " (lines, or sizes of files, have changed: bring the old ones back)"}  # what a hash means
@@ -1371,7 +1407,7 @@ def decoder_block_bytes(config, size, trained):
     """The same for one decoder block. trained: whether its own weights train, or only gradients pass through."""
     d, h = config.width, (config.width * 8 // 3 + config.multiple_of - 1) // config.multiple_of * config.multiple_of
     casts = 1 if size == 4 else 2                                  # autocast casts what enters w1 and w3 once for each
-    norms = 2 * (4 * d + trained * size * d)                       # x in float32, and normed
+    norms = 2 * 4 * d * (1 + trained)                              # x and normed, in float32
     attention = size * d * (6 + trained)                           # qkv, q and k turned, output; what went in
     mlp = size * (trained * casts * d + (3 + trained) * h)         # what went in; w1 x, its silu, w3 x; what enters w2
     return norms + attention + mlp + 2 * d * (config.dropout > 0)  # a byte for each number that dropout may take
@@ -1729,6 +1765,84 @@ def claims_text(result):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# How fast a step is (--bench=true)
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def widen(batch, width):
+    """The batch with its prompts padded to a window of `width` tokens."""
+    length = batch.text_ids.shape[1]
+    return replace(batch, text_ids=F.pad(batch.text_ids, (0, width - length)), hidden=F.pad(batch.hidden, (0, width - length)), image_slots=batch.image_slots // length * width + batch.image_slots % length)
+
+
+def straightforward_losses(model, batch, codes, everywhere=True):
+    """The losses (B,) of MentorStage computed as the released code does: prefixes moved to the right end of their window, a
+    dense mask over the padding before them, and the output head at all positions (everywhere) though only N count."""
+    (B, T), N = batch.text_ids.shape, codes.shape[1]
+    padding = T - batch.lengths[:, None]                                                 # (B, 1)
+    prefix = model.projector(model.encoder(batch), batch.lengths, batch.unconditional)
+    prefix = prefix.gather(1, ((torch.arange(T, device=codes.device) - padding) % T)[..., None].expand_as(prefix))
+    x = torch.cat([prefix, model.decoder.code_embedding(codes[:, :-1]).to(prefix.dtype)], dim=1)
+    at = torch.arange(T + N - 1, device=codes.device)
+    mask = (at <= at[:, None]) & (at >= padding)[:, None] | (at == at[:, None])          # (B, S, S); padding sees itself alone
+    dense = SimpleNamespace(append=lambda layer, k, v: (k, v, mask[:, None]))            # in a KV cache's place
+    hidden = model.decoder(x, (at - T + 1).clamp(min=0).expand(B, -1), dense)
+    logits = model.decoder.output(hidden if everywhere else hidden[:, -N:])[:, -N:].float()
+    return F.cross_entropy(logits.transpose(1, 2), codes, reduction="none").mean(1)
+
+
+def bench(run, machine, source, text_tokenizer):
+    """Print samples/s of whole steps of instruct with new weights: each way to make them fast beside the plain way, in turns."""
+    device, (micro, _) = machine.device, micro_batches(run.instruct, run, machine)
+
+    def new():
+        torch.manual_seed(run.seed)
+        return MentorStage("instruct", replace(run, compile="false"), machine, Mentor(run.model), VQGAN(run.vqgan).to(device)).to(device).train()
+
+    def stepping(losses, stage=None, dtype=machine.dtype):
+        """A function that makes one step on the mean of losses()."""
+        stage = stage or plain
+        optimizers, parameters = make_optimizers(stage, run.instruct, run), [p for _, p in stage.trained()]
+
+        def step():
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = losses().mean()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, run.clip)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+        return step
+
+    plain, compiled = new(), new()
+    collate = Collate(text_tokenizer, run.model.vision.image_size, run.model.image_tokens, run.model.context, run.vqgan.image_size)
+    dataset = make_dataset("instruct", run, plain.mix, source)
+    batch = collate([dataset[i] for i in range(micro)]).to(device)
+    wide, codes = widen(batch, run.model.context), plain.vqgan[0].encode(batch.targets)
+    lean = stepping(lambda: plain.losses(batch, codes)[0])
+    pairs = {
+        ("all of it", "dense mask, left padding, whole window, head everywhere"): (lean, stepping(lambda: straightforward_losses(plain.model, wide, codes))),
+        ("no mask", "dense mask, left padding"): (lean, stepping(lambda: straightforward_losses(plain.model, batch, codes, everywhere=False))),
+        ("prefixes as long as the batch's longest", "as the whole window"): (lean, stepping(lambda: plain.losses(wide, codes)[0])),
+        ("cached codes", "encoding the targets"): (lean, stepping(lambda: plain.losses(batch, plain.vqgan[0].encode(batch.targets))[0])),
+        ("autocast to bfloat16", "float32"): [stepping(lambda: plain.losses(batch, codes)[0], dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]}
+    if compile_blocks(compiled.model, machine):
+        pairs["compiled blocks", "as they are"] = stepping(lambda: compiled.losses(batch, codes)[0], compiled), lean
+
+    copied, multiplied = sample.measure_limits(device, machine.dtype)
+    tokens, images = batch.lengths.float().mean().item(), len(batch.pixels) / micro
+    flops = sum(training_flops(plain.model, tokens, images).values())
+    print(f"steps of {micro} samples: {tokens:.0f} prompt tokens (longest {batch.text_ids.shape[1]}, window {run.model.context}), {codes.shape[1]} codes, {flops / 1e9:.3g} GFLOPs each; "
+          f"{torch.get_num_threads()} threads; {torch.cuda.get_device_name() if device.type == 'cuda' else device} copies {copied / 1e9:.3g} GB/s and multiplies {multiplied / 1e12:.3g} TFLOPS")
+    rows = []
+    for (name, baseline), both in pairs.items():
+        fast, slow = (micro / seconds for seconds in sample.median_seconds(dict(zip((name, baseline), both)), device).values())
+        rows.append([name, fast, f"{fast * flops / multiplied:.0%}", baseline, slow, fast / slow])
+    sample.print_table(["a training step with", "samples/s", "of the matrix rate", "against", "samples/s", "ratio"], rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # The report and main
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -1792,6 +1906,8 @@ def main(arguments):
     text_tokenizer = TextTokenizer.from_file(spiece) if spiece.is_file() else source.text_tokenizer()
     check_vocabulary(text_tokenizer, run)
     check_words(text_tokenizer, run, source, machine)
+    if run.bench:
+        return bench(run, machine, source, text_tokenizer)
     stages = (run.stage,) if run.stage in STAGES else STAGES
     problems = [problem for name in stages for problem in missing(name, run, machine, source, text_tokenizer)]
     if run.dry_run:

@@ -62,9 +62,9 @@ def draw():
         hidden, codes = model.encoder(batch), []
         prefix = torch.cat([model.projector(hidden, batch.lengths, torch.tensor([dropped])) for dropped in (False, True)])
         logits, cache = model.prefill(prefix, batch.lengths.repeat(2))
-        for k in range(N_CODE):
+        for _ in range(N_CODE):
             codes.append(sample.choose(sample.guide(*logits.chunk(2), 7.5), SamplingConfig(), generator))
-            logits = model.decode_step(codes[-1].repeat(2), k, cache)
+            logits = model.decode_step(codes[-1].repeat(2), cache)
     assert prefix.shape == (2, int(batch.lengths), 1280) and cache.k.dtype == torch.bfloat16 and cache.used == int(batch.lengths) + N_CODE
     assert logits.shape == (2, 16384) and logits.isfinite().all() and logits.std() > 0
     return {"codes": torch.cat(codes).tolist()}

@@ -63,7 +63,7 @@ def test_cached_decoding_equals_the_full_forward_everywhere(model, make_batch, u
     for k in range(codes.shape[1]):
         torch.testing.assert_close(logits, full[:, k], atol=5e-5, rtol=1e-4)
         if k + 1 < codes.shape[1]:
-            logits = model.decode_step(codes[:, k], k, cache)
+            logits = model.decode_step(codes[:, k], cache)
 
 
 def test_training_forward_and_backward_run_on_the_flash_kernel_alone(text_tokenizer, make_batch):
@@ -84,7 +84,7 @@ def test_sequence_order_by_hand():
 def test_rotation_is_the_identity_on_the_prefix_and_differs_along_both_axes():
     table, x = rotary_table(8, 16), torch.randn(1, 1, 1, 16)
     assert len(table) == 1 + 64
-    turned = [rotate(x, table[None, i : i + 1]) for i in range(65)]
+    turned = [rotate(x, turns) for turns in table]
     assert torch.equal(turned[0], x)
     assert torch.equal(turned[1], x)  # cell (0, 0) is turned by nothing
     assert not torch.allclose(turned[2], x) and not torch.allclose(turned[1 + 8], x)
@@ -95,9 +95,9 @@ def test_rotation_is_the_identity_on_the_prefix_and_differs_along_both_axes():
 
 def test_rotation_by_hand():
     """Pair (2i, 2i + 1) turns by cell * 10000^(-2i / (head / 2)), interleaved."""
-    turned = rotate(torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0]).view(1, 1, 1, 8), rotary_table(4, 8)[None, 1 + 2 * 4 + 3][:, None])
+    turned = rotate(torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0]), rotary_table(4, 8)[1 + 2 * 4 + 3])
     angles = torch.tensor([2.0, 2.0 / 100, 3.0, 3.0 / 100])
-    torch.testing.assert_close(turned.flatten(), torch.stack([angles.cos(), angles.sin()], -1).flatten())
+    torch.testing.assert_close(turned, torch.stack([angles.cos(), angles.sin()], -1).flatten())
 
 
 def test_guidance_one_is_conditional_and_zero_unconditional(model, make_batch):
