@@ -19,6 +19,7 @@ import json
 import os
 import random
 import re
+import stat
 import sys
 import unicodedata
 import zlib
@@ -27,6 +28,7 @@ from bisect import bisect_right
 from collections import namedtuple
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -661,8 +663,7 @@ HELD_OUT = (50, 128)  # one picture in so many is held out for validation, but n
 PATH_FIELDS = ("image_path", "source_image", "input_img_list")
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A manifest line, understood. File names are as written there."""
 
     task: str
@@ -672,14 +673,20 @@ class Entry:
     masks: tuple[str, ...] = ()                         # their masks, or
     references: tuple[str, ...] = ()                    # pictures of them
 
+    @property
+    def images(self):
+        """Images of the prompt."""
+        return len(self.labels) or int(self.task == "reconstruction")
+
 
 def strings(record, name):
     """A field's text or list of texts as a tuple, () for null. Raises ValueError naming field and value."""
     value = record.get(name)
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(v, str) and v for v in values):
-        raise ValueError(f"{name}={value!r}: must be a text, a list of texts or null")
-    return tuple(values)
+    values = tuple(value) if isinstance(value, list) else () if value is None else (value,)
+    for v in values:
+        if not isinstance(v, str) or not v:
+            raise ValueError(f"{name}={value!r}: must be a text, a list of texts or null")
+    return values
 
 
 def read_entry(line):
@@ -744,53 +751,56 @@ def read_text(record, task, images):
     return text.strip()
 
 
-def entry_prompt(entry, rng):
-    """The prompt of an entry: its text if that is a whole prompt, else its caption in the task's sentence."""
+def entry_prompt(entry, rng=None):
+    """The prompt of an entry: its text if that is a whole prompt, else its caption in the task's sentence. Without rng the longest."""
     if "<image>" in entry.text or entry.task == "text_to_image":
         return entry.text
     if entry.task == "reconstruction":
-        return "The image is <image>" + (f"\n{entry.text}" if entry.text and rng.random() < 0.5 else "")
+        return "The image is <image>" + (f"\n{entry.text}" if entry.text and (not rng or rng.random() < 0.5) else "")
     lines = [f"The {label} in <image>." for label in entry.labels]
     return "\n".join(lines if entry.task == "segmentation" else [*lines, entry.text])
+
+
+def most_tokens(text):
+    """No fewer than the tokens of a prompt, those of its images apart: a piece takes a character at least, and every part of the
+    text may start with a piece for its leading space (the characters of <image> make up for that)."""
+    return 2 + len(text if text.isascii() else unicodedata.normalize("NFKC", text))
 
 
 class Manifest:
     """A file of JSON lines. Every line is checked once, when it is opened; kept are only the places of the lines, so a
     million of them take seconds and megabytes."""
 
-    def __init__(self, path, root="", backgrounds=None, skip_bad=False, quiet=False, content=None):
+    PIECE = 2**22  # bytes of lines to check at a time
+
+    def __init__(self, path, root="", backgrounds=None, skip_bad=False, workers=0, quiet=False, content=None):
         """root: the folder that file names start from, by default the manifest's own; backgrounds: the Manifest whose
-        pictures lie behind the objects of recovery, by default this one; quiet: no progress bar; content: its bytes, if
-        the file is not written yet.
+        pictures lie behind the objects of recovery, by default this one; workers: processes to check with; quiet: no
+        progress bar; content: its bytes, if the file is not written yet.
 
         Raises ValueError with line number, field and value at the first line that is wrong or names a file that is
         not there; with skip_bad such lines are left out and their messages kept in `bad`.
         """
-        self.path, self.root, self.backgrounds, self.bad, self.content = Path(path), str(root or Path(path).parent), backgrounds or self, [], content
+        self.path, self.root, self.backgrounds, self.skip_bad, self.bad, self.content = Path(path), str(root or Path(path).parent), backgrounds or self, skip_bad, [], content
         if content is None and not self.path.is_file():
             raise ValueError(f"{path}: there is no such manifest; give a .jsonl file, or a folder of pictures")
-        places, tasks, pictures, self.digest, self.times = array("q"), array("b"), array("I"), hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
-        with self.open() as file, tqdm(total=self.path.stat().st_size if content is None else len(content), desc=f"checking {self.path.name}", unit="B", unit_scale=True, disable=quiet) as bar:
-            place = 0
-            for number, line in enumerate(file, 1):
-                try:
-                    if line.strip():
-                        entry = self.check(line)
-                        tasks.append(list(TASKS).index(entry.task))
-                        pictures.append(zlib.crc32(os.fsencode(entry.picture)))
-                        places.extend((place, number))
-                except ValueError as error:
-                    self.bad.append(f"{path} line {number}: {error}")
-                    if not skip_bad:
-                        raise ValueError(self.bad[0]) from None
-                place += len(line)
-                bar.update(len(line))
-        if not tasks:
+        pieces, lines, found = -(-(self.path.stat().st_size if content is None else len(content)) // self.PIECE), 0, [np.zeros((0, 6), int)]
+        digests = [hashlib.blake2b(digest_size=8) for _ in range(2)]
+        loader = torch.utils.data.DataLoader(range(pieces), num_workers=min(workers, pieces // 2), collate_fn=self.check_piece)
+        for count, rows, wrong, states in tqdm(loader, desc=f"checking {self.path.name}", disable=quiet):
+            for number, message in wrong:
+                self.leave_out(lines + number + 1, message)
+            rows[:, 1] += lines + 1
+            lines, found = lines + count, [*found, rows]
+            for digest, state in zip(digests, states):
+                digest.update(state)
+        rows = np.concatenate(found)
+        if not len(rows):
             raise ValueError(f"{path}: the manifest holds no line" + (f" that is right; the first: {self.bad[0]}" if self.bad else ""))
-        self.places = np.array(places).reshape(-1, 2)                    # (lines, 2) int64: where it begins, its number
-        self.digest, self.times = self.digest.hexdigest(), self.times.hexdigest()  # of the lines and the sizes of their files; of when these were written
-        tasks = np.array(tasks)
-        self.held = self.choose_held_out(tasks, np.array(pictures))      # (lines,) bool
+        self.places = rows[:, :2].copy()                                 # (lines, 2) int64: where it begins, its number
+        self.images, self.most_tokens = rows[:, 3:5].astype(np.int32).T  # (lines,) each: of its prompt
+        self.digest, self.times = (digest.hexdigest() for digest in digests)  # of the lines and the sizes of their files; of when these were written
+        tasks, self.held = rows[:, 2], self.choose_held_out(rows[:, 2], rows[:, 5])      # (lines,) bool
         self.tasks, self.held_out = ({task: np.flatnonzero((tasks == i) & chosen) for i, task in enumerate(TASKS) if ((tasks == i) & chosen).any()}
                                      for chosen in (~self.held, self.held))
 
@@ -803,23 +813,78 @@ class Manifest:
             held[tasks == i] &= not held[tasks == i].all()
         return held
 
-    def check(self, line):
-        """The Entry of a line. Raises ValueError if it is wrong or if one of its files is not there."""
-        entry = read_entry(line)
-        for text in (entry.text, *entry.labels):
-            if HALF.search(text):
-                raise ValueError(f"{text!r:.80}: holds half of a character (a lone surrogate), which no text model can read; write it anew")
-        self.digest.update(line)
-        for name in (entry.picture, *entry.masks, *entry.references):
-            path = os.path.join(self.root, name)
-            if os.path.isfile(path):
-                file = os.stat(path)
-                self.digest.update(b"%d" % file.st_size)
-                self.times.update(b"%d" % file.st_mtime_ns)
-            else:
-                named = next(f for f in PATH_FIELDS if name in strings(json.loads(line), f))
-                raise ValueError(f"{named}={name!r}: there is no such file in {self.root}, the folder that names start from")
-        return entry
+    def check_piece(self, pieces):
+        """Check the lines that begin in a piece of the file, [its number]. Returns how many there are; (right lines, 6) int64: where it begins,
+        its number from 0, its task, images and most_tokens of its prompt, a hash of its picture; [(number, what is wrong)] of the
+        others; and two digests, of the lines and the sizes of the files they name, and of the times of these."""
+        with self.open() as file:
+            edges = []
+            for edge in (pieces[0] * self.PIECE, (pieces[0] + 1) * self.PIECE):
+                file.seek(max(0, edge - 1))
+                edges.append(file.tell() + len(file.readline() if edge else b""))        # the first line that begins at the edge or after
+            file.seek(edges[0])
+            lines = io.BytesIO(file.read(edges[1] - edges[0])).readlines()
+        rows, wrong, files, tasks, place = array("q"), [], {}, list(TASKS), edges[0]
+        for number, line in enumerate(lines):
+            try:
+                if not line.isspace():
+                    entry = read_entry(line)
+                    for text in (t for t in (entry.text, *entry.labels) if HALF.search(t)):
+                        raise ValueError(f"{text!r:.80}: holds half of a character (a lone surrogate), which no text model can read; write it anew")
+                    for name in (entry.picture, *entry.masks, *entry.references):
+                        if name not in files:
+                            files[name] = self.file_state(name, line)
+                    rows.extend((place, number, tasks.index(entry.task), entry.images, most_tokens(entry_prompt(entry)), zlib.crc32(os.fsencode(entry.picture))))
+            except ValueError as error:
+                wrong.append((number, str(error)))
+            place += len(line)
+        sizes, times = (repr([state[i] for state in files.values()]).encode() for i in range(2))
+        return len(lines), np.array(rows).reshape(-1, 6), wrong, [hashlib.blake2b(state, digest_size=8).digest() for state in (b"".join(lines) + sizes, times)]
+
+    def file_state(self, name, line):
+        """Size and time of a file. Raises ValueError naming the line's field if it is not there or empty."""
+        try:
+            state = os.stat(os.path.join(self.root, name))
+        except (OSError, ValueError):
+            state = None
+        if state and stat.S_ISREG(state.st_mode) and state.st_size:
+            return state.st_size, state.st_mtime_ns
+        named = next(f for f in PATH_FIELDS if name in strings(json.loads(line), f))
+        raise ValueError(f"{named}={name!r}: " + ("it is empty, or no file" if state else f"there is no such file in {self.root}, the folder that names start from"))
+
+    def leave_out(self, number, message):
+        """Note that a line is wrong. Raises ValueError, or with skip_bad only keeps the message."""
+        self.bad.append(f"{self.path} line {number}: {message}")
+        if not self.skip_bad:
+            raise ValueError(self.bad[-1])
+
+    def check_prompts(self, collate):
+        """Tokenize every prompt that may be too long for the context. Raises ValueError naming the first that is, or with
+        skip_bad takes such lines from the tasks."""
+        for index in np.flatnonzero(self.most_tokens + self.images * collate.image_tokens > collate.context).tolist():
+            entry = self[index]
+            try:
+                collate.encode(entry_prompt(entry), entry.images)
+            except ValueError as error:
+                self.leave_out(self.places[index][1], error)
+                for lines in (self.tasks, self.held_out):
+                    lines[entry.task] = np.setdiff1d(lines.get(entry.task, []), [index]).astype(int)
+        self.tasks, self.held_out = ({task: lines for task, lines in tasks.items() if len(lines)} for tasks in (self.tasks, self.held_out))
+
+    def check_files(self, size, workers):
+        """Open every file of every line. Returns the messages on what is wrong with them."""
+        loader = torch.utils.data.DataLoader(range(len(self)), batch_size=16, num_workers=workers, collate_fn=functools.partial(self.wrong_files, size))
+        return [message for messages in tqdm(loader, desc="opening all files", unit_scale=16) for message in messages]
+
+    def wrong_files(self, size, lines):
+        """The messages on some lines, [their indices]."""
+        messages = []
+        for line in lines:
+            try:
+                entry_sample(self, self[line], size, random.Random(line))
+            except ValueError as error:
+                messages.append(f"{self.path} line {self.places[line][1]}: {error}")
+        return messages
 
     def open(self):
         """The lines as a binary file."""
@@ -999,18 +1064,10 @@ class WorldDataset(torch.utils.data.Dataset):
         return replace(sample, unconditional=unconditional, chance=rng.getrandbits(63))
 
 
-def shuffled(position, count, key):
-    """Where a permutation of range(count), fixed by the text `key`, sends a position. It needs no table however large
-    the count: a Feistel network permutes the next power of four, and what lands outside goes through it again."""
-    half = max(1, ((count - 1).bit_length() + 1) // 2)
-    while True:
-        left, right = position >> half, position & ((1 << half) - 1)
-        for turn in range(4):
-            digest = hashlib.blake2b(f"{key} {turn} {right}".encode(), digest_size=8).digest()
-            left, right = right, left ^ int.from_bytes(digest, "big") & ((1 << half) - 1)
-        position = left << half | right
-        if position < count:
-            return position
+@functools.lru_cache(maxsize=16)
+def shuffled(count, key):
+    """The numbers below count in an order that the text `key` fixes: (count,) int32."""
+    return np.random.default_rng(list(key.encode())).permutation(np.arange(count, dtype=np.int32))
 
 
 class ManifestDataset(torch.utils.data.Dataset):
@@ -1037,10 +1094,10 @@ class ManifestDataset(torch.utils.data.Dataset):
     def line(self, index):
         """The manifest's line that an index takes."""
         block, place = divmod(index, self.BLOCK)
-        place = shuffled(place, self.BLOCK, f"{self.seed} {block}")
+        place = int(shuffled(self.BLOCK, f"{self.seed} {block}")[place])
         k = bisect_right(self.edges, place) - 1
         epoch, position = divmod(block * (self.edges[k + 1] - self.edges[k]) + place - self.edges[k], len(self.groups[k]))
-        return int(self.groups[k][shuffled(position, len(self.groups[k]), f"{self.seed} {k} {epoch}")])
+        return int(self.groups[k][shuffled(len(self.groups[k]), f"{self.seed} {k} {epoch}")[position]])
 
     def __getitem__(self, index):
         rng, line = random.Random(f"{self.seed} {index}"), self.line(index)
@@ -1092,19 +1149,19 @@ class Collate:
         self.text_tokenizer, self.vision_size, self.target_size = text_tokenizer, vision_size, target_size
         self.image_tokens, self.context, self.multiple = image_tokens, context, multiple
 
-    def encode(self, sample):
-        """Ids of a sample's prompt. Raises ValueError on a wrong number of placeholders or too long a prompt."""
-        placeholders = sample.prompt.count("<image>")
-        if placeholders != len(sample.images):
-            raise ValueError(f"the prompt has {placeholders} <image> placeholders, but {len(sample.images)} images were given: {sample.prompt!r}")
-        ids = self.text_tokenizer.encode(sample.prompt, self.image_tokens)
+    def encode(self, prompt, images):
+        """Ids of a prompt for so many images. Raises ValueError on a wrong number of placeholders or too long a prompt."""
+        placeholders = prompt.count("<image>")
+        if placeholders != images:
+            raise ValueError(f"the prompt has {placeholders} <image> placeholders, but {images} images were given: {prompt!r}")
+        ids = self.text_tokenizer.encode(prompt, self.image_tokens)
         if len(ids) > self.context:
-            images = f", {placeholders * self.image_tokens} of them for {placeholders} images" if placeholders else ""
-            raise ValueError(f"the prompt takes {len(ids)} tokens{images}, but the model reads at most {self.context}: shorten the text or give fewer images: {sample.prompt!r}")
+            share = f", {images * self.image_tokens} of them for {images} images" if images else ""
+            raise ValueError(f"the prompt takes {len(ids)} tokens{share}, but the model reads at most {self.context}: shorten the text or give fewer images: {prompt!r}")
         return ids
 
     def __call__(self, samples):
-        ids = [self.encode(s) for s in samples]
+        ids = [self.encode(s.prompt, len(s.images)) for s in samples]
         text_ids = pad(ids, self.multiple)
         images = [image for s in samples for image in s.images]
         names = pad([self.text_tokenizer.encode(name) for s in samples for name in s.names], self.multiple)

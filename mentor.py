@@ -198,8 +198,9 @@ PRESETS = {
     "base": MentorConfig(
         text=TextConfig(width=768, n_layer=12, n_head=12, mlp_width=2048),
         decoder=DecoderConfig(codebook_size=8192, grid_size=16, width=768, n_layer=12, n_head=12)),
-    # the published model
+    # the published model, and the same with room for four images
     "full": MentorConfig(),
+    "multi": MentorConfig(context=1280),
 }
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -695,11 +696,11 @@ def read_json(path):
     return values
 
 
-def save_folder(folder, module):
-    """Write a module's config, then its weights; the folder is whole when `model.safetensors` is there."""
+def save_folder(folder, config, tensors):
+    """Write a config, then a model's {name: tensor}; the folder is whole when `model.safetensors` is there."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    write_json(Path(folder) / "config.json", asdict(module.config))
-    write_aside(Path(folder) / "model.safetensors", lambda file: save_file(module.state_dict(), file))
+    write_json(Path(folder) / "config.json", asdict(config))
+    write_aside(Path(folder) / "model.safetensors", lambda file: save_file(tensors, file))
 
 
 def load_folder(cls, config_class, folder, command, config=None):
@@ -788,7 +789,7 @@ class Mentor(nn.Module):
 
     def save_pretrained(self, folder):
         """Write `config.json` and `model.safetensors` into the folder."""
-        save_folder(folder, self)
+        save_folder(folder, self.config, self.state_dict())
 
     @classmethod
     def from_pretrained(cls, folder, config=None):
@@ -873,18 +874,6 @@ def check_fit(parameters, tensors, fresh=()):
         raise ValueError("the weights do not fit the model; " + "; ".join(problems))
 
 
-def load_released(parameters, tensors, fresh=()):
-    """Copy tensors into parameters, {name: tensor} both, every one accounted for.
-
-    fresh: prefixes of names that may be missing and keep their new weights. Raises ValueError listing missing, unexpected and
-    mis-shaped names; then nothing has been copied.
-    """
-    check_fit(parameters, tensors, fresh)
-    with torch.no_grad():
-        for n, tensor in tensors.items():
-            parameters[n].copy_(tensor)
-
-
 def released_parameters(model):
     """{released name: parameter} of a Mentor."""
     return {released_name(name): p for name, p in model.named_parameters()}
@@ -896,12 +885,12 @@ def fit_unconditional(model, tensors):
     Prefixes use its last rows, so rows go from its front, and new ones, random, come there. Returns the tensors and a
     sentence that says what was done, empty if nothing.
     """
-    name, own = released_name("projector.unconditional"), model.projector.unconditional.detach()
+    name, (rows, width) = released_name("projector.unconditional"), model.projector.unconditional.shape
     table = tensors.get(name)
-    if table is None or table.shape == own.shape or table.shape[1:] != own.shape[1:]:
+    if table is None or table.shape == (rows, width) or table.shape[1:] != (width,):
         return tensors, ""
-    fitted = torch.cat([own[: max(0, len(own) - len(table))].to(table.dtype), table[-len(own) :]])
-    return {**tensors, name: fitted}, f"the unconditional table {'grew' if len(own) > len(table) else 'was cut'} from {len(table)} to {len(own)} rows"
+    new = torch.randn(max(0, rows - len(table)), width) * width**-0.5
+    return {**tensors, name: torch.cat([new.to(table.dtype), table[-rows:]])}, f"the unconditional table {'grew' if len(new) else 'was cut'} from {len(table)} to {rows} rows"
 
 
 def read_pickle(path, **options):
@@ -968,4 +957,4 @@ IN_CHECKPOINT = {  # from a source's names to those of the released checkpoint
 def released_tensors(source, path):
     """The tensors of one source ("clip", "t5", "connector", "generator", "mentor", "vq") under the released checkpoint's names."""
     pattern, replacement = IN_CHECKPOINT.get(source, ("^", ""))
-    return {re.sub(pattern, replacement, name, count=1): tensor for name, tensor in read_weights(path).items() if not re.search(NOT_OURS[source], name)}
+    return {re.sub(pattern, replacement, name, count=1): tensor.contiguous() for name, tensor in read_weights(path).items() if not re.search(NOT_OURS[source], name)}

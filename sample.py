@@ -377,6 +377,20 @@ def usable_device(name):
         raise ValueError(f"--device={name}: torch cannot use it here ({first_line(error)[:100]}); leave the key out, or give cpu, cuda or mps") from None
 
 
+def newest_stage(folder):
+    """(a run's folder, its last finished stage's), given that folder or one of a stage in it. Raises ValueError if there is none, or
+    if it was trained with another tokenizer than lies beside it."""
+    folder, stages = Path(folder), ("instruct", "align", "pretrain")
+    root = folder.parent if folder.name in stages and not (folder / "run.json").is_file() else folder
+    found = [folder] if root != folder else [root / s for s in stages if (root / s / "model.safetensors").is_file()]
+    if not found or not (root / "run.json").is_file():
+        raise ValueError(f"{folder} holds no trained model; `python train.py tiny --out={folder}` makes one")
+    trained_with = read_json(found[0] / "stage.json").get("weights of tokenizer")
+    if weights_hash(root / "tokenizer") != trained_with:
+        raise ValueError(f"{found[0]} was trained with another tokenizer (weights {trained_with}) than {root / 'tokenizer'} holds ({weights_hash(root / 'tokenizer')}): its codes would mean nothing")
+    return root, found[0]
+
+
 class Pipeline:
     """Model, image tokenizer and text tokenizer, opened from the folder that train.py writes."""
 
@@ -390,18 +404,10 @@ class Pipeline:
     @classmethod
     def open(cls, folder, device):
         """Open a run's folder (its last finished stage) or one stage's folder in it. Raises ValueError if incomplete."""
-        folder = Path(folder)
-        stages = ("instruct", "align", "pretrain")
-        root = folder.parent if folder.name in stages and not (folder / "run.json").is_file() else folder
-        found = [folder] if root != folder else [root / s for s in stages if (root / s / "model.safetensors").is_file()]
-        if not found or not (root / "run.json").is_file():
-            raise ValueError(f"{folder} holds no trained model; `python train.py tiny --out={folder}` makes one")
-        model, vqgan = Mentor.from_pretrained(found[0]), VQGAN.from_pretrained(root / "tokenizer")
-        trained_with = read_json(found[0] / "stage.json").get("weights of tokenizer")
-        if weights_hash(root / "tokenizer") != trained_with:
-            raise ValueError(f"{found[0]} was trained with another tokenizer (weights {trained_with}) than {root / 'tokenizer'} holds ({weights_hash(root / 'tokenizer')}): its codes would mean nothing")
+        root, stage = newest_stage(folder)
+        model, vqgan = Mentor.from_pretrained(stage), VQGAN.from_pretrained(root / "tokenizer")
         text_tokenizer = TextTokenizer.from_file(root / "spiece.model")
-        check_text_model(found[0], text_tokenizer)
+        check_text_model(stage, text_tokenizer)
         return cls(model, vqgan, text_tokenizer, read_json(root / "run.json"), device)
 
     def world(self):
@@ -825,9 +831,21 @@ def reconstruct(pipeline, options):
 
 
 def dreambench_subjects(folder):
-    """[(id, picture file, label, prompts)] of DreamBench++'s data: images/**/N.jpg and captions/**/N.txt, whose first
-    line is the label and the others are prompts. Raises ValueError naming what is missing."""
+    """[(id, picture file, label, prompts)] of DreamBench++'s data or DreamBench's dataset. Raises ValueError naming what is missing.
+
+    DreamBench++    images/**/N.jpg and captions/**/N.txt, whose first line is the label and the others are prompts
+    DreamBench      SUBJECT/*.jpg, of which the first is the reference, and prompts_and_classes.txt with SUBJECT,LABEL lines and two
+                    lists of 'a {0} {1} on ...'.format(...), for objects and for cats and dogs; {0} is DreamBooth's rare word, left out
+    """
     subjects, folder = [], Path(folder)
+    listed = folder / "prompts_and_classes.txt"
+    text = listed.read_text(encoding="utf-8") if listed.is_file() else ""
+    lists = [re.findall(r"^'(.*)'\.format", part, re.M) for part in text.split("Live Subject Prompts")]
+    for name, label in re.findall(r"^(\w+),([\w ]+)$", text, re.M)[1:]:                   # without the line subject_name,class
+        pictures = sorted((folder / name).glob("*.jpg"))
+        if not pictures or len(list(filter(None, lists))) < 2:
+            raise ValueError(f"{listed}: " + (f"there is no picture in {folder / name}" if not pictures else "want two lists of 'a {0} {1} ...'.format(...), the second after Live Subject Prompts"))
+        subjects.append((name, pictures[0], label, [prompt.replace("{0} ", "").replace("{1}", label) for prompt in lists[label in ("cat", "dog")]]))
     for file in sorted((folder / "captions").rglob("*.txt")):
         picture = folder / "images" / file.relative_to(folder / "captions").with_suffix(".jpg")
         label, *prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()] or [""]
@@ -836,13 +854,13 @@ def dreambench_subjects(folder):
         group = f"live_subject_{file.parent.name}" if file.parent.name in ("animal", "human") else file.parent.name
         subjects.append((f"{group}_{file.stem}_{label.lower().replace(' ', '_')}", picture, label, prompts))
     if not subjects:
-        raise ValueError(f"--dreambench={folder}: no captions/**/*.txt in it; give DreamBench++'s data folder, which holds images/ and captions/")
+        raise ValueError(f"--dreambench={folder}: no captions/**/*.txt and no prompts_and_classes.txt in it; give DreamBench++'s data folder, which holds images/ and captions/, or DreamBench's dataset folder")
     return subjects
 
 
 def draw_dreambench(pipeline, options, out):
-    """Draw every prompt of DreamBench++ options.n times, in the layout its scorer reads: src_image/, text/ and
-    tgt_image/, in each a folder per subject with PROMPT_SAMPLE.jpg or .txt."""
+    """Draw every prompt of DreamBench or DreamBench++ options.n times, in the layout that DreamBench++'s scorer reads:
+    src_image/, text/ and tgt_image/, in each a folder per subject with PROMPT_SAMPLE.jpg or .txt."""
     subjects = dreambench_subjects(options.dreambench)
     prompts = {name: [f"The {label} in <image>.\n{prompt}" for prompt in asked] for name, _, label, asked in subjects}
     for prompt in (p for asked in prompts.values() for p in asked):
@@ -881,7 +899,7 @@ def parse(arguments):
     parser.add_argument("--reconstruct", metavar="FILE", help="draw this image again, beside the tokenizer's own reconstruction")
     parser.add_argument("--score", action="store_true", help="score the model on held-out subjects of its world")
     parser.add_argument("--bench", metavar="PRESET", help="measure how fast that preset's sizes draw, with random weights; needs no folder")
-    parser.add_argument("--dreambench", metavar="FOLDER", help="draw all prompts of DreamBench++'s data folder, --n times each, for its scorer")
+    parser.add_argument("--dreambench", metavar="FOLDER", help="draw all prompts of DreamBench++'s data folder, or DreamBench's dataset, --n times each, for a scorer")
     parser.add_argument("--out", default="sample.png", help="file to write (--score, --dreambench: folder to write into; default %(default)s)")
     parser.add_argument("--n", type=int, default=1, help="how many samples to draw, as a grid (default %(default)s)")
     parser.add_argument("--cfg_scale", type=float, help="guidance: 0 unconditional, 1 conditional, more follows the prompt harder (default: the model's)")

@@ -60,6 +60,7 @@ PRESETS = {
     "small": dict(image_size=64, ch=64, ch_mult=(1, 2, 2), num_res_blocks=2, norm_groups=32, z_channels=128, codebook_size=2048),
     "base": dict(image_size=256, ch=128, ch_mult=(1, 1, 2, 2, 4), codebook_size=8192),
     "full": dict(),
+    "multi": dict(),
 }
 
 
@@ -251,6 +252,9 @@ class PixelDecoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
+PIXELS_AT_ONCE = 2**21  # that `encode` takes: a picture of 512 x 512 needs half a gigabyte on its way
+
+
 class VQGAN(nn.Module):
     """The whole tokenizer. `encode` and `decode` are all that the rest of the project ever calls."""
 
@@ -271,7 +275,9 @@ class VQGAN(nn.Module):
     @torch.no_grad()
     def encode(self, images):
         """Images (B, 3, S, S) in [-1, 1] -> codes (B, N) int64 in raster order."""
-        z = F.normalize(self.quant_conv(self.encoder(images)).float().permute(0, 2, 3, 1), dim=-1)
+        few = max(1, PIXELS_AT_ONCE // (images.shape[2] * images.shape[3]))
+        z = torch.cat([self.quant_conv(self.encoder(part)) for part in images.split(few)])
+        z = F.normalize(z.float().permute(0, 2, 3, 1), dim=-1)
         return self.quantize.nearest(z.flatten(0, 2), self.quantize.codebook()).view(len(images), -1)
 
     @torch.no_grad()
@@ -285,7 +291,7 @@ class VQGAN(nn.Module):
 
     def save_pretrained(self, folder):
         """Write `config.json` and `model.safetensors` into the folder."""
-        save_folder(folder, self)
+        save_folder(folder, self.config, self.state_dict())
 
     @classmethod
     def from_pretrained(cls, folder):
@@ -386,7 +392,7 @@ class CodebookUsage:
 
     def add(self, codes):
         """Count a batch of codes, any shape, int64."""
-        self.counts.index_add_(0, codes.flatten(), torch.ones_like(codes.flatten(), dtype=self.counts.dtype))  # bincount would wait for the GPU
+        self.counts.index_add_(0, codes.flatten(), self.counts.new_ones(codes.numel()))  # bincount would wait for the GPU
 
     def usage(self):
         """Share of the codes chosen at least once in the window, in [0, 1]."""

@@ -14,8 +14,8 @@ The four stages, each starting from what the one before wrote:
     instruct    the paper's stage 2: subject-driven generation and recovery teach to keep and to change
 
 Read in order: the configuration and its presets, the command line, processes and devices, the stages (what is
-trained and on which loss), the optimizer, checkpoints, the one loop, what a run costs and its
-plan (a dry run), the paper's claims, the report, main.
+trained and on which loss), the optimizer, checkpoints, the one loop, what a step costs and the plan
+(a dry run), the paper's claims, how fast a step is, the report, main.
 """
 
 import json
@@ -25,6 +25,7 @@ import re
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -43,9 +44,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.autograd.graph import saved_tensors_hooks
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -53,7 +56,7 @@ from tqdm import tqdm
 import mentor
 import sample
 import tokenizer
-from data import CLIP_MEAN, CLIP_STD, TASKS, WORLDS, Collate, Manifest, ManifestDataset, TextTokenizer, WorldDataset, manifest_of_folder, rules
+from data import CLIP_MEAN, CLIP_STD, TASKS, WORLDS, Batch, Collate, Manifest, ManifestDataset, TextTokenizer, WorldDataset, entry_prompt, manifest_of_folder, rules
 from mentor import Mentor, MentorConfig
 from tokenizer import VQGAN, CodebookUsage, LPIPS, PatchDiscriminator, TokenizerConfig, adaptive_weight, hinge_d_loss
 
@@ -164,6 +167,8 @@ PRESETS = {
         instruct=StageConfig(steps=16000, global_batch=64, lr=1e-3, muon_lr=0.02, mix=INSTRUCT_MIX)),
     "base": RunConfig(workers=8),
     "full": RunConfig(workers=8, recipe="paper"),
+    # stage 2's samples once more, with 1.5M of several images, from the weights of stage 2 (imported as align's)
+    "multi": RunConfig(workers=8, recipe="paper", instruct=StageConfig(steps=21875, lr=5e-5, mix=INSTRUCT_MIX + ",multi_image:1500")),
 }
 PRESETS = {name: replace(run, out=f"out/{name}", vqgan=TokenizerConfig(**tokenizer.PRESETS[name]), model=mentor.PRESETS[name])
            for name, run in PRESETS.items()}
@@ -445,10 +450,6 @@ class TokenizerStage(nn.Module):
             self.usage.reset()
         return logs
 
-    def flops(self, means):
-        """FLOPs of an image, without LPIPS and discriminator."""
-        return 3 * vqgan_flops(self.model.config, encode_only=False)
-
 
 class ContrastiveHead(nn.Module):
     """CLIP's loss (arXiv 2103.00020): each image should be nearest to its own caption, and each caption to its image.
@@ -572,11 +573,6 @@ class MentorStage(nn.Module):
         """Nothing more to do in these stages."""
         return {}
 
-    def flops(self, means):
-        """FLOPs of a sample, given the logged means."""
-        parts = training_flops(self.model, means["tokens"], means["images"], pooled=int(self.name == "pretrain"))
-        return sum(parts.values()) + vqgan_flops(self.vqgan[0].config, encode_only=True)
-
 
 LOSS_VALUES = 2**26  # logits that the loss may hold at once
 
@@ -643,19 +639,33 @@ def as_vision_pixels(targets, size):
 
 
 def open_source(run, machine):
-    """The World of --world, or the Manifest of --data. Raises ValueError if a stage wants tasks that the data lacks."""
+    """The World of --world or the Manifest of --data, and the text tokenizer. Raises ValueError if that has more words than the
+    model, if a prompt is longer than the context, or if a stage wants tasks that the data lacks."""
+    if run.data:
+        backgrounds = open_manifest(run.backgrounds, "backgrounds", run, machine) if run.backgrounds else None
+        source = open_manifest(run.data, "data", run, machine, backgrounds)
+    else:
+        source = WORLDS[run.world](run.vqgan.image_size, **({"font": run.emoji_font} if run.world == "emoji" else {}))
+    spiece = Path(run.out) / "spiece.model"
+    text_tokenizer = TextTokenizer.from_file(spiece) if spiece.is_file() else source.text_tokenizer()
+    check_vocabulary(text_tokenizer, run)
     if not run.data:
-        return WORLDS[run.world](run.vqgan.image_size, **({"font": run.emoji_font} if run.world == "emoji" else {}))
-    backgrounds = open_manifest(run.backgrounds, "backgrounds", run, machine) if run.backgrounds else None
-    manifest = open_manifest(run.data, "data", run, machine, backgrounds)
-    machine.say(f"data: {', '.join(f'{task} {len(lines)}' for task, lines in manifest.tasks.items())} lines of {run.data}; "
-                + (f"{manifest.held.sum()} more are held out for validation" if manifest.held.any() else "none is held out for validation: too few pictures"))
+        return source, text_tokenizer
+    if run.stage != "tokenizer":
+        source.check_prompts(make_collate(run, text_tokenizer))
+    for manifest in filter(None, (backgrounds, source)):
+        for message in manifest.bad:
+            machine.say(f"left out: {message}")
+        if manifest.bad:
+            machine.say(f"left out {len(manifest.bad)} of {len(manifest.bad) + len(manifest)} lines of {manifest.path}")
+    machine.say(f"data: {', '.join(f'{task} {len(lines)}' for task, lines in source.tasks.items())} lines of {run.data}; "
+                + (f"{source.held.sum()} more are held out for validation" if source.held.any() else "none is held out for validation: too few pictures"))
     for stage in STAGES[1:] if run.stage == "all" else {run.stage} - {"tokenizer"}:
         mix = getattr(run, stage).mix
-        lacking = [task for task, share in parse_mix(stage, mix).items() if share and task not in manifest.tasks]
+        lacking = [task for task, share in parse_mix(stage, mix).items() if share and task not in source.tasks]
         if lacking:
-            raise ValueError(f"--{stage}.mix={mix}: {run.data} has nothing for {', '.join(lacking)}; it has {', '.join(manifest.tasks)}, so give for example --{stage}.mix={','.join(f'{t}:1' for t in manifest.tasks)}")
-    return manifest
+            raise ValueError(f"--{stage}.mix={mix}: {run.data} has nothing for {', '.join(lacking)}; it has {', '.join(source.tasks)}, so give for example --{stage}.mix={','.join(f'{t}:1' for t in source.tasks)}")
+    return source, text_tokenizer
 
 
 def open_manifest(path, name, run, machine, backgrounds=None):
@@ -663,12 +673,12 @@ def open_manifest(path, name, run, machine, backgrounds=None):
     root, content = run.data_root if name == "data" else "", None
     if Path(path).is_dir():
         root, content, path = path, manifest_of_folder(path), Path(run.out) / f"{name}.jsonl"
-    manifest = Manifest(path, root, backgrounds, run.skip_bad, not machine.main, content)
-    for message in manifest.bad:
-        machine.say(f"left out: {message}")
-    if manifest.bad:
-        machine.say(f"left out {len(manifest.bad)} of {len(manifest.bad) + len(manifest)} lines")
-    return manifest
+    return Manifest(path, root, backgrounds, run.skip_bad, run.workers, not machine.main, content)
+
+
+def make_collate(run, text_tokenizer):
+    """What makes batches of samples for the run's model."""
+    return Collate(text_tokenizer, run.model.vision.image_size, run.model.image_tokens, run.model.context, run.vqgan.image_size)
 
 
 def make_dataset(name, run, mix, source, held_out=False):
@@ -956,15 +966,18 @@ def check_words(text_tokenizer, run, source, machine):
 
 
 def import_released(run, machine):
-    """Turn released files into stages of run.out that train.py and sample.py open. Raises ValueError if a tensor does not fit."""
+    """Turn released files into stages of run.out that train.py and sample.py open, tensor by tensor as they are, from map to file.
+    Raises ValueError if one does not fit."""
     released, out = run.released, Path(run.out)
     spiece = released.spiece or released.t5 and str(Path(released.t5) / "spiece.model")
     if not spiece or not released.vq:
         raise ValueError("--stage=import needs --released.vq=vq_ds16_t2i.pt and T5's spiece.model (in the folder of --released.t5, or --released.spiece=FILE)")
     text_tokenizer = TextTokenizer.from_file(spiece)
     check_vocabulary(text_tokenizer, run)
-    vqgan = VQGAN(run.vqgan)
-    mentor.load_released(vqgan.state_dict(), mentor.released_tensors("vq", released.vq))
+    with torch.device("meta"):
+        model, vqgan = Mentor(run.model), VQGAN(run.vqgan)
+    codes = mentor.released_tensors("vq", released.vq)
+    mentor.check_fit(vqgan.state_dict(), codes)
     sources = {s: getattr(released, s) for s in ("clip", "t5", "connector", "generator", "mentor") if getattr(released, s)}
     tensors = {}
     for source, path in sources.items():
@@ -973,18 +986,18 @@ def import_released(run, machine):
             raise ValueError(f"--released.{source}={path} holds {sorted(tensors.keys() & own.keys())[0]}, which another file gave already")
         tensors.update(own)
         machine.say(f"import: {len(own)} tensors from {path}")
-    model = Mentor(run.model)
     tensors, said = mentor.fit_unconditional(model, tensors)
-    fresh = tuple(p for p in released.fresh.split(",") if p)
-    names = {n: mentor.released_name(n) for n, _ in model.named_parameters()}
-    mentor.load_released(mentor.released_parameters(model), tensors, [r for n, r in names.items() if n.startswith(tuple("encoder." + p for p in fresh) + fresh)])
-    for line in filter(None, (said, f"new, as asked: {released.fresh}" if fresh else "")):
+    new = tuple(p for part in released.fresh.split(",") if part for p in (part, f"encoder.{part}"))
+    names = {mentor.released_name(n): n for n, _ in model.named_parameters()}
+    mentor.check_fit(mentor.released_parameters(model), tensors, [r for r, n in names.items() if new and n.startswith(new)])
+    for line in filter(None, (said, f"new, as asked: {released.fresh}" if new else "")):
         machine.say(f"import: {line}")
     for stage in ("tokenizer", released.into):
         if (out / stage / "stage.json").is_file() and "imported from" not in mentor.read_json(out / stage / "stage.json"):
             raise ValueError(f"{out / stage} holds a stage that was trained: choose another --out, or delete it")
-    vqgan.save_pretrained(out / "tokenizer")
-    model.save_pretrained(out / released.into)
+    parameters = {**(Mentor(run.model).state_dict() if new else {}), **{names[r]: tensor for r, tensor in tensors.items()}}
+    mentor.save_folder(out / "tokenizer", run.vqgan, codes)
+    mentor.save_folder(out / released.into, run.model, parameters)
     for stage, record in (("tokenizer", {}), (released.into, {"weights of tokenizer": sample.weights_hash(out / "tokenizer"), "text model": text_tokenizer.digest})):
         mentor.write_json(out / stage / "stage.json", {"imported from": {**sources, "vq": released.vq}, **record})
     write_run(run, text_tokenizer)
@@ -992,14 +1005,15 @@ def import_released(run, machine):
 
 
 def export_released(run, machine):
-    """Write the newest stage of run.out under the names that the released code reads."""
+    """Write the newest stage of run.out under the names that the released code reads, tensor by tensor as they are."""
     if not run.released.mentor or not run.released.vq:
         raise ValueError("--stage=export needs --released.mentor=FILE.pt and --released.vq=FILE.pt, the files to write")
-    pipeline = sample.Pipeline.open(run.out, "cpu")
-    tensors = {mentor.released_name(n): t for n, t in pipeline.model.state_dict().items()}
+    root, folder = sample.newest_stage(run.out)
+    tensors = {mentor.released_name(n): t for n, t in mentor.read_weights(folder / "model.safetensors").items()}
     tensors["multimodal_encoder.language_model.encoder.embed_tokens.weight"] = tensors["multimodal_encoder.language_model.shared.weight"]
+    codes = mentor.read_weights(root / "tokenizer" / "model.safetensors")
     torch.save({"model": tensors}, run.released.mentor)
-    torch.save({"model": {**pipeline.vqgan.state_dict(), "quantize.codebook_used": torch.zeros(65536)}}, run.released.vq)
+    torch.save({"model": {**codes, "quantize.codebook_used": torch.zeros(65536)}}, run.released.vq)
     machine.say(f"export: wrote {run.released.mentor} and {run.released.vq}")
 
 
@@ -1058,14 +1072,13 @@ def train_stage(name, run, machine, source, text_tokenizer):
         mentor.write_json(folder / "stage.json", record)
     describe_stage(name, stage, recipe, machine, micro, accumulate, start)
 
-    collate = Collate(text_tokenizer, run.model.vision.image_size, run.model.image_tokens, run.model.context, run.vqgan.image_size)
-    validation = make_dataset(name, run, stage.mix, source, held_out=True)
+    collate, validation = make_collate(run, text_tokenizer), make_dataset(name, run, stage.mix, source, held_out=True)
     best = best_so_far(folder, start)
     batches = iter(torch.utils.data.DataLoader(
         make_dataset(name, run, stage.mix, source), batch_sampler=index_batches(start, recipe.steps, recipe.global_batch, micro, accumulate, machine.rank),
         collate_fn=collate, num_workers=run.workers, worker_init_fn=leave_group, pin_memory=machine.device.type == "cuda"))
     wrapped = machine.wrap(stage.train())
-    log = Log(folder, name, recipe, start, machine, stage)
+    log = Log(folder, name, run, start, machine)
     with StopSignals() as signals:
         for step in range(start, recipe.steps):
             torch.manual_seed(run.seed * 1_000_003 + step * machine.world_size + machine.rank)  # dropout is a function of the step
@@ -1183,7 +1196,7 @@ def describe_stage(name, stage, recipe, machine, micro, accumulate, start):
     trained = {id(p) for _, p in stage.trained()}
     parts = {"vqgan": stage.model} if name == "tokenizer" else {
         "vision": stage.model.encoder.vision, "connector": stage.model.encoder.connector, "text": stage.model.encoder.text,
-        "projector": stage.model.projector, "decoder": stage.model.decoder}
+        "projector": stage.model.projector, "decoder": stage.model.decoder, "vqgan": stage.vqgan[0]}
     counts = []
     for part, module in parts.items():
         total, learning = sum(p.numel() for p in module.parameters()), sum(p.numel() for p in module.parameters() if id(p) in trained)
@@ -1212,8 +1225,9 @@ class Log:
     Values stay on the device until a line is written; a CPU, where looking costs nothing, is looked at every step.
     """
 
-    def __init__(self, folder, name, recipe, start, machine, stage):
-        self.folder, self.name, self.recipe, self.machine, self.stage, self.every = folder, name, recipe, machine, stage, max(1, recipe.steps // 200)
+    def __init__(self, folder, name, run, start, machine):
+        self.folder, self.name, self.run, self.recipe, self.machine, self.flops = folder, name, run, getattr(run, name), machine, 0
+        self.every = max(1, self.recipe.steps // 200)
         self.values, self.since, self.started = {}, start, time.perf_counter()
         self.first_bad = torch.full((3,), -1.0, device=machine.device)  # step, loss, gradient norm
         self.recent, self.lost = {}, False  # {step: (learning rate, tasks)} since the last check
@@ -1221,7 +1235,7 @@ class Log:
             done = [json.dumps(line) + "\n" for line in read_log(folder / "log.jsonl") if line["step"] <= start] if start else []
             mentor.write_aside(folder / "log.jsonl", lambda file: file.write_text("".join(done)))
             self.file = open(folder / "log.jsonl", "a")
-            self.bar = tqdm(total=recipe.steps, initial=start, desc=name.ljust(9), dynamic_ncols=True, smoothing=0.05)
+            self.bar = tqdm(total=self.recipe.steps, initial=start, desc=name.ljust(9), dynamic_ncols=True, smoothing=0.05)
 
     def add(self, values):
         """Note values, each a number or a scalar tensor."""
@@ -1270,12 +1284,13 @@ class Log:
 
     def speed(self, means, rate):
         """Codes a second; on a GPU that PEAK_TFLOPS knows also the share of its peak, and the most memory it needed."""
-        model, device = self.stage.model, self.machine.device
-        words = f", {rate * getattr(model.config, 'decoder', model.config).grid_size**2:.0f} codes/s"
+        device, grid = self.machine.device, self.run.vqgan.grid_size
+        words = f", {rate * grid**2:.0f} codes/s"
         if device.type == "cuda":
             peak = peak_tflops(torch.cuda.get_device_name(device))
             if peak and self.machine.dtype == torch.bfloat16:
-                words += f", {self.stage.flops(means) * rate / self.machine.world_size / peak / 1e12:.0%} of the peak"
+                self.flops = self.flops or Rehearsal(self.name, self.run, self.machine.dtype).flops([(means.get("tokens", 1), means.get("images", 0))] * 64)
+                words += f", {self.flops * rate / self.machine.world_size / peak / 1e12:.0%} of the peak"
             words += f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
         return words
 
@@ -1290,16 +1305,10 @@ class Log:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What training costs, from the sizes alone: FLOPs and memory. Two rules give nearly everything. A weight of a matrix costs
-# a multiplication and an addition at every position that goes through it, the same again for the gradient of what went
-# in, and the same again for its own gradient, if it is trained. And the backward pass needs what the forward pass
-# multiplied: those tensors are the activations that fill the memory.
+# What a step costs, before any is paid for: the stages' own code, run on tensors that have shapes but no memory
 # ---------------------------------------------------------------------------------------------------------------
 
-PARTS = ("encoder.vision", "encoder.connector", "encoder.text", "projector", "decoder")  # in the order of the forward pass
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "L4": 121, "4090": 165}           # dense bfloat16, without sparsity
-CARDS = (24, 40, 80, 141)          # GiB
-SPARE = 0.06                       # of a card: what CUDA itself takes, and holes between tensors
 NAME_TOKENS = 4                    # of a subject's name, which the query connector reads
 
 
@@ -1309,162 +1318,91 @@ def peak_tflops(device_name):
     return next((peak for card, peak in PEAK_TFLOPS.items() if card in words), None)
 
 
-def meta_mentor(config, trained):
-    """A Mentor without memory for its weights, of which the parts train whose names start so."""
-    with torch.device("meta"):
-        model = Mentor(config)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(trained))
-    return model
+class PeakMemory(TorchDispatchMode):
+    """While open: the bytes of all living tensors that operations made, `now`, and the most there ever were, `most`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self.living = 0, 0, set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if operation is torch.ops.prim.device.default:                                   # asked of every tensor, and makes none
+            return result
+        given, made = ({t.untyped_storage()._cdata: t.untyped_storage() for t in tree_leaves(tree) if torch.is_tensor(t)} for tree in ((args, kwargs), result))
+        for key in made.keys() - given.keys() - self.living:                             # no views, nothing changed in place
+            self.living.add(key)
+            self.now += made[key].nbytes()
+            weakref.finalize(made[key], self.free, key, made[key].nbytes())
+        self.most = max(self.most, self.now)
+        return result
+
+    def free(self, key, size):
+        """A storage is gone."""
+        self.living.discard(key)
+        self.now -= size
 
 
-def positions(config, tokens, images, pooled):
-    """{start of a matrix's name: how many positions of one sample go through it}; the longest start counts."""
-    vision, n_code = config.vision, config.decoder.n_code
-    table = {
-        "encoder.vision": (images + pooled) * (1 + vision.n_patch),
-        "encoder.vision.patch_embedding": (images + pooled) * vision.n_patch,
-        f"encoder.vision.blocks.{vision.n_layer - 1}": pooled * (1 + vision.n_patch),    # features leave before it
-        "encoder.connector": images * vision.n_patch,
-        "encoder.text": tokens,
-        "projector": tokens,
-        "decoder": tokens + n_code - 1,                                                  # the last code is never read
-        "decoder.output": n_code,
-    }
-    if config.connector.kind == "query":
-        queries = config.connector.n_query
-        table.update({"encoder.connector": images * (queries + NAME_TOKENS), "encoder.connector.word_in": images * NAME_TOKENS, "encoder.connector.out": images * queries})
-        for i in range(config.connector.n_layer):
-            cross = f"encoder.connector.blocks.{i}.cross_attention."
-            table.update({cross: images * queries, cross + "k": images * vision.n_patch, cross + "v": images * vision.n_patch})
-    return table
+def attention_flops(query, key, value, dropout=0.0, causal=False, **options):
+    """Scores and weighted sums of a fused attention, shapes (B, H, T, hd): 4 for a query, key and channel, half of them if causal."""
+    return 4 * math.prod(query) * key[2] // (1 + causal)
 
 
-def attention_flops(config, tokens, images, pooled):
-    """{part: FLOPs of scores and weighted sums in one sample's forward pass}: 4 per query, key and channel."""
-    vision, connector, text, decoder = config.vision, config.connector, config.text, config.decoder
-    flops = {
-        "encoder.vision": 4 * (images * (vision.n_layer - 1) + pooled * vision.n_layer) * (1 + vision.n_patch) ** 2 * vision.width,
-        "encoder.text": 4 * text.n_layer * tokens**2 * text.n_head * text.head_width,
-        "decoder": 2 * decoder.n_layer * (tokens + decoder.n_code - 1) ** 2 * decoder.width,  # causal: half of it
-    }
-    if connector.kind == "query":
-        n = connector.n_query
-        flops["encoder.connector"] = 4 * images * connector.n_layer * connector.width * ((n + NAME_TOKENS) ** 2 + n * vision.n_patch)
-    return flops
+FUSED_FLOPS = {  # torch counts the plain products; four in attention's backward pass for two in its forward pass
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda gradient, query, key, value, out, sums, dropout, causal, **options: 2 * attention_flops(query, key, value, dropout, causal)}
 
 
-def training_flops(model, tokens, images, pooled=0):
-    """{part: FLOPs} of one sample's forward and backward pass; which weights are trained is read off the model.
+class Rehearsal:
+    """A stage without memory for its tensors (torch's FakeTensorMode), to count what a forward and backward pass takes."""
 
-    tokens: of the prompt, those of its images included; images: in the prompt; pooled: images that the contrastive loss
-    reads. Plain numbers, or tensors. Frozen parts before the first trained one run forward only.
-    """
-    rows, attention = positions(model.config, tokens, images, pooled), attention_flops(model.config, tokens, images, pooled)
-    flops, reached = dict.fromkeys(PARTS, 0), False
-    for part in PARTS:
-        module = model.get_submodule(part)
-        reached = reached or any(p.requires_grad for p in module.parameters())           # gradients flow from here on
-        for name, layer in module.named_modules(prefix=part):
-            if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                count = rows[max((start for start in rows if name.startswith(start)), key=len)]
-                flops[part] += 2 * layer.weight.numel() * count * (1 + reached + layer.weight.requires_grad)
-        flops[part] += attention.get(part, 0) * (3 if reached else 1)                    # four products backward for two forward
-    return flops
+    def __init__(self, name, run, dtype):
+        self.name, self.run, self.fake = name, replace(run, checkpoint=False), FakeTensorMode(allow_non_fake_inputs=True)
+        machine = Machine(-1, 1, torch.device("cpu"), dtype)                             # not the first process: says nothing
+        with self.fake:
+            self.stage = (TokenizerStage(run, machine) if name == "tokenizer" else MentorStage(name, self.run, machine, Mentor(run.model), VQGAN(run.vqgan))).train()
+        for _, parameter in self.stage.trained():
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
+    def step(self, observer, count, tokens, images):
+        """Pass a batch forth and back while `observer` looks on: count samples of `tokens` tokens, `images` images in all."""
+        model, zeros, side = self.run.model, torch.zeros, self.run.model.vision.image_size
+        with self.fake:
+            whole = zeros(count, tokens, dtype=torch.long)
+            batch = Batch(text_ids=whole, lengths=whole[:, 0] + tokens, pixels=zeros(images, 3, side, side), image_slots=torch.arange(images * model.image_tokens),
+                          name_ids=zeros(images, NAME_TOKENS, dtype=torch.long), name_mask=zeros(images, NAME_TOKENS) == 0, unconditional=zeros(count) == 1, hidden=whole == 0,
+                          targets=zeros(count, 3, self.run.vqgan.image_size, self.run.vqgan.image_size), tasks=["text_to_image"] * count)
+            with observer:
+                with self.stage.machine.autocast():
+                    loss, _ = self.stage(batch, 0)
+                loss.backward()
 
-@cache
-def vqgan_flops(config, encode_only):
-    """FLOPs of one image's forward pass through the tokenizer, or through its encoder; torch counts the convolutions."""
-    with torch.device("meta"):
-        model, image = VQGAN(config), torch.empty(1, 3, config.image_size, config.image_size)
-    with FlopCounterMode(display=False) as counter:
-        model.encode(image) if encode_only else model.decoder(model.post_quant_conv(model.quant_conv(model.encoder(image))))
-    return counter.get_total_flops()
+    def flops(self, prompts):
+        """FLOPs of one sample, mean over prompts given as (tokens, images); a causal attention counts half of its square.
+        Codes that are kept in a cache cost nothing; LPIPS and the discriminator are not counted."""
+        if self.run.cache_codes and self.name != "tokenizer":
+            self.stage.cache = SimpleNamespace(encode=lambda vqgan, batch: torch.zeros(len(batch), self.run.model.decoder.n_code, dtype=torch.long))
+        counter, (tokens, images) = FlopCounterMode(display=False, custom_mapping=FUSED_FLOPS), map(sum, zip(*prompts))
+        self.step(counter, len(prompts), round(tokens / len(prompts)), round(images))
+        self.stage.cache = None
+        return counter.get_total_flops() / len(prompts)
 
-
-def saved_bytes(function, module):
-    """(what function() returns, bytes that autograd holds for its backward pass), each storage once, the module's own left out."""
-    own, storages = {p.untyped_storage()._cdata for p in (*module.parameters(), *module.buffers())}, {}
-
-    def note(tensor):
-        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    with saved_tensors_hooks(note, lambda tensor: tensor):
-        result = function()
-    return result, sum(storage.nbytes() for key, storage in storages.items() if key not in own)
-
-
-def vision_block_bytes(config, size):
-    """Bytes that one position leaves in one block of the vision encoder, where that trains. size: bytes a number in autocast."""
-    w, m = config.width, config.mlp_width
-    casts = 2 if size == 4 else 4                                  # autocast casts what enters q, k, v and fc1 once for each
-    return 2 * 4 * w + size * (casts * w + 4 * w + 3 * m)          # what is normed; those; q, k, v, output; three of the MLP
-
-
-def decoder_block_bytes(config, size, trained):
-    """The same for one decoder block. trained: whether its own weights train, or only gradients pass through."""
-    d, h = config.width, (config.width * 8 // 3 + config.multiple_of - 1) // config.multiple_of * config.multiple_of
-    casts = 1 if size == 4 else 2                                  # autocast casts what enters w1 and w3 once for each
-    norms = 2 * 4 * d * (1 + trained)                              # x and normed, in float32
-    attention = size * d * (6 + trained)                           # qkv, q and k turned, output; what went in
-    mlp = size * (trained * casts * d + (3 + trained) * h)         # what went in; w1 x, its silu, w3 x; what enters w2
-    return norms + attention + mlp + 2 * d * (config.dropout > 0)  # a byte for each number that dropout may take
-
-
-def text_block_bytes(config, size, length):
-    """The same for one position of a text block, all of it trained, in a prompt of this length."""
-    d, inner, m = config.width, config.n_head * config.head_width, config.mlp_width
-    casts = 2 if size == 4 else 5                                  # what enters q, k, v and wi_0, wi_1
-    norms = 4 * 4 * d                                              # the residual stream is float32 here
-    attention = size * (4 * inner + config.n_head * length)        # the last: a row of weights, or of the position bias
-    return norms + attention + size * (casts * d + 4 * m) + (2 * d + m) * (config.dropout > 0)
-
-
-def activation_bytes(model, tokens, images, size, checkpoint=False, pooled=0):
-    """Bytes that one sample's forward pass leaves for the backward pass, the loss apart.
-
-    With checkpoint a block leaves only what entered it, and while its backward pass runs, what it computes again.
-    """
-    vision, text, decoder = model.config.vision, model.config.text, model.config.decoder
-    learns = {part: any(p.requires_grad for p in model.get_submodule(part).parameters()) for part in PARTS}
-    decoder_block = decoder_block_bytes(decoder, size, next(model.decoder.blocks.parameters()).requires_grad)
-    length = tokens + decoder.n_code - 1
-
-    def stack(n_layer, block, entering):
-        return block + n_layer * entering if checkpoint else n_layer * block
-
-    total = stack(decoder.n_layer, length * decoder_block, length * size * decoder.width)
-    total += length * (4 * decoder.width // decoder.n_head + 2 * (4 + size) * decoder.width)  # rotations, the last norm, both gathers
-    total += decoder.n_code * size * decoder.width                                       # what enters the output head
-    total += tokens * size * (text.width + 2 * decoder.width)                            # the projector
-    if learns["encoder.connector"] or learns["encoder.text"]:
-        total += stack(text.n_layer, tokens * text_block_bytes(text, size, tokens), tokens * 4 * text.width)
-        total += tokens * 8 * text.width                                                 # the last norm
-        total += images * vision.n_patch * size * (vision.width + 2 * text.width)        # the connector
-    if learns["encoder.vision"]:
-        total += pooled * vision.n_layer * (1 + vision.n_patch) * vision_block_bytes(vision, size)
-    return total
-
-
-def fixed_bytes(model, frozen, size, processes):
-    """{what: bytes} that a GPU holds whatever the micro-batch. frozen: numbers in the tokenizer's weights.
-
-    Weights, gradients and AdamW's two moments are float32; autocast keeps a bfloat16 copy of every matrix that gradients
-    flow through; several processes put gradients into buckets to send them. Muon's one moment is counted as AdamW's two.
-    """
-    counts = {part: sum(p.numel() for p in model.get_submodule(part).parameters()) for part in PARTS}
-    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    first = min((i for i, part in enumerate(PARTS) if any(p.requires_grad for p in model.get_submodule(part).parameters())), default=len(PARTS))
-    copies = sum(counts[part] for part in PARTS[first:]) if size < 4 else 0
-    return {"weights": 4 * (sum(counts.values()) + frozen) + size * copies,
-            "gradients": (8 if processes > 1 else 4) * learning, "optimizer": 8 * learning}
+    def memory(self, count, tokens, images):
+        """Most bytes of tensors that a pass makes: activations, autocast's copies of weights, codes; weights and gradients apart."""
+        peak = PeakMemory()
+        self.step(peak, count, tokens, count * images)
+        return peak.most
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The plan: what a stage needs and costs, before it runs (--dry_run=true)
+# The plan: what a stage needs, before it runs (--dry_run=true)
 # ---------------------------------------------------------------------------------------------------------------
+
+CARDS = (24, 40, 80, 141)          # GiB
+SPARE = 0.06                       # of a card: what CUDA itself takes, and holes between tensors
+UTILISATION = 0.4                  # of a card's peak
+PROBES = (1, 8, 16)                # micro-batches to rehearse: between and beyond them memory grows evenly
 
 
 def dry_run(run, machine, source, text_tokenizer, problems):
@@ -1472,10 +1410,8 @@ def dry_run(run, machine, source, text_tokenizer, problems):
     dtype = machine.dtype if machine.device.type == "cuda" else getattr(torch, run.dtype, torch.bfloat16)
     machine.say(f"a plan, nothing is trained; memory and hours are for GPUs in {str(dtype)[6:]}, {machine.world_size} of them (torchrun sets how many)")
     for name in STAGES if run.stage == "all" else (run.stage,):
-        if name == "tokenizer":
-            plan_tokenizer(run, machine, dtype)
-        else:
-            plan_stage(name, run, machine, dtype, prompt_statistics(name, run, source, text_tokenizer))
+        plan_stage(name, run, machine, dtype, [(1, 0)] if name == "tokenizer" else first_prompts(name, run, source, text_tokenizer))
+    problems += source.check_files(run.vqgan.image_size, run.workers) if run.data else []
     if problems:
         raise ValueError("this run could not start: " + "; ".join(problems))
     machine.say("everything needed is there")
@@ -1512,86 +1448,58 @@ def check_shapes(run, folder, text_tokenizer):
             raise ValueError(f"--{key}.{name}={value}, but {folder} was trained with {stored[name][0]}: leave the key out, or choose another --out")
     if folder.name != "tokenizer":
         sample.check_text_model(folder, text_tokenizer)
+    with torch.device("meta"):
+        model = module(config)
     try:
-        with safe_open(folder / "model.safetensors", "pt") as file:
-            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{folder / 'model.safetensors'}: not a readable weights file ({mentor.first_line(error)})") from None
-    with torch.device("meta"):
-        wanted = {name: tuple(t.shape) for name, t in module(config).state_dict().items()}
-    wrong = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
-    if wrong:
-        raise ValueError(f"{folder / 'model.safetensors'} has {wrong[0]} of shape {stored.get(wrong[0])}, the model wants {wanted.get(wrong[0])}, and {len(wrong) - 1} more differ: make the stage {folder.name} again")
+        mentor.check_fit(model.state_dict(), mentor.read_weights(folder / "model.safetensors"))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}; make the stage {folder.name} again") from None
 
 
-def prompt_statistics(name, run, source, text_tokenizer, count=64):
-    """(mean tokens, most tokens, mean images) of the prompts that a stage draws first; each is checked as in training."""
-    dataset = make_dataset(name, run, parse_mix(name, getattr(run, name).mix), source)
-    collate = Collate(text_tokenizer, run.model.vision.image_size, run.model.image_tokens, run.model.context, run.vqgan.image_size)
-    samples = [dataset[i] for i in range(count)]
-    lengths = [len(collate.encode(s)) for s in samples]
-    return sum(lengths) / count, max(lengths), sum(len(s.images) for s in samples) / count
+def first_prompts(name, run, source, text_tokenizer, count=64):
+    """(tokens, images) of the prompts that a stage draws first."""
+    dataset, collate = make_dataset(name, run, parse_mix(name, getattr(run, name).mix), source), make_collate(run, text_tokenizer)
+    if run.data:
+        prompts = [(entry_prompt(entry), entry.images) for entry in (source[dataset.line(i)] for i in range(count))]
+    else:
+        prompts = [(sample.prompt, len(sample.images)) for sample in map(dataset.__getitem__, range(count))]
+    return [(len(collate.encode(prompt, images)), images) for prompt, images in prompts]
 
 
-def plan_stage(name, run, machine, dtype, statistics):
-    """Print parameters, FLOPs, hours and memory of a stage of Mentor."""
-    (tokens, longest, images), pooled = statistics, int(name == "pretrain")
-    model = meta_mentor(run.model, TRAINED[run.recipe][name])
-    parts, codes = training_flops(model, tokens, images, pooled), run.model.decoder.n_code
-    parts["vqgan"] = vqgan_flops(run.vqgan, encode_only=True)
-    with torch.device("meta"):
-        vqgan = VQGAN(run.vqgan)
-    machine.say(f"{name}: part".ljust(30) + "parameters      trained   TFLOPs a sample")
-    for part, flops in parts.items():
-        module = vqgan.requires_grad_(False) if part == "vqgan" else model.get_submodule(part)
-        counts = [sum(p.numel() for p in module.parameters() if p.requires_grad or both) for both in (True, False)]
-        machine.say(f"    {part:20}" + "".join(f"{count / 1e6:11.2f}M " for count in counts) + f"{flops / 1e12:17.4g}")
-    machine.say(f"{name}: a sample is {tokens:.0f} prompt tokens ({tokens - images * run.model.image_tokens:.0f} of text, {images * run.model.image_tokens:.0f} of {images:.2f} images; at most {longest}) and {codes} codes")
-    plan_hours(name, run, machine, sum(parts.values()))
-    size, processes = dtype.itemsize, machine.world_size
-    fixed = fixed_bytes(model, sum(p.numel() for p in vqgan.parameters()), size, processes)
-    most_images = -(-longest // run.model.image_tokens) - 1 if images else 0
-    each = {recompute: activation_bytes(model, longest, most_images, size, recompute, pooled) for recompute in (False, True)}
-    encoding = 4 * 4 * run.vqgan.ch * run.vqgan.image_size**2      # four float32 images of `ch` channels, to compute the codes
-
-    def activations(micro, recompute):
-        loss = 14 * min(micro * codes * run.model.decoder.codebook_size, LOSS_VALUES)  # logits, their softmax and gradient
-        return max(micro * each[recompute] + loss, micro * encoding)
-
-    plan_memory(name, run, machine, fixed, activations)
-
-
-def plan_tokenizer(run, machine, dtype):
-    """Print parameters, FLOPs, hours and memory of the tokenizer's stage, without LPIPS and discriminator."""
-    with torch.device("meta"):
-        model, image = VQGAN(run.vqgan), torch.empty(1, 3, run.vqgan.image_size, run.vqgan.image_size)
-    flops, count = 3 * vqgan_flops(run.vqgan, encode_only=False), sum(p.numel() for p in model.parameters())
-    machine.say(f"tokenizer: {count / 1e6:.2f}M parameters, all trained; {flops / 1e12:.4g} TFLOPs and {run.vqgan.grid_size**2} codes an image (LPIPS and discriminator not counted)")
-    plan_hours("tokenizer", run, machine, flops)
-    _, saved = saved_bytes(lambda: model.decoder(model.post_quant_conv(model.quant_conv(model.encoder(image)))), model)
-    fixed = {"weights": (4 + dtype.itemsize % 4) * count, "gradients": (4 if machine.world_size == 1 else 8) * count, "optimizer": 8 * count}
-    plan_memory("tokenizer", run, machine, fixed, lambda micro, recompute: micro * saved * dtype.itemsize // 4)
-
-
-def plan_hours(name, run, machine, flops, utilisation=0.4):
-    """Print a stage's steps, its FLOPs in all, and how long they take."""
-    recipe = getattr(run, name)
-    samples = recipe.steps * recipe.global_batch
-    machine.say(f"{name}: {recipe.steps} steps of {recipe.global_batch} are {samples / 1e6:.4g}M samples, {samples * flops:.3g} FLOPs ({flops / 1e12:.4g} TFLOPs each)")
-    hours = {card: samples * flops / (utilisation * peak * 1e12) / 3600 for card, peak in PEAK_TFLOPS.items()}
-    for card in ("A100", "H200"):
-        machine.say(f"{name}: at {utilisation:.0%} of an {card}'s {PEAK_TFLOPS[card]} TFLOPS: {hours[card]:.3g} h on one, {hours[card] / 8:.3g} h on 8")
-
-
-def plan_memory(name, run, machine, fixed, activations):
-    """Print the memory of this micro-batch, and the largest micro-batch that divides the share and fits each card."""
-    share = max(1, getattr(run, name).global_batch // machine.world_size)
+def plan_stage(name, run, machine, dtype, prompts):
+    """Print a stage's parameters, steps, FLOPs, hours and memory, given the (tokens, images) of some of its prompts."""
+    rehearsal, recipe, say = Rehearsal(name, run, dtype), getattr(run, name), lambda *words: machine.say(f"{name}:", *words)
+    share = max(1, recipe.global_batch // machine.world_size)
     micro = run.micro_batch or share
-    amounts = {**fixed, f"activations of {micro}": activations(micro, run.checkpoint)}
-    machine.say(f"{name}: memory a GPU, micro-batch {micro}: {sum(amounts.values()) / 2**30:.1f} GiB = " + " + ".join(f"{b / 2**30:.1f} {what}" for what, b in amounts.items()))
-    for recompute in (False, True) if name != "tokenizer" else (False,):
-        fits = {card: max((m for m in range(1, share + 1) if share % m == 0 and sum(fixed.values()) + activations(m, recompute) <= card * 2**30 * (1 - SPARE)), default=0) for card in CARDS}
-        machine.say(f"{name}: largest micro_batch{' with --checkpoint=true' * recompute}: " + ", ".join(f"{f'{m} in' if m else 'none fits'} {card} GiB" for card, m in fits.items()))
+    describe_stage(name, rehearsal.stage, recipe, machine, micro, share // micro, 0)
+    flops, samples = rehearsal.flops(prompts), recipe.steps * recipe.global_batch
+    tokens, images = (sum(numbers) / len(prompts) for numbers in zip(*prompts))
+    prompt = f"{tokens:.0f} prompt tokens, those of {images:.2f} images among them (at most {max(prompts)[0]}), and " if name != "tokenizer" else ""
+    say(f"a sample is {prompt}{run.vqgan.grid_size**2} codes, {flops / 1e12:.4g} TFLOPs; {samples / 1e6:.4g}M samples are {samples * flops:.3g} FLOPs")
+    for card in ("A100", "H200"):
+        hours = samples * flops / (UTILISATION * PEAK_TFLOPS[card] * 1e12) / 3600
+        say(f"at {UTILISATION:.0%} of an {card}'s {PEAK_TFLOPS[card]} TFLOPS: {hours:.3g} h on one, {hours / 8:.3g} h on 8")
+    for recompute in (False, True)[: 1 + (name != "tokenizer")]:
+        if recompute:
+            recompute_activations(rehearsal.stage.model)
+        fixed, needs = memory_of(rehearsal, machine, max(prompts))
+        if recompute == run.checkpoint or name == "tokenizer":
+            amounts = {**fixed, f"activations of {micro}": needs(micro)}
+            say(f"memory a GPU, micro-batch {micro}: {sum(amounts.values()) / 2**30:.1f} GiB = " + " + ".join(f"{b / 2**30:.1f} {what}" for what, b in amounts.items()))
+        fits = {card: max((m for m in range(1, share + 1) if share % m == 0 and sum(fixed.values()) + needs(m) <= card * 2**30 * (1 - SPARE)), default=0) for card in CARDS}
+        say(f"largest micro_batch{' with --checkpoint=true' * recompute}: " + ", ".join(f"{f'{m} in' if m else 'none fits'} {card} GiB" for card, m in fits.items()))
+
+
+def memory_of(rehearsal, machine, prompt):
+    """({what: bytes} that a GPU holds whatever the micro-batch, a function from micro-batch to the bytes of its pass), for prompts
+    all as long as this one, (tokens, images). Weights, gradients and AdamW's two moments are float32; several processes put
+    gradients into buckets to send them."""
+    learning = sum(p.numel() for _, p in rehearsal.stage.trained())
+    every = sum(p.numel() for module in (rehearsal.stage, *getattr(rehearsal.stage, "vqgan", ())) for p in module.parameters())
+    found = [rehearsal.memory(micro, *prompt) for micro in PROBES]
+    each = (found[-1] - found[-2]) / (PROBES[-1] - PROBES[-2])
+    return ({"weights": 4 * every, "gradients": (4 if machine.world_size == 1 else 8) * learning, "optimizer": 8 * learning},
+            lambda micro: float(np.interp(micro, PROBES, found)) + each * max(0, micro - PROBES[-1]))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1816,7 +1724,7 @@ def bench(run, machine, source, text_tokenizer):
         return step
 
     plain, compiled = new(), new()
-    collate = Collate(text_tokenizer, run.model.vision.image_size, run.model.image_tokens, run.model.context, run.vqgan.image_size)
+    collate = make_collate(run, text_tokenizer)
     dataset = make_dataset("instruct", run, plain.mix, source)
     batch = collate([dataset[i] for i in range(micro)]).to(device)
     wide, codes = widen(batch, run.model.context), plain.vqgan[0].encode(batch.targets)
@@ -1832,7 +1740,7 @@ def bench(run, machine, source, text_tokenizer):
 
     copied, multiplied = sample.measure_limits(device, machine.dtype)
     tokens, images = batch.lengths.float().mean().item(), len(batch.pixels) / micro
-    flops = sum(training_flops(plain.model, tokens, images).values())
+    flops = Rehearsal("instruct", replace(run, cache_codes=True), machine.dtype).flops([(tokens, images)] * 8)
     print(f"steps of {micro} samples: {tokens:.0f} prompt tokens (longest {batch.text_ids.shape[1]}, window {run.model.context}), {codes.shape[1]} codes, {flops / 1e9:.3g} GFLOPs each; "
           f"{torch.get_num_threads()} threads; {torch.cuda.get_device_name() if device.type == 'cuda' else device} copies {copied / 1e9:.3g} GB/s and multiplies {multiplied / 1e12:.3g} TFLOPS")
     rows = []
@@ -1901,10 +1809,7 @@ def main(arguments):
         raise ValueError(f"--dry_run=true plans the training of stages; it has nothing for --stage={run.stage}: leave one of them out")
     if run.stage in ("import", "export"):
         return import_released(run, machine) if run.stage == "import" else export_released(run, machine)
-    source = open_source(run, machine)
-    spiece = Path(run.out) / "spiece.model"
-    text_tokenizer = TextTokenizer.from_file(spiece) if spiece.is_file() else source.text_tokenizer()
-    check_vocabulary(text_tokenizer, run)
+    source, text_tokenizer = open_source(run, machine)
     check_words(text_tokenizer, run, source, machine)
     if run.bench:
         return bench(run, machine, source, text_tokenizer)

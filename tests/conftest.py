@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train  # noqa: E402
 from data import TASKS, Collate, Shapes, WorldDataset  # noqa: E402
-from mentor import ConnectorConfig, DecoderConfig, Mentor, MentorConfig, TextConfig, VisionConfig  # noqa: E402
+from mentor import ConnectorConfig, DecoderConfig, Mentor, MentorConfig, TextConfig, VisionConfig, check_fit, released_parameters  # noqa: E402
 
 torch.set_num_threads(1)  # tensors this small are slower on two, and much slower where other work runs
 train.VALIDATION = 8
@@ -43,6 +43,15 @@ def randomize(model, std=0.2):
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator) * std)
     return model
+
+
+def load_released(model, tensors, fresh=()):
+    """Copy tensors with released names into a Mentor; names that start with one of `fresh` may be missing."""
+    parameters = released_parameters(model)
+    check_fit(parameters, tensors, fresh)
+    with torch.no_grad():
+        for n, tensor in tensors.items():
+            parameters[n].copy_(tensor)
 
 
 @pytest.fixture(params=["mlp", "query"])

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
+from conftest import load_released
 from data import Batch, TextTokenizer, center_crop, vision_pixels
-from mentor import (DecoderConfig, Mentor, MentorConfig, SamplingConfig, TextConfig, VisionConfig, load_released,
-                    relative_position_bucket, released_parameters, released_tensors)
+from mentor import DecoderConfig, Mentor, MentorConfig, SamplingConfig, TextConfig, VisionConfig, relative_position_bucket, released_parameters, released_tensors
 from sample import filter_logits, generate, guide
 from tokenizer import VQGAN, TokenizerConfig
 
@@ -76,7 +76,7 @@ def end_to_end():
         text=TextConfig(vocab_size=100, width=32, n_layer=2, n_head=4, head_width=8, mlp_width=64, dropout=0.0),
         decoder=DecoderConfig(codebook_size=64, grid_size=8, width=64, n_layer=3, n_head=4, dropout=0.0), context=48)
     model = Mentor(config)
-    load_released(released_parameters(model), {n: w for n, w in golden.weights().items() if "embed_tokens" not in n})
+    load_released(model, {n: w for n, w in golden.weights().items() if "embed_tokens" not in n})
     ids, mask, images = golden["in.input_ids"], golden["in.attention_mask"], golden["in.img_mask"].bool()
     return golden, model, prompts(ids, mask, golden["in.pixel_values"][images])
 
@@ -120,7 +120,7 @@ def test_joint_model_generation(scale, name, atol):
 def test_encoder_without_images():
     golden, (_, model, batch) = Golden("encoder"), end_to_end()
     own = {n: w for n, w in golden.weights().items() if "embed_tokens" not in n}
-    load_released(released_parameters(model), {"multimodal_encoder." + n: w for n, w in own.items()}, fresh=NOT_ENCODER)
+    load_released(model, {"multimodal_encoder." + n: w for n, w in own.items()}, fresh=NOT_ENCODER)
     ids, mask = golden["in.text_only.input_ids"], golden["in.text_only.attention_mask"]
     hidden = model.encoder(prompts(ids, mask, batch.pixels[:0]))
     close(hidden[mask.bool()], golden["out.text_only.last_hidden_state"][mask.bool()], 5e-5)
@@ -135,7 +135,7 @@ def test_relative_position_buckets():
 @pytest.mark.parametrize("folder", ["hf_clip", "hf_clip_v4", "hf_clip_full"])
 def test_clip_from_hub_folders(folder):
     golden, (_, model, _) = Golden("hf_clip_io"), end_to_end()
-    load_released(released_parameters(model), released_tensors("clip", find(folder)), fresh=(*NOT_ENCODER, "multimodal_encoder.language"))
+    load_released(model, released_tensors("clip", find(folder)), fresh=(*NOT_ENCODER, "multimodal_encoder.language"))
     close(model.encoder.vision(golden["in.pixel_values"]), golden["out.hidden_states.2"][:, 1:], 3e-5)
     close(model.encoder.vision.pool(golden["in.pixel_values"]), golden["out.pooler_output"], 3e-5)
 
@@ -143,7 +143,7 @@ def test_clip_from_hub_folders(folder):
 @pytest.mark.parametrize("folder", ["hf_t5", "hf_t5_sharded", "hf_t5_full_sharded"])
 def test_t5_from_hub_folders_at_distances_beyond_the_buckets(folder):
     golden, (_, model, _) = Golden("hf_t5_io"), end_to_end()
-    load_released(released_parameters(model), released_tensors("t5", find(folder)), fresh=(*NOT_ENCODER, "multimodal_encoder.vision", "multimodal_encoder.language_projection"))
+    load_released(model, released_tensors("t5", find(folder)), fresh=(*NOT_ENCODER, "multimodal_encoder.vision", "multimodal_encoder.language_projection"))
     text, mask = model.encoder.text.eval(), golden["in.attention_mask"].bool()
     close(text(text.embedding(golden["in.input_ids"]), mask)[mask], golden["out.last_hidden_state"][mask], 5e-5)
     close(text(golden["in.inputs_embeds"], mask)[mask], golden["out.inputs_embeds.last_hidden_state"][mask], 5e-5)
@@ -184,7 +184,7 @@ def test_decoder_with_a_left_padded_prefix(variant, prefix_rotation):
                           text=TextConfig(vocab_size=8, width=32, n_layer=1, n_head=1, mlp_width=32),
                           decoder=DecoderConfig(codebook_size=64, grid_size=8, width=64, n_layer=3, n_head=4, dropout=0.0, prefix_rotation=prefix_rotation), context=12)
     model = Mentor(config)
-    load_released(released_parameters(model), golden.weights(), fresh=("multimodal_encoder",))
+    load_released(model, golden.weights(), fresh=("multimodal_encoder",))
     lengths, codes = golden["in.emb_masks"].sum(1), golden["in.idx"]
     hidden = torch.stack([F.pad(c[12 - n :], (0, 0, 0, 12 - n)) for c, n in zip(golden["in.cond"], lengths.tolist())])
     logits = model.next_code_logits(model.projector(hidden, lengths, torch.zeros(3, dtype=torch.bool)), lengths, codes)

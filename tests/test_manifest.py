@@ -1,6 +1,7 @@
 """Manifests and folders of one's own pictures: every task's target, the order of lines, messages, and a run on them."""
 
 import json
+import random
 import subprocess
 import sys
 import time
@@ -201,7 +202,7 @@ def test_a_few_pictures_are_held_out_with_all_their_lines(folder):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 17, 64, 1000])
 def test_shuffled_is_a_permutation(count):
-    assert sorted(shuffled(i, count, "key") for i in range(count)) == list(range(count))
+    assert sorted(shuffled(count, "key")) == list(range(count)) and (count < 17 or (shuffled(count, "key") != shuffled(count, "another key")).any())
 
 
 def test_a_mix_gives_tasks_their_shares_and_lines_their_turns(folder):
@@ -286,6 +287,69 @@ def test_a_long_manifest_opens_fast(folder):
     assert {dataset.manifest[dataset.line(i)].task for i in range(1000)} == {"segmentation"}
     assert time.process_time() - started < 1
     assert lines.places.nbytes + sum(t.nbytes for t in lines.tasks.values()) <= 24 * len(lines)
+
+
+def test_pieces_and_processes_change_nothing(folder, monkeypatch):
+    path = write(folder, (ALL + [{"image_path": "blue.png"}]) * 20)
+    path.write_text(path.read_text().replace("\n", "\n\n \n", 5))
+    monkeypatch.setattr(Manifest, "PIECE", 777)
+    whole, pieces = Manifest(path, quiet=True), Manifest(path, workers=2, quiet=True)
+    monkeypatch.setattr(Manifest, "PIECE", 2**22)
+    once = Manifest(path, quiet=True)
+    for other in (whole, pieces):
+        assert (other.places == once.places).all() and (other.images == once.images).all() and (other.most_tokens == once.most_tokens).all()
+        assert all((other.tasks[task] == once.tasks[task]).all() for task in data.TASKS) and other[77] == once[77]
+    assert whole.digest == pieces.digest and once.places[-1][1] == 150
+    path.write_text(path.read_text().replace("blue.png", "lost.png") + "oops")
+    monkeypatch.setattr(Manifest, "PIECE", 777)
+    with pytest.raises(ValueError, match="m.jsonl line 15: image_path='lost.png'"):
+        Manifest(path, workers=2, quiet=True)
+    assert [int(message.split("line ")[1].split(":")[0]) for message in Manifest(path, workers=2, skip_bad=True, quiet=True).bad][-2:] == [150, 151]
+
+
+def test_no_prompt_has_more_tokens_than_its_bound(text_tokenizer):
+    golden = Path(__file__).parent / "golden" / "tokenizer" / "spiece.model"
+    rng, letters = random.Random(0), "abc de.,<>()\n 019" * 4 + "é½ﬃ㍿…①ーアﷺ\u3000"
+    for tokenizer in (text_tokenizer, TextTokenizer.from_file(golden)):
+        for _ in range(300):
+            text = "".join(rng.choices([*letters, "<image>", "</s>"], k=rng.randrange(40)))
+            assert len(tokenizer.encode(text)) - text.count("<image>") <= data.most_tokens(text), text
+
+
+def test_prompts_too_long_are_found_at_the_start(folder):
+    words = "red box on green".split()
+    fits, long = (" ".join(words * 9)[:count] for count in (60, 90))
+    records = [{**T2I, "input_text": fits}, {**SUBJECT, "input_text": fits}, {**SUBJECT, "input_text": long}, {**RECONSTRUCTION, "input_text": long}, {**SEGMENTATION, "input_text": long}]
+    tokenizer = manifest(folder, records).text_tokenizer()
+    most = len(tokenizer.encode(f"The box in <image>.\n{fits}", 16))
+    with pytest.raises(ValueError, match=f"m.jsonl line 3: the prompt takes .* tokens, 16 of them for 1 images, but the model reads at most {most}"):
+        manifest(folder, records).check_prompts(Collate(tokenizer, 32, 16, most, 32))
+    kept = manifest(folder, records, skip_bad=True)
+    kept.check_prompts(Collate(tokenizer, 32, 16, most, 32))
+    assert [message.split(": ")[0][-6:] for message in kept.bad] == ["line 3", "line 4"]  # segmentation does not say the caption
+    assert {task: lines.tolist() for task, lines in kept.tasks.items()} == {"text_to_image": [0], "subject_driven": [1], "segmentation": [4]}
+    with pytest.raises(ValueError, match="line 2: the prompt takes"):
+        manifest(folder, records).check_prompts(Collate(tokenizer, 32, 16, most - 1, 32))
+
+
+def test_a_dry_run_opens_every_file(pictures, tmp_path):
+    (pictures / "cat.png").write_text("no picture")
+    save(pictures / "dog.mask.png", picture(BLACK, color=BLACK))
+    with pytest.raises(ValueError, match=r"(?s)could not start: .*line 1: .*cat.png: not a readable image.*line 2: .*cat.png.*line 5: .*mask is all black.*line 6"):
+        train.main(["tiny", *SMALL, "--stage=tokenizer", "--dry_run=true", f"--data={pictures}", f"--out={tmp_path}/out"])
+    (pictures / "cat.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="line 1: image_path='cat.png': it is empty"):
+        train.main(["tiny", *SMALL, "--stage=tokenizer", f"--data={pictures}", f"--out={tmp_path}/out"])
+
+
+def test_a_run_says_at_the_start_that_a_prompt_is_too_long(folder, capsys):
+    path = write(folder, [T2I, {**T2I, "input_text": "a red box on green " * 30}])
+    arguments = ["tiny", *SMALL, "--stage=pretrain", f"--data={path}", f"--out={folder}/out"]
+    with pytest.raises(ValueError, match="m.jsonl line 2: the prompt takes 151 tokens, but the model reads at most 96"):
+        train.main(arguments)
+    with pytest.raises(ValueError, match="tokenizer"):  # goes on, to find that the stage before is missing
+        train.main([*arguments, "--skip_bad=true"])
+    assert "left out 1 of 2 lines of" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -443,7 +507,7 @@ def test_a_run_lists_the_lines_it_leaves_out(folder, capsys):
         train.main(["tiny", *SMALL, "--stage=tokenizer", f"--data={path}", f"--out={folder}/out"])
     train.main(["tiny", *SMALL, "--stage=tokenizer", f"--data={path}", f"--out={folder}/out", "--skip_bad=true"])
     said = capsys.readouterr().out
-    assert "left out: " in said and "line 2: image_path='lost.png'" in said and "left out 1 of 3 lines" in said
+    assert "left out: " in said and "line 2: image_path='lost.png'" in said and "left out 1 of 3 lines of" in said
 
 
 def test_cached_codes_are_the_tokenizers_and_change_nothing(pictures, tmp_path, monkeypatch):

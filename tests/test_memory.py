@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
@@ -14,6 +15,19 @@ from sample import generate
 from tokenizer import VQGAN, TokenizerConfig
 
 CPU = train.Machine(0, 1, torch.device("cpu"), torch.float32)
+
+
+def saved_bytes(function, module):
+    """(what function() returns, bytes that autograd holds for its backward pass), each storage once, the module's own left out."""
+    own, storages = {p.untyped_storage()._cdata for p in (*module.parameters(), *module.buffers())}, {}
+
+    def note(tensor):
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        result = function()
+    return result, sum(storage.nbytes() for key, storage in storages.items() if key not in own)
 
 
 def dropping(text_tokenizer):
@@ -30,7 +44,7 @@ def step(text_tokenizer, make_batch, checkpoint):
     stage = train.MentorStage("instruct", run, CPU, randomize(Mentor(run.model)), vqgan).train()
     batch = make_batch(run.model, 6)
     torch.manual_seed(1)
-    (loss, logs), saved = train.saved_bytes(lambda: stage(batch, 0), stage)
+    (loss, logs), saved = saved_bytes(lambda: stage(batch, 0), stage)
     loss.backward()
     return {n: p.grad for n, p in stage.trained()}, saved, logs
 
@@ -58,7 +72,7 @@ def losses_and_gradients(limit, monkeypatch):
     head, hidden, codes = torch.nn.Linear(16, 96, bias=False), torch.randn(3, 50, 16, requires_grad=True), torch.randint(96, (3, 50))
     largest = []
     head.register_forward_hook(lambda module, inputs, output: largest.append(output.numel()))
-    losses, saved = train.saved_bytes(lambda: train.next_code_losses(head, hidden, codes), head)
+    losses, saved = saved_bytes(lambda: train.next_code_losses(head, hidden, codes), head)
     (losses * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
     return losses.detach(), (hidden.grad, head.weight.grad), saved, max(largest)
 

@@ -145,6 +145,28 @@ def test_dreambench_is_written_as_its_scorer_reads_it(out, tmp_path):
         sample.main([str(out), f"--dreambench={tmp_path}/drawn"])
 
 
+def test_the_first_dreambench_is_drawn_in_the_same_layout(out, tmp_path):
+    prompts = "'a {0} {1} at the %s'.format(unique_token, class_token)"
+    (tmp_path / "prompts_and_classes.txt").write_text("\n".join([
+        "Classes\n\nsubject_name,class\nstar_toy,big star\ncat2,cat\n\nPrompts\n\nObject Prompts\n\nprompt_list = [", prompts % "left" + ",", prompts % "right", "]\n",
+        "Live Subject Prompts\n\nprompt_list = [", prompts % "top", "]\n"]))
+    for name in ("star_toy/02", "star_toy/00", "cat2/03"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((50, 70 + int(name[-1]), 3), 90, np.uint8)).save(tmp_path / f"{name}.jpg")
+    assert [(s[0], s[1].name, *s[2:]) for s in sample.dreambench_subjects(tmp_path)] == [
+        ("star_toy", "00.jpg", "big star", ["a big star at the left", "a big star at the right"]), ("cat2", "03.jpg", "cat", ["a cat at the top"])]
+    with pytest.raises(ValueError, match="'cat'"):
+        sample.main([str(out), f"--dreambench={tmp_path}"])
+    (tmp_path / "prompts_and_classes.txt").write_text((tmp_path / "prompts_and_classes.txt").read_text().replace("cat2,cat\n", ""))
+    sample.main([str(out), f"--dreambench={tmp_path}", f"--out={tmp_path}/drawn"])
+    assert {p.relative_to(tmp_path / "drawn").as_posix() for p in (tmp_path / "drawn").rglob("*.*")} == {
+        f"{kind}/star_toy/{i}_0.{end}" for i in (0, 1) for kind, end in (("src_image", "jpg"), ("text", "txt"), ("tgt_image", "jpg"))}
+    (tmp_path / "star_toy" / "00.jpg").unlink()
+    (tmp_path / "star_toy" / "02.jpg").unlink()
+    with pytest.raises(ValueError, match="prompts_and_classes.txt: there is no picture in .*star_toy"):
+        sample.main([str(out), f"--dreambench={tmp_path}"])
+
+
 def test_the_same_seed_draws_the_same_picture(out):
     pipeline = sample.Pipeline.open(out, "cpu")
     prompt = Sample("", "A big red star at the top on a green background", [], [], None, None)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import tokenizer
 from tokenizer import PRESETS, VQGAN, CodebookUsage, PatchDiscriminator, TokenizerConfig, VectorQuantizer, adaptive_weight, hinge_d_loss
 
 SMALL = TokenizerConfig(image_size=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, norm_groups=4, z_channels=16, codebook_size=32)
@@ -17,6 +18,15 @@ def test_shapes_and_a_stable_round_trip():
     assert reconstruction.shape == images.shape and codes.shape == (3, 8, 8)
     assert torch.equal(model.encode(images), codes.flatten(1))
     torch.testing.assert_close(model.decode(codes.flatten(1)), reconstruction, atol=1e-5, rtol=1e-5)
+
+
+def test_many_pictures_are_encoded_a_few_at_a_time(monkeypatch):
+    torch.manual_seed(0)
+    model, images, counts = VQGAN(SMALL).eval(), torch.rand(5, 3, 16, 16) * 2 - 1, []
+    whole = model.encode(images)
+    model.encoder.register_forward_pre_hook(lambda module, inputs: counts.append(len(inputs[0])))
+    monkeypatch.setattr(tokenizer, "PIXELS_AT_ONCE", 2 * 16 * 16 + 1)
+    assert torch.equal(model.encode(images), whole) and counts == [2, 2, 1]
 
 
 def test_the_nearest_code_is_chosen():
