@@ -657,7 +657,7 @@ def open_source(run, machine):
         for message in manifest.bad:
             machine.say(f"left out: {message}")
         if manifest.bad:
-            machine.say(f"left out {len(manifest.bad)} of {len(manifest.bad) + len(manifest)} lines of {manifest.path}")
+            machine.say(f"left out {len(manifest.bad)} of {len(manifest.bad) + sum(len(lines) for tasks in (manifest.tasks, manifest.held_out) for lines in tasks.values())} lines of {manifest.path}")
     machine.say(f"data: {', '.join(f'{task} {len(lines)}' for task, lines in source.tasks.items())} lines of {run.data}; "
                 + (f"{source.held.sum()} more are held out for validation" if source.held.any() else "none is held out for validation: too few pictures"))
     for stage in STAGES[1:] if run.stage == "all" else {run.stage} - {"tokenizer"}:
