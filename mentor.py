@@ -904,7 +904,7 @@ def read_pickle(path, **options):
         if broken:
             raise ValueError(f"{broken} in it is damaged")
         return torch.load(path, weights_only=True, map_location="cpu", **options)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not a readable file of torch.save ({first_line(error)})") from None
 
 

@@ -142,7 +142,7 @@ def test_wrong_prompts_are_refused_with_a_reason(world, text_tokenizer):
     image = np.zeros((32, 32, 3), np.uint8)
 
     def encode(prompt, images):
-        return collate.encode(data.Sample("", prompt, images, [], None, None))
+        return collate.encode(prompt, len(images))
 
     with pytest.raises(ValueError, match="0 <image> placeholders, but 1 images"):
         encode("The star", [image])

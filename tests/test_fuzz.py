@@ -150,7 +150,7 @@ def opened(folder, text_tokenizer):  # noqa: F811
 
     def open_manifest(lines, skip_bad=False):
         (folder / "m.jsonl").write_bytes(lines)
-        manifest = train.open_source(train.replace(run, skip_bad=skip_bad), CPU)
+        manifest = train.open_source(train.replace(run, skip_bad=skip_bad), CPU)[0]
         dataset = ManifestDataset(manifest, None, 0, 32)
         collate([dataset[i] for i in range(len(manifest))])
         return manifest

@@ -223,7 +223,7 @@ def test_published_recipe_is_the_default_of_full():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["tinny"], "tiny, small, base, full; got 'tinny'"),
+    (["tinny"], "tiny, small, base, full, multi; got 'tinny'"),
     (["tiny", "--sede=1"], "--sede=1: no such key; the nearest is --seed=0"),
     (["tiny", "--seed"], "--seed: want --key=value"),
     (["tiny", "--seed=abc"], "--seed=abc: not of type int; the default is 0"),

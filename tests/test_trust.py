@@ -241,7 +241,7 @@ def test_the_first_number_that_is_not_finite_stops_the_run_and_is_never_saved(tr
 
 
 def test_where_looking_costs_time_the_first_bad_step_is_still_the_one_named(tmp_path):
-    log = train.Log(tmp_path, "align", train.StageConfig(steps=100_000), 0, CPU, None)
+    log = train.Log(tmp_path, "align", train.replace(train.PRESETS["tiny"], align=train.StageConfig(steps=100_000)), 0, CPU)
     log.machine = SimpleNamespace(main=False, device=torch.device("cuda"))  # looked at when a line is due
     for step, (loss, norm) in enumerate([(1.0, 1.0), (2.0, float("inf")), (float("nan"), 1.0), (1.0, 1.0)]):
         log.step(step, torch.tensor(loss), torch.tensor(norm), 0.1 * (step + 1), {f"task{step}"})
