@@ -990,7 +990,7 @@ def some_background(manifest, entry, size, rng):
         other = others[line]
         if not others.held[line] and (others.root, other.picture) != (manifest.root, entry.picture):
             return center_crop(others.load(other.picture), size)
-    raise ValueError(f"{others.path} has no other picture than {entry.picture} to put behind the {entry.labels[0]}; give --backgrounds a manifest or folder with more")
+    raise ValueError(f"{others.path} has no other picture than {entry.picture} to put behind the {entry.labels[0]!r}; give --backgrounds a manifest or folder with more")
 
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
