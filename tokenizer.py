@@ -340,7 +340,7 @@ class LPIPS(nn.Module):
                 raise ValueError(f"lpips={folder}: {file} is missing; give a folder with torchvision's vgg16-397923af.pth and LPIPS v0.1's vgg.pth, or leave lpips empty")
             try:
                 loaded.append(torch.load(file, map_location="cpu", weights_only=True))
-            except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, pickle.UnpicklingError, EOFError) as error:
                 raise ValueError(f"lpips={folder}: {file} is broken ({first_line(error)}): get it again") from None
         vgg, heads = loaded
         self.blocks, index, before = nn.ModuleList(), 0, 3

@@ -1,5 +1,6 @@
 """Speed that changes no result: each fast way against the plain one, and what a GPU must not be made to wait for."""
 
+import os
 import time
 from dataclasses import replace
 
@@ -115,6 +116,7 @@ def test_a_batch_knows_how_to_be_pinned(text_tokenizer, make_batch, monkeypatch)
     assert isinstance(same, Batch) and len(pinned) == sum(torch.is_tensor(v) for v in vars(batch).values()) > 6 and same.tasks == batch.tasks
 
 
+@pytest.mark.skipif(not os.environ.get("MENTOR_FULL_SIZE"), reason="MENTOR_FULL_SIZE=1 compiles: half a minute")
 def test_compiled_blocks_share_one_program_and_give_the_same_gradients(text_tokenizer, make_batch, monkeypatch, capsys):
     torch._dynamo.reset()
     count, real = CompileCounterWithBackend("aot_eager"), torch.compile

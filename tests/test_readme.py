@@ -54,6 +54,7 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "train.py").write_text(f"import sys\nsys.path[0] = {str(ROOT)!r}\nimport train\ntrain.sample.score = lambda *arguments: None\ntrain.cli()\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "PROMPTS", 4)
+    monkeypatch.setattr(train, "compile_blocks", lambda model, machine: False)  # most of a minute
     monkeypatch.setattr(sample, "FEWER_PROMPTS", 2)
     return tmp_path
 
