@@ -638,22 +638,6 @@ def in_context(world, rng, held_out=False, new_rule=False):
 TASKS = {f.__name__: f for f in (text_to_image, reconstruction, segmentation, recovery, subject_driven, multi_image, in_context)}
 
 
-def collage(world, rng, held_out=False):
-    """Not a task of Mentor's but food for the tokenizer: a rectangle of one scene on another, along whole cells.
-
-    Where anything may lie next to anything, a code had better say what its own cell shows rather than hint at its
-    neighbours; such codes are easier to predict.
-    """
-    scene = some_scene(world, rng, held_out)
-    picture, other, cell = world.draw(scene), world.draw(some_scene(world, rng, held_out)), world.image_size // 8
-    (top, bottom), (left, right) = (sorted(rng.sample(range(9), 2)) for _ in range(2))
-    window = np.s_[top * cell : bottom * cell, left * cell : right * cell]
-    picture[window] = other[window]
-    return Sample("collage", "", [], [], picture, scene)
-
-
-SAMPLERS = {**TASKS, "collage": collage}
-
 # ---------------------------------------------------------------------------------------------------------------
 # Manifests: the same tasks from picture files, one JSON line a sample
 # ---------------------------------------------------------------------------------------------------------------
@@ -1051,7 +1035,7 @@ class WorldDataset(torch.utils.data.Dataset):
     count = float("inf")  # different samples
 
     def __init__(self, world, mix, seed, held_out=False, prefix_drop=0.0):
-        """mix: {name in SAMPLERS: share}, any positive numbers; held_out: of the subjects kept out of training; prefix_drop:
+        """mix: {name in TASKS: share}, any positive numbers; held_out: of the subjects kept out of training; prefix_drop:
         probability that a sample goes without its prompt."""
         self.world, self.seed, self.held_out, self.prefix_drop = world, seed, held_out, prefix_drop
         self.tasks, self.shares = list(mix), list(mix.values())
@@ -1060,7 +1044,7 @@ class WorldDataset(torch.utils.data.Dataset):
         rng = random.Random(f"{self.seed} {index}")
         task, = rng.choices(self.tasks, self.shares)
         unconditional = rng.random() < self.prefix_drop
-        sample = SAMPLERS[task](self.world, rng, self.held_out)
+        sample = TASKS[task](self.world, rng, self.held_out)
         return replace(sample, unconditional=unconditional, chance=rng.getrandbits(63))
 
 

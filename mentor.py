@@ -183,7 +183,7 @@ PRESETS = {
         vision=VisionConfig(image_size=32, patch_size=8, width=128, n_layer=2, n_head=4, mlp_width=256),
         connector=ConnectorConfig(n_query=8, width=96, n_layer=2, n_head=4),
         text=TextConfig(vocab_size=2048, width=128, n_layer=2, n_head=4, head_width=32, mlp_width=256, dropout=0.0),
-        decoder=DecoderConfig(codebook_size=512, grid_size=8, width=96, n_layer=4, n_head=4, multiple_of=32, dropout=0.0),
+        decoder=DecoderConfig(codebook_size=256, grid_size=8, width=96, n_layer=4, n_head=4, multiple_of=32, dropout=0.0),
         sampling=SamplingConfig(cfg_scale=2.0, temperature=0.6),
         context=96),
     # 64-pixel worlds: one GPU, half an hour
@@ -819,6 +819,14 @@ def init_weights(model):
             if isinstance(linear, nn.Linear):
                 scale = text.config.head_width**-0.5 if name == "q" else 1.0
                 nn.init.normal_(linear.weight, std=scale * linear.in_features**-0.5)
+
+
+@torch.no_grad()
+def start_from_codebook(decoder, codebook):
+    """Draw a new decoder's table of codes and output head along the tokenizer's codebook (V, C), whose rows have length 1:
+    codes that look alike start alike, and what is learnt of one holds for its neighbours."""
+    for weight, std in ((decoder.code_embedding.weight, 0.1), (decoder.output.weight, 0.05)):
+        weight.copy_(std * codebook @ torch.randn(codebook.shape[1], weight.shape[1], device=codebook.device))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ encoder and decoder of taming-transformers' VQGAN (arXiv 2012.09841) around a co
 L2-normalised vectors. Parameters carry the released names, so `vq_ds16_t2i.pt` fits name for name.
 
 Read in order: TokenizerConfig and PRESETS, the blocks, Encoder, VectorQuantizer, PixelDecoder, VQGAN; then
-what only its training needs: PatchDiscriminator, LPIPS, the losses and CodebookUsage.
+what only its training needs: PatchDiscriminator, LPIPS, the losses, collages, and CodebookUsage and where its codes start.
 """
 
 import pickle
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,7 @@ class TokenizerConfig:
 
 
 PRESETS = {
-    "tiny": dict(image_size=32, ch=16, ch_mult=(1, 2, 2), num_res_blocks=1, norm_groups=8, z_channels=64, codebook_size=512),
+    "tiny": dict(image_size=32, ch=16, ch_mult=(1, 2, 2), num_res_blocks=1, norm_groups=1, z_channels=64, codebook_size=256),
     "small": dict(image_size=64, ch=64, ch_mult=(1, 2, 2), num_res_blocks=2, norm_groups=32, z_channels=128, codebook_size=2048),
     "base": dict(image_size=256, ch=128, ch_mult=(1, 1, 2, 2, 4), codebook_size=8192),
     "full": dict(),
@@ -67,6 +68,13 @@ PRESETS = {
 def normalize(channels, groups):
     """The GroupNorm used everywhere in the VQGAN (eps 1e-6, not PyTorch's 1e-5)."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+def start_silent(conv):
+    """Make the last layer of a residual branch zero: a new VQGAN is plain local convolutions, and what its blocks add, normalised
+    over the whole picture or attending to it, has to earn its place. A code then says more about its own cell."""
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
 
 
 class ResnetBlock(nn.Module):
@@ -80,6 +88,7 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        start_silent(self.conv2)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -98,6 +107,7 @@ class AttnBlock(nn.Module):
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
+        start_silent(self.proj_out)
 
     def forward(self, x):
         h = self.norm(x)
@@ -381,8 +391,50 @@ def adaptive_weight(reconstruction_loss, generator_loss, last_layer, limit=1e4):
     return (reconstruction_grad.norm() / (generator_grad.norm() + 1e-4)).clamp(0, limit).detach()
 
 
+def collages(targets, cells, step):
+    """Every second picture becomes a collage: its own content in some cells, that of the picture before it in the others.
+
+    targets (B, 3, S, S), `cells` a side. Which cells, a window or all but one, hangs on `step` alone. Returns the new targets
+    and `kept` (cells, cells) bool: where a collage shows the picture before it.
+    """
+    rng = random.Random(step)
+    (top, bottom), (left, right) = (sorted(rng.sample(range(cells + 1), 2)) for _ in "yx")
+    kept = torch.full((cells, cells), rng.random() < 0.5)
+    kept[top:bottom, left:right] ^= True
+    kept = kept.to(targets.device)
+    pixels, pairs = kept.repeat_interleave(targets.shape[-1] // cells, 0).repeat_interleave(targets.shape[-1] // cells, 1), len(targets) // 2 * 2
+    targets = targets.clone()
+    targets[1:pairs:2] = torch.where(pixels, targets[:pairs:2], targets[1:pairs:2])
+    return targets, kept
+
+
+def consistency_loss(z, kept):
+    """How far a cell's encoder output z (B, C, h, w) moves when other things lie around it: mean square over the kept cells of
+    pictures and collages, as `collages` paired them, on the unit sphere where codes are chosen."""
+    z = F.normalize(z.float(), dim=1)
+    before, after = z[: len(z) // 2 * 2 : 2], z[1::2]
+    return ((before - after).square().mean(1) * kept).sum() / (kept.sum() * len(after)).clamp(min=1)
+
+
+def spread_codes(z, size, generator):
+    """`size` codes (size, C) for encoder outputs z (M, C): k-means++ (Arthur and Vassilvitskii, 2007), then one step of k-means.
+
+    Each next centre is drawn from z, outputs far from all centres so far being likelier. k-means++ weighs them by their squared
+    distance; its 16th power here puts a rare sight before one more shade of a common one. Codes that mean the same are
+    a choice which nothing in the picture explains, and all of that the image decoder would have to guess.
+    """
+    z = F.normalize(z.float(), dim=-1)
+    centers, distance = z[:1], torch.full_like(z[:, 0], torch.inf)
+    while len(centers) < size:
+        distance = torch.minimum(distance, (z - centers[-1]).square().sum(-1))
+        weights = (distance / distance.max().clamp(min=1e-9)) ** 8 + 1e-30               # 1e-30: all outputs may be centres
+        centers = torch.cat([centers, z[torch.multinomial(weights, 1, generator=generator)]])
+    nearest = VectorQuantizer.nearest(z, centers)
+    return F.normalize(torch.zeros_like(centers).index_add_(0, nearest, z), dim=-1)
+
+
 class CodebookUsage:
-    """How often each code was chosen since the last restart of dead codes.
+    """How often each code was chosen since the codes were last placed.
 
     Counted over a window of steps: the perplexity of one batch says more about the batch than about the codebook.
     """
@@ -406,18 +458,3 @@ class CodebookUsage:
     def reset(self):
         """Start a new window."""
         self.counts.zero_()
-
-    @torch.no_grad()
-    def restart_dead(self, quantizer, z, generator):
-        """Move every code the window never chose onto an encoder output of z (M, C); returns how many moved.
-
-        Outputs far from their code are likelier, as k-means++ seeds its centres: restarting evenly would crowd the
-        common outputs with codes that mean the same. The same z and generator state on every rank keep ranks equal.
-        """
-        dead = (self.counts == 0).nonzero().flatten()
-        z, codebook = F.normalize(z.float(), dim=-1), quantizer.codebook()
-        error = (z - codebook[quantizer.nearest(z, codebook)]).square().sum(-1)
-        noise = torch.empty(len(z)).exponential_(generator=generator).to(z.device)
-        rows = (error / noise).topk(min(len(dead), len(z))).indices                      # drawn without replacement
-        quantizer.embedding.weight[dead[: len(rows)]] = z[rows].to(quantizer.embedding.weight)
-        return len(rows)

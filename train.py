@@ -56,9 +56,9 @@ from tqdm import tqdm
 import mentor
 import sample
 import tokenizer
-from data import CLIP_MEAN, CLIP_STD, TASKS, WORLDS, Batch, Collate, Manifest, ManifestDataset, TextTokenizer, WorldDataset, entry_prompt, manifest_of_folder, rules
+from data import CLIP_MEAN, CLIP_STD, TASKS, WORLDS, Batch, Collate, Manifest, ManifestDataset, TextTokenizer, WorldDataset, entry_prompt, manifest_of_folder, rules, tokenizer_pixels
 from mentor import Mentor, MentorConfig
-from tokenizer import VQGAN, CodebookUsage, LPIPS, PatchDiscriminator, TokenizerConfig, adaptive_weight, hinge_d_loss
+from tokenizer import VQGAN, CodebookUsage, LPIPS, PatchDiscriminator, TokenizerConfig, adaptive_weight, collages, consistency_loss, hinge_d_loss, spread_codes
 
 # ---------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -76,8 +76,10 @@ class TokenizerStageConfig:
     disc_start: float = 0.3        # fraction of the run after which the discriminator joins; 1 leaves it out
     disc_weight: float = 0.5       # of the generator's loss, on top of the adaptive weight
     codebook_weight: float = 1.0   # of the quantizer's loss beside the reconstruction's
+    codebook_start: float = 0.0    # fraction of the run after which pictures are rounded to codes; until then encoder and decoder learn alone
+    consistency: float = 0.0       # weight of the loss that keeps a cell's code free of what lies around it; 0 leaves its collages out
     lpips: str = ""                # folder with VGG16 and LPIPS weights; empty leaves the perceptual loss out
-    restart_every: int = 500       # steps in a usage window, after which dead codes restart
+    restart_every: int = 2000      # steps in a usage window, after which the codes are placed anew, the dead ones with them
 
 
 @dataclass(frozen=True)
@@ -155,13 +157,13 @@ class RunConfig:
 PRESETS = {
     "tiny": RunConfig(
         weight_decay=0.1,
-        tokenizer=TokenizerStageConfig(steps=2200, global_batch=8, lr=1.5e-3, final_lr=0.0, disc_start=1.0, codebook_weight=0.2, restart_every=50),
+        tokenizer=TokenizerStageConfig(steps=2200, global_batch=8, lr=1.5e-3, final_lr=0.0, disc_start=1.0, codebook_weight=0.2, codebook_start=0.4, consistency=0.2, restart_every=440),
         pretrain=StageConfig(steps=850, global_batch=24, lr=1e-2, muon_lr=0.02, final_lr=0.3),
         align=StageConfig(steps=850, global_batch=24, lr=4e-3, muon_lr=0.01, final_lr=0.6, mix=ALIGN_MIX),
         instruct=StageConfig(steps=1800, global_batch=24, lr=3e-3, muon_lr=0.008, final_lr=0.0, mix=INSTRUCT_MIX)),
     "small": RunConfig(
         weight_decay=0.01, world="emoji", workers=4,
-        tokenizer=TokenizerStageConfig(steps=8000, global_batch=32, lr=5e-4, disc_start=0.5, restart_every=100),
+        tokenizer=TokenizerStageConfig(steps=8000, global_batch=32, lr=5e-4, disc_start=0.5, codebook_start=0.2, consistency=0.2, restart_every=1600),
         pretrain=StageConfig(steps=8000, global_batch=64, lr=1e-3, muon_lr=0.02),
         align=StageConfig(steps=8000, global_batch=64, lr=1e-3, muon_lr=0.02, mix=ALIGN_MIX),
         instruct=StageConfig(steps=16000, global_batch=64, lr=1e-3, muon_lr=0.02, mix=INSTRUCT_MIX)),
@@ -381,58 +383,70 @@ def start_machine(run):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+OUTPUTS_A_CODE = 64  # encoder outputs for each code that is placed
+
+
 class TokenizerStage(nn.Module):
     """VQGAN: reconstruction, codebook and commitment losses; LPIPS and a discriminator if the config has them."""
 
-    def __init__(self, run, machine):
+    mix = {"text_to_image": 3.0, "segmentation": 2.0}  # every kind of target, scenes and cut-outs
+
+    def __init__(self, run, machine, pictures=None):
+        """pictures: a dataset, whose first targets place the codes."""
         super().__init__()
-        self.config, self.machine = run.tokenizer, machine
+        self.config, self.machine, self.pictures = run.tokenizer, machine, pictures
         self.model = VQGAN(run.vqgan)
         self.usage = CodebookUsage(run.vqgan.codebook_size, machine.device)
         self.extras = {"lpips": LPIPS(self.config.lpips).to(machine.device) if self.config.lpips else None}
         if not self.config.lpips:
             machine.say("tokenizer: no LPIPS weights given (--tokenizer.lpips=FOLDER), so no perceptual loss")
         self.disc_start = round(self.config.disc_start * self.config.steps)
+        self.codebook_start = round(self.config.codebook_start * self.config.steps)
         if self.config.disc_start < 1:
             disc = PatchDiscriminator().to(machine.device)
             self.extras["disc"] = machine.wrap(disc)
             self.extras["disc_optimizer"] = torch.optim.AdamW(disc.parameters(), self.config.lr, betas=(0.5, 0.9))
-        self.mix = {"text_to_image": 3.0, "segmentation": 2.0, "collage": 4.0}  # every kind of target, scenes and cut-outs, and mixtures
 
     def trained(self):
         """Named parameters to train."""
         return list(self.model.named_parameters())
 
-    def reconstruct(self, batch):
-        """(loss, its reconstruction and quantizer parts, pictures (B, 3, S, S), encoder outputs (B, C, h, w), codes) of a batch's targets."""
-        z = self.model.quant_conv(self.model.encoder(batch.targets))
+    def reconstruct(self, targets, step):
+        """(loss, its reconstruction and quantizer parts, pictures (B, 3, S, S), encoder outputs (B, C, h, w), codes) of targets."""
+        z = self.model.quant_conv(self.model.encoder(targets))
         z_q, quantizer_loss, codes = self.model.quantize(z)
+        if step < self.codebook_start:  # until the encoder has learnt what to tell apart, nothing is rounded to codes
+            z_q, quantizer_loss = F.normalize(z.float(), dim=1), 0 * quantizer_loss
         fake = self.model.decoder(self.model.post_quant_conv(z_q.to(z.dtype))).float()
-        reconstruction = F.mse_loss(fake, batch.targets)
+        reconstruction = F.mse_loss(fake, targets)
         if self.extras["lpips"]:
-            reconstruction = reconstruction + self.extras["lpips"](fake, batch.targets)
+            reconstruction = reconstruction + self.extras["lpips"](fake, targets)
         return reconstruction + self.config.codebook_weight * quantizer_loss, reconstruction, quantizer_loss, fake, z, codes
 
     def validation_loss(self, batch):
-        """Mean loss of a batch's samples, without the discriminator's part."""
-        return self.reconstruct(batch)[0]
+        """Mean loss of a batch's samples, without the discriminator's part and without collages."""
+        return self.reconstruct(batch.targets, self.config.steps)[0]
 
     def forward(self, batch, step):
-        """Loss of a batch and what to log. Keeps codes and images for after_step."""
-        loss, reconstruction, quantizer_loss, fake, z, codes = self.reconstruct(batch)
+        """Loss of a batch and what to log. Keeps images for after_step."""
+        targets, kept = collages(batch.targets, self.model.config.grid_size, step) if self.config.consistency else (batch.targets, None)
+        loss, reconstruction, quantizer_loss, fake, z, codes = self.reconstruct(targets, step)
         logs = {"reconstruction": reconstruction.detach(), "quantizer": quantizer_loss.detach()}
+        if kept is not None:
+            consistency = consistency_loss(z, kept)
+            loss, logs["consistency"] = loss + self.config.consistency * consistency, consistency.detach()
         if "disc" in self.extras and step >= self.disc_start * 1.05:  # the discriminator learns a little first
             generator_loss = -self.extras["disc"](fake).mean()
             d_weight = adaptive_weight(reconstruction, generator_loss, self.model.decoder.last_layer)
             loss, logs["d_weight"] = loss + self.config.disc_weight * d_weight * generator_loss, d_weight
         self.usage.add(codes)
-        self.last = z.detach().permute(0, 2, 3, 1).flatten(0, 2), fake.detach(), batch.targets
+        self.last = fake.detach(), targets
         return loss, logs
 
     def after_step(self, step):
-        """The discriminator's step, and at a window's end the restart of codes that nobody chose."""
-        z, fake, real = self.last
-        logs = {}
+        """The discriminator's step, and at a window's end new places for the codes."""
+        fake, real = self.last
+        logs, done = {}, step + 1 - self.codebook_start
         if "disc" in self.extras and step >= self.disc_start:
             self.extras["disc_optimizer"].zero_grad()
             with self.machine.autocast():
@@ -440,15 +454,28 @@ class TokenizerStage(nn.Module):
             logs["disc"].backward()
             logs["disc"] = logs["disc"].detach()
             self.extras["disc_optimizer"].step()
-        if (step + 1) % self.config.restart_every == 0:
+        if done >= 0 and done % self.config.restart_every == 0:
             if self.machine.world_size > 1:
                 dist.all_reduce(self.usage.counts)
             logs["usage"], logs["perplexity"] = self.usage.usage(), self.usage.perplexity()
-            if step + 1 < 0.8 * self.config.steps:  # the last codes to move need time to settle
-                generator = torch.Generator().manual_seed(step)
-                logs["restarted"] = self.usage.restart_dead(self.model.quantize, self.machine.gather(z), generator)
+            if step + 1 <= 0.8 * self.config.steps:  # the last codes to move need time to settle
+                logs["restarted"] = self.place_codes(step)
             self.usage.reset()
         return logs
+
+    @torch.no_grad()
+    def place_codes(self, step):
+        """Place the whole codebook anew on what the encoder says now of the first pictures; returns how many codes were dead."""
+        dead, few = int((self.usage.counts == 0).sum()), max(1, OUTPUTS_A_CODE * len(self.usage.counts) // self.model.config.grid_size**2)
+        z = []
+        for first in range(0, few, 16):
+            targets = torch.stack([tokenizer_pixels(self.pictures[i].target, self.model.config.image_size) for i in range(first, min(first + 16, few))])
+            z.append(self.model.quant_conv(self.model.encoder(targets.to(self.machine.device))).permute(0, 2, 3, 1).flatten(0, 2))
+        weight = self.model.quantize.embedding.weight
+        weight.copy_(spread_codes(torch.cat(z), len(weight), torch.Generator(weight.device).manual_seed(step)))
+        if self.machine.world_size > 1:
+            dist.broadcast(weight, 0)
+        return dead
 
 
 class ContrastiveHead(nn.Module):
@@ -1043,11 +1070,12 @@ def build_stage(name, run, machine, source):
     """The stage's module with the weights it starts from, and the folder it writes to."""
     torch.manual_seed(run.seed)
     if name == "tokenizer":
-        return TokenizerStage(run, machine).to(machine.device)
+        return TokenizerStage(run, machine, make_dataset(name, run, TokenizerStage.mix, source)).to(machine.device)
     before = STAGES[STAGES.index(name) - 1]
     vqgan = VQGAN.from_pretrained(Path(run.out) / "tokenizer").to(machine.device)
     if name == "pretrain":
-        model = Mentor(run.model)
+        model = Mentor(run.model).to(machine.device)
+        mentor.start_from_codebook(model.decoder, vqgan.quantize.codebook())
     else:
         model = Mentor.from_pretrained(Path(run.out) / before, run.model)
     stage = MentorStage(name, run, machine, model, vqgan).to(machine.device)

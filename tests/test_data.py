@@ -240,11 +240,3 @@ def test_emoji_world():
     assert sample.target.shape == (64, 64, 3) and (sample.target == world.draw(sample.scene)).all()
     mask = world.subject_mask(sample.scene.subjects[0])
     assert mask.max() == 1 and mask.min() == 0
-
-
-def test_a_collage_is_made_of_whole_cells_of_two_scenes(world):
-    sample = data.collage(world, rng(3))
-    differs = (sample.target != world.draw(sample.scene)).any(-1).reshape(8, 4, 8, 4).any((1, 3))
-    rows, columns = np.where(differs.any(1))[0], np.where(differs.any(0))[0]
-    assert 0 < differs.sum() < 64 and differs.sum() <= len(rows) * len(columns)
-    assert differs[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].mean() > 0.5

@@ -1,11 +1,18 @@
 """The VQGAN and the parts of its training."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import tokenizer
-from tokenizer import PRESETS, VQGAN, CodebookUsage, PatchDiscriminator, TokenizerConfig, VectorQuantizer, adaptive_weight, hinge_d_loss
+import train
+from data import tokenizer_pixels
+from tokenizer import (PRESETS, VQGAN, CodebookUsage, PatchDiscriminator, TokenizerConfig, VectorQuantizer, adaptive_weight, collages,
+                       consistency_loss, hinge_d_loss, spread_codes)
 
 SMALL = TokenizerConfig(image_size=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, norm_groups=4, z_channels=16, codebook_size=32)
 
@@ -67,17 +74,69 @@ def test_codes_are_the_same_inside_autocast():
     assert torch.equal(codes, again) and z_q.dtype == loss.dtype == torch.float32
 
 
-def test_dead_codes_restart_on_encoder_outputs():
-    quantizer, usage = VectorQuantizer(SMALL), CodebookUsage(32, "cpu")
+def test_usage_is_counted_over_a_window():
+    usage = CodebookUsage(32, "cpu")
     usage.add(torch.arange(30).repeat(2))
     assert usage.usage() == 30 / 32 and abs(usage.perplexity() - 30) < 1e-3
-    before, z = quantizer.embedding.weight.detach().clone(), F.normalize(torch.randn(5, 8), dim=-1)
-    assert usage.restart_dead(quantizer, z, torch.Generator().manual_seed(0)) == 2
-    after = quantizer.embedding.weight.detach()
-    assert torch.equal(before[:30], after[:30])
-    assert all(any(torch.allclose(row, candidate) for candidate in z) for row in after[30:])
     usage.reset()
     assert usage.usage() == 0
+
+
+def test_every_rare_sight_gets_a_code_before_a_common_one_gets_a_second():
+    """20 sights, one of them 5,000 times as common as the others, each seen with a little noise."""
+    torch.manual_seed(0)
+    sights = F.normalize(torch.randn(20, 8), dim=-1)
+    which = torch.cat([torch.zeros(5000, dtype=torch.long), torch.arange(1, 20)])
+    z = F.normalize(sights[which] + 0.02 * torch.randn(len(which), 8), dim=-1)
+    codes = spread_codes(3 * z, 20, torch.Generator().manual_seed(0))
+    assert (codes.norm(dim=1) - 1).abs().max() < 1e-5 and sorted((codes @ sights.T).argmax(1).tolist()) == list(range(20))
+    own = VectorQuantizer.nearest(z, codes)
+    torch.testing.assert_close(codes[own[0]], F.normalize(z[:5000].mean(0), dim=0), atol=1e-5, rtol=0)  # the mean of all that it stands for
+    assert spread_codes(z[:3], 8, torch.Generator().manual_seed(0)).isfinite().all()                     # fewer outputs than codes
+
+
+def test_places_are_new_codes_for_what_the_encoder_says():
+    run = replace(train.PRESETS["tiny"], vqgan=SMALL, tokenizer=replace(train.PRESETS["tiny"].tokenizer, steps=10, codebook_start=0.4, restart_every=2, consistency=0.0))
+    pictures = [SimpleNamespace(target=np.random.default_rng(i).integers(0, 255, (16, 16, 3), np.uint8)) for i in range(64)]
+    torch.manual_seed(0)
+    stage = train.TokenizerStage(run, train.Machine(0, 1, torch.device("cpu"), torch.float32), pictures)
+    before, logs = stage.model.quantize.codebook().clone(), []
+    images = torch.stack([tokenizer_pixels(p.target, 16) for p in pictures])
+    for step in range(10):
+        with torch.no_grad():
+            loss, _ = stage(SimpleNamespace(targets=images[:8]), step)
+        logs.append(stage.after_step(step))
+        if step == 2:
+            assert torch.equal(stage.model.quantize.codebook(), before)
+    assert [step for step, log in enumerate(logs) if "usage" in log] == [3, 5, 7, 9] and [step for step, log in enumerate(logs) if "restarted" in log] == [3, 5, 7]
+    codes = stage.model.encode(images)
+    assert len(codes.unique()) == 32 and not torch.allclose(stage.model.quantize.codebook(), before)  # all are in use
+    z, rounded = stage.reconstruct(images, 3)[4], stage.reconstruct(images, 4)
+    with torch.no_grad():
+        fake = stage.model.decoder(stage.model.post_quant_conv(F.normalize(z, dim=1)))
+    torch.testing.assert_close(stage.reconstruct(images, 3)[3], fake)      # before codebook_start nothing is rounded
+    torch.testing.assert_close(rounded[3], stage.model(images)[0])         # from then on everything is
+    assert stage.reconstruct(images, 3)[2] == 0 and rounded[2] > 0
+
+
+def test_collages_keep_whole_cells_and_consistency_sees_what_moved():
+    pictures = torch.arange(6.0)[:, None, None, None].expand(6, 3, 16, 16)
+    flips = set()
+    for step in range(20):
+        targets, kept = collages(pictures, 8, step)
+        assert torch.equal(targets[::2], pictures[::2]) and torch.equal(kept, collages(pictures[:2], 8, step)[1])
+        cells = targets.unflatten(2, (8, 2)).unflatten(4, (8, 2))                        # (B, 3, 8, 2, 8, 2)
+        assert torch.equal(cells.amax((1, 3, 5)), cells.amin((1, 3, 5)))
+        assert torch.equal(cells.amax((1, 3, 5))[1::2], torch.where(kept, pictures[:6:2, 0, :8, :8], pictures[1:6:2, 0, :8, :8]))
+        flips.add(bool(kept[0, 0]))
+    assert flips == {True, False}
+    assert torch.equal(collages(pictures[:5], 8, 0)[0][4], pictures[4])                   # the last of an odd number stays
+    z, kept = torch.randn(5, 8, 8, 8), torch.zeros(8, 8, dtype=torch.bool)
+    kept[2:4, 3:6] = True
+    z[1:4:2, :, kept] = 2 * z[:4:2, :, kept]
+    assert consistency_loss(z, kept) < 1e-12
+    z[1, :, 2, 3] = -z[0, :, 2, 3]                                                        # the farthest there is: 4 over 8 channels, 12 pairs of cells
+    assert abs(consistency_loss(z, kept) - 4 / 8 / 12) < 1e-6
 
 
 def test_adversarial_parts():
