@@ -27,6 +27,17 @@ def text_tokenizer(world):
     return world.text_tokenizer()
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """All four stages, six steps each, without the scoring. Tests link to it and leave it as it is."""
+    from test_train import SMALL
+    out = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.sample, "score", lambda *arguments: None)
+        train.main(["tiny", *SMALL, f"--out={out}"])
+    return out
+
+
 def small_config(text_tokenizer, kind="mlp"):
     return MentorConfig(
         vision=VisionConfig(image_size=32, patch_size=16, width=32, n_layer=2, n_head=2, mlp_width=64),

@@ -13,7 +13,7 @@ import data
 import sample
 import train
 from data import COLORS, Placed, Rule, Sample, Scene, ShapeSubject
-from test_train import SMALL, equal, link_stages, run_stage, small_run, trained, weights  # noqa: F401
+from test_train import SMALL, equal, link_stages, run_stage, small_run, weights
 
 FEW = ("--model.vision.patch_size=16", "--model.connector.n_query=2", "--vqgan.ch_mult=1,1,1,1", "--model.decoder.grid_size=4")  # short sequences: quick
 

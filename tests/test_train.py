@@ -40,16 +40,6 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """All four stages, six steps each, without the scoring."""
-    out = tmp_path_factory.mktemp("trained") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.sample, "score", lambda *arguments: None)
-        train.main(["tiny", *SMALL, f"--out={out}"])
-    return out
-
-
 def stage_and_batch(name, recipe, world, text_tokenizer, unconditional=0.0):
     run = small_run(f"--recipe={recipe}")
     torch.manual_seed(0)
@@ -231,7 +221,7 @@ def test_published_recipe_is_the_default_of_full():
     (["tiny", "--world=cubes"], "--world=cubes: must be one of shapes, emoji"),
     (["tiny", "--align.mix=drawing:1"], "'drawing:1': the task must be one of text_to_image"),
     (["tiny", "--align.mix=segmentation"], "'segmentation' is not task:share"),
-    (["tiny", "--model.decoder.codebook_size=64"], "codes of 512, but .*codebook_size=64"),
+    (["tiny", "--model.decoder.codebook_size=64"], "codes of 256, but .*codebook_size=64"),
     (["tiny", "--model.decoder.n_head=5"], "decoder.width=96 is not legal"),
 ])
 def test_mistakes_on_the_command_line_get_a_message(arguments, message):
@@ -241,10 +231,10 @@ def test_mistakes_on_the_command_line_get_a_message(arguments, message):
 
 @pytest.mark.parametrize("keys", [["--model.vision.width=30", "--model.vision.n_head=3"], ["--vqgan.ch=20", "--vqgan.norm_groups=5", "--vqgan.ch_mult=1,2,3"]])
 def test_keys_are_legal_together_in_any_order(keys):
-    runs = [train.parse(["tiny", *order])[1] for order in (keys, keys[::-1])]
-    assert runs[0] == runs[1] != train.PRESETS["tiny"]
-    with pytest.raises(ValueError, match="vision.width=30 is not legal|norm_groups=8 does not divide"):
-        train.parse(["tiny", keys[0]])
+    runs = [train.parse(["small", *order])[1] for order in (keys, keys[::-1])]
+    assert runs[0] == runs[1] != train.PRESETS["small"]
+    with pytest.raises(ValueError, match="vision.width=30 is not legal|norm_groups=32 does not divide"):
+        train.parse(["small", keys[0]])
 
 
 def test_mistakes_exit_with_code_2_and_one_line():

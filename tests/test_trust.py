@@ -20,9 +20,9 @@ import torch
 
 import train
 from data import Shapes, TextTokenizer
-from test_train import CPU, ROOT, SMALL, equal, link_stages, run_stage, stage_and_batch, trained, weights  # noqa: F401
+from test_train import CPU, ROOT, SMALL, equal, link_stages, run_stage, stage_and_batch, weights
 
-KILLS = int(os.environ.get("KILLS", 5))
+KILLS = int(os.environ.get("KILLS", 3))
 children = multiprocessing.get_context("forkserver")  # imports the slow packages once, then each child starts in little time
 children.set_forkserver_preload(["torch", "torch.distributed.nn.functional", "torch.utils.data", "safetensors.torch", "sentencepiece", "PIL.Image", "tqdm", "pytest"])
 
@@ -100,7 +100,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "align"])
-def test_going_on_is_exact_with_accumulation_and_data_processes(stage, trained, tmp_path, monkeypatch):  # noqa: F811
+def test_going_on_is_exact_with_accumulation_and_data_processes(stage, trained, tmp_path, monkeypatch):
     keys = ("--micro_batch=2", "--workers=2", "--save_every=3")
     for name in ("straight", "stopped"):
         link_stages(trained, tmp_path / name, *train.STAGES[: train.STAGES.index(stage)])
@@ -117,7 +117,7 @@ def test_going_on_is_exact_with_accumulation_and_data_processes(stage, trained, 
 
 
 @pytest.mark.parametrize("killed_in", ["step", "save_state"])
-def test_the_best_weights_are_kept_apart_and_survive_a_kill(killed_in, trained, tmp_path, monkeypatch):  # noqa: F811
+def test_the_best_weights_are_kept_apart_and_survive_a_kill(killed_in, trained, tmp_path, monkeypatch):
     """With the loss upside down the first weights stay the best. Killed at step 4, or between best.safetensors and the first checkpoint."""
     seen, measured = [], train.held_out_loss
     monkeypatch.setattr(train, "held_out_loss", lambda *arguments: seen.append(-measured(*arguments)) or seen[-1])
@@ -138,7 +138,7 @@ def test_the_best_weights_are_kept_apart_and_survive_a_kill(killed_in, trained, 
     assert train.best_so_far(tmp_path / "killed" / "tokenizer", 6) == (float("inf"), 0)
 
 
-def test_validation_is_on_held_out_subjects_and_leaves_no_trace(world, text_tokenizer, trained, tmp_path):  # noqa: F811
+def test_validation_is_on_held_out_subjects_and_leaves_no_trace(world, text_tokenizer, trained, tmp_path):
     for name in train.STAGES:
         run, stage, batch = stage_and_batch(name, "scratch", world, text_tokenizer)
         first, again = (train.make_dataset(name, train.replace(run, seed=seed), stage.mix, world, held_out=True) for seed in (0, 1))
@@ -171,7 +171,7 @@ def test_signals_save_before_they_end_the_run(number, whole_group, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "text"])
-def test_a_torn_checkpoint_is_put_aside_and_the_one_before_used(damage, trained, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_torn_checkpoint_is_put_aside_and_the_one_before_used(damage, trained, tmp_path, monkeypatch, capsys):
     undo = stop_after(monkeypatch, 6)
     with pytest.raises(KeyboardInterrupt):
         run_stage(tmp_path, "tokenizer", "--save_every=1", "--keep=3")
@@ -190,7 +190,7 @@ def test_a_torn_checkpoint_is_put_aside_and_the_one_before_used(damage, trained,
     assert equal(weights(tmp_path, "tokenizer"), weights(trained, "tokenizer"))
 
 
-def test_a_full_disk_costs_only_the_checkpoint_that_did_not_fit(trained, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_full_disk_costs_only_the_checkpoint_that_did_not_fit(trained, tmp_path, monkeypatch, capsys):
     """A limit on the size of files stands in for a full disk: the same system call fails."""
     original, limits = train.Log.step, resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -227,7 +227,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert train.mentor.read_json(file) == {"a": 1} and list(tmp_path.iterdir()) == [file]
 
 
-def test_the_first_number_that_is_not_finite_stops_the_run_and_is_never_saved(trained, tmp_path, monkeypatch):  # noqa: F811
+def test_the_first_number_that_is_not_finite_stops_the_run_and_is_never_saved(trained, tmp_path, monkeypatch):
     forward = train.MentorStage.forward
     monkeypatch.setattr(train.MentorStage, "forward", lambda self, batch, step: (lambda loss, logs: (loss * float("nan" if step == 3 else 1), logs))(*forward(self, batch, step)))
     link_stages(trained, tmp_path, "tokenizer", "pretrain")
@@ -284,7 +284,7 @@ def contents(folder):
     (("spiece.model", ZEBRA), ["--stage=pretrain"], r"pretrain was trained with text model=\w+, this run has \w+ \(spiece.model is another\)"),
     (("spiece.model", ZEBRA), ["--stage=instruct"], "align was trained with another text model .*spiece.model"),
 ])
-def test_a_run_that_is_refused_has_written_nothing(damage, arguments, message, trained, tmp_path):  # noqa: F811
+def test_a_run_that_is_refused_has_written_nothing(damage, arguments, message, trained, tmp_path):
     out = shutil.copytree(trained, tmp_path / "out")
     if damage:
         (out / damage[0]).unlink()
@@ -296,7 +296,7 @@ def test_a_run_that_is_refused_has_written_nothing(damage, arguments, message, t
     assert contents(out) == before
 
 
-def test_a_refused_run_makes_no_folder_and_another_text_model_does_not_open(trained, tmp_path):  # noqa: F811
+def test_a_refused_run_makes_no_folder_and_another_text_model_does_not_open(trained, tmp_path):
     for arguments, message in ((["--micro_batch=3"], "global_batch=4 is not"), (["--stage=align"], "align needs ")):
         with pytest.raises(ValueError, match=message):
             train.main(["tiny", *SMALL, f"--out={tmp_path / 'new'}", *arguments])
@@ -340,7 +340,7 @@ def free_ports(count):
     return ports
 
 
-def test_two_processes_equal_one(trained, tmp_path, monkeypatch):  # noqa: F811
+def test_two_processes_equal_one(trained, tmp_path, monkeypatch):
     """Every stage, restarts of codes and validation included; and a stage that one process began and two go on with."""
     monkeypatch.setattr(train.sample, "score", lambda *arguments: None)
     runs = {}
