@@ -266,19 +266,20 @@ class VisionEncoder(nn.Module):
         first = self.class_embedding.expand(len(pixels), 1, -1)
         return self.pre_norm(torch.cat([first, patches], dim=1) + self.position_embedding)
 
-    def forward(self, pixels):
-        """Features for the connector, (M, n_patch, D): what enters the last block, without norm and class token."""
+    def before_last(self, pixels):
+        """What enters the last block, class token and patches: (M, 1 + n_patch, D)."""
         x = self.embed(pixels)
         for block in self.blocks[:-1]:
             x = block(x)
-        return x[:, 1:]
+        return x
 
-    def pool(self, pixels):
-        """One vector an image, (M, D): the class token after all blocks. Only contrastive pretraining uses it."""
-        x = self.embed(pixels)
-        for block in self.blocks:
-            x = block(x)
-        return self.post_norm(x[:, 0])
+    def forward(self, pixels):
+        """Features for the connector, (M, n_patch, D): what enters the last block, without norm and class token."""
+        return self.before_last(pixels)[:, 1:]
+
+    def pool(self, features):
+        """One vector an image, (M, D), from what enters the last block: the class token after all. Only contrastive pretraining uses it."""
+        return self.post_norm(self.blocks[-1](features)[:, 0])
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ class ReleasedConfig:
 
 ALIGN_MIX = "text_to_image:700,reconstruction:180,segmentation:1600"                       # thousands of samples,
 INSTRUCT_MIX = "text_to_image:600,segmentation:150,recovery:150,subject_driven:400"        # as published
-TINY_INSTRUCT_MIX = "text_to_image:300,segmentation:150,recovery:150,subject_driven:700"   # 40 thousand samples, not 2.6 million: more of the hardest
+TINY_INSTRUCT_MIX = "text_to_image:300,segmentation:100,recovery:100,subject_driven:800"   # 29 thousand samples, not 2.6 million: more of the hardest
 
 
 @dataclass(frozen=True)
@@ -158,10 +158,10 @@ class RunConfig:
 PRESETS = {
     "tiny": RunConfig(
         weight_decay=0.1,
-        tokenizer=TokenizerStageConfig(steps=1700, global_batch=8, lr=1.5e-3, final_lr=0.0, disc_start=1.0, codebook_weight=0.2, codebook_start=0.4, consistency=0.2, restart_every=340),
-        pretrain=StageConfig(steps=750, global_batch=24, lr=1e-2, muon_lr=0.02, final_lr=0.3),
-        align=StageConfig(steps=700, global_batch=24, lr=4e-3, muon_lr=0.01, final_lr=0.6, mix=ALIGN_MIX),
-        instruct=StageConfig(steps=1800, global_batch=24, lr=3e-3, muon_lr=0.008, final_lr=0.0, mix=TINY_INSTRUCT_MIX)),
+        tokenizer=TokenizerStageConfig(steps=2000, global_batch=8, lr=1.5e-3, final_lr=0.0, disc_start=1.0, codebook_weight=0.2, codebook_start=0.4, consistency=0.2, restart_every=400),
+        pretrain=StageConfig(steps=850, global_batch=24, lr=1e-2, muon_lr=0.02, final_lr=0.3),
+        align=StageConfig(steps=850, global_batch=24, lr=4e-3, muon_lr=0.01, final_lr=0.6, mix=ALIGN_MIX),
+        instruct=StageConfig(steps=1200, global_batch=24, lr=3e-3, muon_lr=0.008, final_lr=0.0, mix=TINY_INSTRUCT_MIX)),
     "small": RunConfig(
         weight_decay=0.01, world="emoji", workers=4,
         tokenizer=TokenizerStageConfig(steps=8000, global_batch=32, lr=5e-4, disc_start=0.5, codebook_start=0.2, consistency=0.2, restart_every=1600),
@@ -498,20 +498,21 @@ class ContrastiveHead(nn.Module):
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
-def fill_in_loss(model, batch, pixels):
+def fill_in_loss(model, batch, patches):
     """T5's own pretraining, with the picture: the prompt is `<image>{caption}` with every second word hidden, the loss is
     that of the hidden words, read off the table of word embeddings (T5, arXiv 1910.10683, section 2.1).
 
-    It stands for LLaVA's connector as well, whose image tokens are learnt by telling captions from pictures. pixels
-    (B, 3, S, S): the vision encoder's. Returns a scalar, the mean over samples.
+    It stands for LLaVA's connector as well, whose image tokens are learnt by telling captions from pictures. patches
+    (B, n_patch, Dv): the vision encoder's features of the pictures. Returns a scalar, the mean over samples.
     """
-    n, (B, L), device = model.config.image_tokens, batch.text_ids.shape, batch.text_ids.device
+    encoder, n, (B, L), device = model.encoder, model.config.image_tokens, batch.text_ids.shape, batch.text_ids.device
     ids = F.pad(batch.text_ids.masked_fill(batch.hidden, TextTokenizer.UNKNOWN), (n, 0))  # (B, n + L)
     slots = (torch.arange(B, device=device)[:, None] * (n + L) + torch.arange(n, device=device)).flatten()
     nameless = torch.full((B, 1), TextTokenizer.EOS, device=device)
-    asked = replace(batch, text_ids=ids, lengths=batch.lengths + n, pixels=pixels, image_slots=slots, name_ids=nameless, name_mask=nameless > 0)
-    states = model.encoder(asked)[:, n:] * model.config.text.width**-0.5                 # (B, L, Dt)
-    logits = F.linear(states, model.encoder.text.embedding.weight).float()               # (B, L, vocabulary)
+    tokens = encoder.connector(patches, encoder.text.embedding(nameless), nameless > 0)   # (B, n, Dt)
+    embeddings = mentor.splice(encoder.text.embedding(ids), slots, tokens)               # (B, n + L, Dt)
+    states = encoder.text(embeddings, mentor.positions_below(batch.lengths + n, n + L))[:, n:] * model.config.text.width**-0.5
+    logits = F.linear(states, encoder.text.embedding.weight).float()                     # (B, L, vocabulary)
     losses = F.cross_entropy(logits.transpose(1, 2), batch.text_ids, reduction="none") * batch.hidden
     return (losses.sum(1) / batch.hidden.sum(1).clamp(min=1)).mean()                     # each sample counts alike
 
@@ -591,8 +592,9 @@ class MentorStage(nn.Module):
             pixels = as_vision_pixels(batch.targets, self.model.config.vision.image_size)
             real = mentor.positions_below(batch.lengths, hidden.shape[1])[..., None]
             text = (hidden * real).sum(1) / batch.lengths[:, None]                       # (B, Dt), mean over real positions
-            more = {"contrastive": self.contrastive(self.model.encoder.vision.pool(pixels), text),
-                    "fill_in": fill_in_loss(self.model, batch, pixels)}
+            features = self.model.encoder.vision.before_last(pixels)                     # (B, 1 + n_patch, Dv)
+            more = {"contrastive": self.contrastive(self.model.encoder.vision.pool(features), text),
+                    "fill_in": fill_in_loss(self.model, batch, features[:, 1:])}
             loss = loss + sum(more.values())
             logs.update({name: value.detach() for name, value in more.items()})
         return loss, logs

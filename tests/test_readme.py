@@ -55,6 +55,8 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "PROMPTS", 4)
     monkeypatch.setattr(train, "compile_blocks", lambda model, machine: False)  # most of a minute
+    monkeypatch.setattr(sample, "median_seconds", lambda variants, device, rounds=0: {name: (function(), 1e-3)[1] for name, function in variants.items()})  # once each
+    monkeypatch.setattr(train, "claims", lambda run, *arguments: Path(run.out, "claims.md").touch())  # test_claims.py has it run
     monkeypatch.setattr(sample, "FEWER_PROMPTS", 2)
     return tmp_path
 
@@ -90,7 +92,7 @@ def test_every_command_runs(workplace):
         except ValueError as error:
             if "no colour emoji font" not in str(error):
                 pytest.fail(f"{command}: {error}")
-    assert {path.name for path in Path("out").iterdir()} >= {"tiny", "mine", "longer", "base", "pets", "coco", "photos"} and Path("sample.gif").is_file()
+    assert {path.name for path in Path("out").iterdir()} >= {"tiny", "mine", "longer", "base", "pets", "coco", "photos"} and Path("sample.gif").is_file() and Path("out/tiny/claims.md").is_file()
 
 
 @pytest.mark.skipif(not os.environ.get("MENTOR_FULL_SIZE"), reason="MENTOR_FULL_SIZE=1 plans the full size: a minute each")
@@ -151,7 +153,9 @@ def shares(mix):
     (r"text-to-image, reconstruction, segmentation \(([\d :]+)\)", shares(train.ALIGN_MIX)),
     (r"text-to-image, segmentation, recovery, subject-driven \(([\d :]+)\)", shares(train.INSTRUCT_MIX)),
     (r"codebook_weight=([\d.]+)", TINY.tokenizer.codebook_weight),
-    (r"batch of (\d+), dead codes", TINY.tokenizer.global_batch),
+    (r"`, batch of (\d+) \|", TINY.tokenizer.global_batch),
+    (r"is one of (\d+), and many pictures", TINY.vqgan.codebook_size),
+    (r"takes more of the last \(([\d :]+)\)", shares(TINY.instruct.mix)),
     (r"weight decay ([\d.]+) \|", TINY.weight_decay),
     (r"([\d,]+) subjects is held out", sum(map(len, data.Shapes(32).subjects.values()))),
     (r"with ([\d,]+) emoji as subjects", data.Emoji.COUNT),
