@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import mentor
 import train
+from conftest import randomize
 from data import Collate, WorldDataset
 from mentor import Mentor
 from tokenizer import VQGAN
@@ -71,6 +72,34 @@ def test_frozen_parts_stay_bit_equal_and_trained_parts_move(name, recipe, world,
             assert not moved, key
     assert equal(vqgan, stage.vqgan[0].state_dict())
     assert not any("vqgan" in n for n, _ in stage.named_parameters())
+
+
+def test_hidden_words_are_told_from_the_picture_and_the_other_words(world, text_tokenizer):
+    """Against each sample alone, without padding: the mean loss of its hidden words, which the text encoder does not see."""
+    run, stage, batch = stage_and_batch("pretrain", "scratch", world, text_tokenizer)
+    model = randomize(stage.model).eval()
+    encoder, patches = model.encoder, model.encoder.vision(train.as_vision_pixels(batch.targets, 32))
+    assert len(set(batch.lengths.tolist())) > 1 and batch.hidden.any(1).all() and not batch.hidden.all(1).any()
+    losses = []
+    for i, length in enumerate(batch.lengths):
+        words, hidden = batch.text_ids[i, :length], batch.hidden[i, :length]
+        seen = encoder.text.embedding(torch.where(hidden, torch.tensor(text_tokenizer.UNKNOWN), words))
+        tokens = encoder.connector(patches[i : i + 1], encoder.text.embedding(torch.tensor([[text_tokenizer.EOS]])), torch.tensor([[True]]))[0]
+        states = encoder.text(torch.cat([tokens, seen])[None], torch.ones(1, len(tokens) + length, dtype=torch.bool))[0, len(tokens) :]
+        logits = states @ encoder.text.embedding.weight.T / model.config.text.width**0.5
+        losses.append(torch.nn.functional.cross_entropy(logits[hidden], words[hidden]))
+    torch.testing.assert_close(train.fill_in_loss(model, batch, patches), torch.stack(losses).mean(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_new_decoder_starts_along_the_codebook(tmp_path, trained, world):
+    run = small_run(f"--out={tmp_path}")
+    link_stages(trained, tmp_path, "tokenizer")
+    stage = train.build_stage("pretrain", run, CPU, world)
+    codebook = stage.vqgan[0].quantize.codebook()
+    for weight in (stage.model.decoder.code_embedding.weight, stage.model.decoder.output.weight):
+        directions = torch.linalg.lstsq(codebook, weight).solution                       # (codebook_dim, D)
+        torch.testing.assert_close(codebook @ directions, weight, rtol=1e-3, atol=1e-4)  # nothing but the codebook, in D dimensions
+        assert directions.std() > 0.03
 
 
 def test_the_published_table_of_trained_parts():
