@@ -470,7 +470,7 @@ def test_a_run_on_own_pictures_trains_and_draws(pictures, tmp_path, capsys):
 
 
 def test_a_run_wants_only_tasks_that_the_data_has(pictures, tmp_path):
-    with pytest.raises(ValueError, match="--instruct.mix=text_to_image:600.*has nothing for subject_driven; it has text_to_image, reconstruction, segmentation, recovery, so give"):
+    with pytest.raises(ValueError, match="--instruct.mix=text_to_image:300.*has nothing for subject_driven; it has text_to_image, reconstruction, segmentation, recovery, so give"):
         train.main(["tiny", *SMALL, f"--data={pictures}", f"--out={tmp_path}/out"])
     assert not (tmp_path / "out").exists()  # said before anything is trained or written
 

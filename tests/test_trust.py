@@ -22,7 +22,7 @@ import train
 from data import Shapes, TextTokenizer
 from test_train import CPU, ROOT, SMALL, equal, link_stages, run_stage, stage_and_batch, weights
 
-KILLS = int(os.environ.get("KILLS", 3))
+KILLS = int(os.environ.get("KILLS", 2))
 children = multiprocessing.get_context("forkserver")  # imports the slow packages once, then each child starts in little time
 children.set_forkserver_preload(["torch", "torch.distributed.nn.functional", "torch.utils.data", "safetensors.torch", "sentencepiece", "PIL.Image", "tqdm", "pytest"])
 
@@ -121,7 +121,9 @@ def test_the_best_weights_are_kept_apart_and_survive_a_kill(killed_in, trained, 
     """With the loss upside down the first weights stay the best. Killed at step 4, or between best.safetensors and the first checkpoint."""
     seen, measured = [], train.held_out_loss
     monkeypatch.setattr(train, "held_out_loss", lambda *arguments: seen.append(-measured(*arguments)) or seen[-1])
-    run_stage(tmp_path / "straight", "tokenizer", "--save_every=1")
+    for name in ("straight", "killed"):
+        link_stages(trained, tmp_path / name, "tokenizer")
+    run_stage(tmp_path / "straight", "pretrain", "--save_every=1")
     assert len(seen) == 6 and seen == sorted(seen)
 
     def kill(*arguments):
@@ -129,13 +131,13 @@ def test_the_best_weights_are_kept_apart_and_survive_a_kill(killed_in, trained, 
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(patch, 4) if killed_in == "step" else patch.setattr(train, "save_state", kill)
-        run_stage(tmp_path / "killed", "tokenizer", "--save_every=1")
-    assert train.best_so_far(tmp_path / "killed" / "tokenizer", 1) == (seen[0], 1) and train.best_so_far(tmp_path / "killed" / "tokenizer", 0)[1] == 0
-    run_stage(tmp_path / "killed", "tokenizer", "--save_every=1")
-    files = [(tmp_path / name / "tokenizer" / file).read_bytes() for name in ("straight", "killed") for file in ("best.safetensors", "model.safetensors")]
+        run_stage(tmp_path / "killed", "pretrain", "--save_every=1")
+    assert train.best_so_far(tmp_path / "killed" / "pretrain", 1) == (seen[0], 1) and train.best_so_far(tmp_path / "killed" / "pretrain", 0)[1] == 0
+    run_stage(tmp_path / "killed", "pretrain", "--save_every=1")
+    files = [(tmp_path / name / "pretrain" / file).read_bytes() for name in ("straight", "killed") for file in ("best.safetensors", "model.safetensors")]
     assert files[0] == files[2] and files[1] == files[3] and files[0] != files[1]
-    (tmp_path / "killed" / "tokenizer" / "best.safetensors").write_bytes(files[0][:100])
-    assert train.best_so_far(tmp_path / "killed" / "tokenizer", 6) == (float("inf"), 0)
+    (tmp_path / "killed" / "pretrain" / "best.safetensors").write_bytes(files[0][:100])
+    assert train.best_so_far(tmp_path / "killed" / "pretrain", 6) == (float("inf"), 0)
 
 
 def test_validation_is_on_held_out_subjects_and_leaves_no_trace(world, text_tokenizer, trained, tmp_path):
