@@ -111,7 +111,7 @@ class ReleasedConfig:
 
 ALIGN_MIX = "text_to_image:700,reconstruction:180,segmentation:1600"                       # thousands of samples,
 INSTRUCT_MIX = "text_to_image:600,segmentation:150,recovery:150,subject_driven:400"        # as published
-TINY_INSTRUCT_MIX = "text_to_image:300,segmentation:100,recovery:100,subject_driven:800"   # 28 thousand samples, not 2.6 million: more of the hardest
+TINY_INSTRUCT_MIX = "text_to_image:300,segmentation:100,recovery:100,subject_driven:800"   # 29 thousand samples, not 2.6 million: more of the hardest
 
 
 @dataclass(frozen=True)
@@ -158,10 +158,10 @@ class RunConfig:
 PRESETS = {
     "tiny": RunConfig(
         weight_decay=0.1,
-        tokenizer=TokenizerStageConfig(steps=1800, global_batch=8, lr=1.5e-3, final_lr=0.0, disc_start=1.0, codebook_weight=0.2, codebook_start=0.4, consistency=0.2, restart_every=360),
-        pretrain=StageConfig(steps=800, global_batch=24, lr=1e-2, muon_lr=0.02, final_lr=0.3),
-        align=StageConfig(steps=800, global_batch=24, lr=4e-3, muon_lr=0.01, final_lr=0.6, mix=ALIGN_MIX),
-        instruct=StageConfig(steps=1150, global_batch=24, lr=3e-3, muon_lr=0.008, final_lr=0.0, mix=TINY_INSTRUCT_MIX)),
+        tokenizer=TokenizerStageConfig(steps=2000, global_batch=8, lr=1.5e-3, final_lr=0.0, disc_start=1.0, codebook_weight=0.2, codebook_start=0.4, consistency=0.2, restart_every=400),
+        pretrain=StageConfig(steps=850, global_batch=24, lr=1e-2, muon_lr=0.02, final_lr=0.3),
+        align=StageConfig(steps=850, global_batch=24, lr=4e-3, muon_lr=0.01, final_lr=0.6, mix=ALIGN_MIX),
+        instruct=StageConfig(steps=1200, global_batch=24, lr=3e-3, muon_lr=0.008, final_lr=0.0, mix=TINY_INSTRUCT_MIX)),
     "small": RunConfig(
         weight_decay=0.01, world="emoji", workers=4,
         tokenizer=TokenizerStageConfig(steps=8000, global_batch=32, lr=5e-4, disc_start=0.5, codebook_start=0.2, consistency=0.2, restart_every=1600),
