@@ -637,7 +637,6 @@ def in_context(world, rng, held_out=False, new_rule=False):
 
 TASKS = {f.__name__: f for f in (text_to_image, reconstruction, segmentation, recovery, subject_driven, multi_image, in_context)}
 
-
 # ---------------------------------------------------------------------------------------------------------------
 # Manifests: the same tasks from picture files, one JSON line a sample
 # ---------------------------------------------------------------------------------------------------------------

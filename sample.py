@@ -699,77 +699,109 @@ def some_steps(decoder, prefix, done=0, count=8):
     return run
 
 
+class Bench:
+    """What drawing costs with random weights at a preset's sizes: each method prints a table of seconds, ratios or what the device
+    would allow."""
+
+    def __init__(self, preset, device):
+        if preset not in mentor.PRESETS:
+            raise ValueError(f"--bench={preset}: must be one of {', '.join(mentor.PRESETS)}")
+        torch.manual_seed(0)
+        small, config = mentor.PRESETS["tiny"], mentor.PRESETS[preset]
+        self.preset, self.device = preset, device
+        self.config = dataclasses.replace(config, vision=small.vision, connector=small.connector, text=small.text)  # read once a prompt
+        self.decoder = make_ready(self.new(), device)
+        self.graphed = isinstance(self.decoder, GraphedDecoder)
+        self.model = self.decoder.model if self.graphed else self.decoder
+        self.dtype = self.model.decoder.norm.weight.dtype
+        self.n_prefix, self.n_code = min(64, config.context), min(64, config.decoder.n_code)
+        self.prefix = self.prefixes(1, self.n_prefix)
+        self.weights = sum(p.numel() for p in self.model.decoder.parameters()) - self.model.decoder.code_embedding.weight.numel()
+
+    def new(self, **sizes):
+        """A model with other sizes of its decoder."""
+        return Mentor(dataclasses.replace(self.config, decoder=dataclasses.replace(self.config.decoder, **sizes)))
+
+    def prefixes(self, samples, length):
+        """Prefixes of that many guided samples, (2 * samples, length, D)."""
+        return torch.randn(2 * samples, length, self.config.decoder.width, device=self.device, dtype=self.dtype)
+
+    def lengths(self, length):
+        """(2,): those of one guided sample."""
+        return torch.full((2,), length, device=self.device)
+
+    def against_plain(self):
+        """Codes/s of one prompt: each way to be fast beside the plain way."""
+        generator = torch.Generator(self.device).manual_seed(0)
+
+        def loop(decoder, rows=least_rows(self.model)):
+            return lambda: continue_prefix(decoder, self.prefix, self.lengths(self.n_prefix), True, self.n_code, self.config.sampling, generator, rows)
+
+        ours, rows = loop(self.decoder), []
+        pairs = {("KV cache", "cache-free loop"): (ours, loop(CacheFreeDecoder(self.model), 1))}
+        if self.graphed:
+            pairs["steps as CUDA graphs", "launched one by one"] = ours, loop(self.model)
+        elif is_packed(self.model):
+            pairs["matrices packed", "as they are"] = ours, loop(self.new().eval())
+        for (name, baseline), both in pairs.items():
+            seconds = median_seconds(dict(zip((name, baseline), both)), self.device, 3)
+            rows.append([name, self.n_code / seconds[name], baseline, self.n_code / seconds[baseline], seconds[baseline] / seconds[name]])
+        print_table([f"one prompt, {self.n_code} codes", "codes/s", "against", "codes/s", "ratio"], rows)
+        if not self.graphed:
+            print("(CUDA graphs: no CUDA here)")
+
+    def by_samples(self, copied, multiplied):
+        """Steps of more and more prompts at once, beside what copying (bytes/s) and multiplying (FLOPs/s) allow."""
+        samples, size, decoder = (1, 2, 4, 8, 16, 32, 64), self.dtype.itemsize, self.config.decoder
+        again = lambda: GraphedDecoder(self.model) if self.graphed else self.model  # noqa: E731
+        seconds = median_seconds({n: some_steps(again(), self.prefixes(n, self.n_prefix), count=4) for n in samples}, self.device, 3)
+        cached = 2 * self.n_prefix * decoder.n_layer * decoder.width * size
+        limits = {n: max((self.weights * size + 2 * n * cached) / copied, 4 * n * self.weights / multiplied) for n in samples}
+        print_table(["prompts at once", "codes/s", "ms a step", "limit, ms", "of the limit"],
+                    [[str(n), 4 * n / seconds[n], 250 * seconds[n], 1e3 * limits[n], f"{4 * limits[n] / seconds[n]:.0%}"] for n in samples])
+
+    def by_grid(self):
+        """Steps early and late in an image, for images of more and more codes."""
+        rows = []
+        for side in (16, 32, 64):
+            decoder = make_ready(self.new(grid_size=side), self.device)
+            at = [int((side**2 - 9) * share) for share in (0, 1 / 3, 2 / 3, 1)]
+            seconds = list(median_seconds({k: some_steps(decoder, self.prefix, k) for k in at}, self.device, 3).values())
+            rows.append([f"{side} x {side}", 125 * seconds[0], 125 * seconds[-1], side**2 * np.mean(seconds) / 8])
+        print_table(["codes", "ms a code, first", "last", "s an image"], rows)
+
+    def by_prefix(self):
+        """Prefill and steps for longer and longer prefixes."""
+        rows = []
+        for length in sorted({32, 128, 512, self.config.context}):
+            prefix = self.prefixes(1, length)
+            seconds = median_seconds({"prefill": lambda: self.model.prefill(prefix, self.lengths(length)), "steps": some_steps(self.model, prefix)}, self.device, 3)
+            rows.append([str(length), 1e3 * seconds["prefill"], 125 * seconds["steps"]])
+        print_table(["prefix tokens", "prefill, ms", "ms a code"], rows)
+
+    def pixels(self):
+        """The VQ decoder in two layouts of memory, and its share of drawing one image."""
+        vqgan, plain = (VQGAN(TokenizerConfig(**tokenizer.PRESETS[self.preset])).to(self.device).eval() for _ in range(2))
+        vqgan.to(memory_format=torch.channels_last)
+        codes = torch.zeros(1, self.config.decoder.n_code, dtype=torch.long, device=self.device)
+        seconds = median_seconds({"last": lambda: vqgan.decode(codes), "first": lambda: plain.decode(codes), "steps": some_steps(self.decoder, self.prefix)}, self.device, 3)
+        share = seconds["last"] / (codes.numel() * seconds["steps"] / 8 + seconds["last"])
+        print_table(["VQ decoder, one image", "ms", "against", "ms", "ratio", "of the time"],
+                    [["channels last", 1e3 * seconds["last"], "channels first", 1e3 * seconds["first"], seconds["first"] / seconds["last"], f"{share:.0%}"]])
+
+
 @torch.no_grad()
 def bench(preset, device):
-    """Print what drawing costs with random weights at a preset's sizes: seconds, ratios and what the device would allow."""
-    if preset not in mentor.PRESETS:
-        raise ValueError(f"--bench={preset}: must be one of {', '.join(mentor.PRESETS)}")
-    torch.manual_seed(0)
-    small, config = mentor.PRESETS["tiny"], mentor.PRESETS[preset]
-    config = dataclasses.replace(config, vision=small.vision, connector=small.connector, text=small.text)  # read once a prompt
-
-    def new(**sizes):
-        return Mentor(dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, **sizes)))
-
-    def prefixes(samples, length):
-        return torch.randn(2 * samples, length, config.decoder.width, device=device, dtype=dtype)
-
-    decoder = make_ready(new(), device)
-    model = decoder.model if isinstance(decoder, GraphedDecoder) else decoder
-    again = lambda: GraphedDecoder(model) if model is not decoder else model  # noqa: E731
-    dtype, sampling, generator = model.decoder.norm.weight.dtype, config.sampling, torch.Generator(device).manual_seed(0)
-    n_prefix, n_code = min(64, config.context), min(64, config.decoder.n_code)
-    copied, multiplied = measure_limits(device, dtype)
-    weights = sum(p.numel() for p in model.decoder.parameters()) - model.decoder.code_embedding.weight.numel()
-    print(f"{preset}: a decoder of {weights / 1e6:.4g}M weights in {str(dtype)[6:]}, guided, prefixes of {n_prefix}; {torch.get_num_threads()} threads; "
+    """Print all that there is to know of a preset's speed in drawing."""
+    tables = Bench(preset, device)
+    copied, multiplied = measure_limits(device, tables.dtype)
+    print(f"{preset}: a decoder of {tables.weights / 1e6:.4g}M weights in {str(tables.dtype)[6:]}, guided, prefixes of {tables.n_prefix}; {torch.get_num_threads()} threads; "
           f"{torch.cuda.get_device_name() if device.type == 'cuda' else device} copies {copied / 1e9:.3g} GB/s and multiplies {multiplied / 1e12:.3g} TFLOPS")
-
-    prefix, rows = prefixes(1, n_prefix), []
-
-    def loop(decoder, rows=least_rows(model)):
-        return lambda: continue_prefix(decoder, prefix, torch.full((2,), n_prefix, device=device), True, n_code, sampling, generator, rows)
-
-    ours = loop(decoder)
-    pairs = {("KV cache", "cache-free loop"): (ours, loop(CacheFreeDecoder(model), 1))}
-    if model is not decoder:
-        pairs["steps as CUDA graphs", "launched one by one"] = ours, loop(model)
-    elif is_packed(model):
-        pairs["matrices packed", "as they are"] = ours, loop(new().eval())
-    for (name, baseline), both in pairs.items():
-        seconds = median_seconds(dict(zip((name, baseline), both)), device, 3)
-        rows.append([name, n_code / seconds[name], baseline, n_code / seconds[baseline], seconds[baseline] / seconds[name]])
-    print_table([f"one prompt, {n_code} codes", "codes/s", "against", "codes/s", "ratio"], rows)
-    if model is decoder:
-        print("(CUDA graphs: no CUDA here)")
-
-    samples = (1, 2, 4, 8, 16, 32, 64)
-    seconds = median_seconds({n: some_steps(again(), prefixes(n, n_prefix), count=4) for n in samples}, device, 3)
-    cached = 2 * n_prefix * config.decoder.n_layer * config.decoder.width * dtype.itemsize
-    rows = [[str(n), 4 * n / seconds[n], 250 * seconds[n], 1e3 * (limit := max((weights * dtype.itemsize + 2 * n * cached) / copied, 4 * n * weights / multiplied)), f"{4 * limit / seconds[n]:.0%}"] for n in samples]
-    print_table(["prompts at once", "codes/s", "ms a step", "limit, ms", "of the limit"], rows)
-
-    rows, third = [], 1 / 3
-    for side in (16, 32, 64):
-        other = make_ready(new(grid_size=side), device)
-        at = [int((side**2 - 9) * share) for share in (0, third, 2 * third, 1)]
-        seconds = list(median_seconds({k: some_steps(other, prefix, k) for k in at}, device, 3).values())
-        rows.append([f"{side} x {side}", 125 * seconds[0], 125 * seconds[-1], side**2 * np.mean(seconds) / 8])
-    print_table(["codes", "ms a code, first", "last", "s an image"], rows)
-
-    rows = []
-    for length in sorted({32, 128, 512, config.context}):
-        wide = prefixes(1, length)
-        seconds = median_seconds({"prefill": lambda: model.prefill(wide, torch.full((2,), length, device=device)), "steps": some_steps(model, wide)}, device, 3)
-        rows.append([str(length), 1e3 * seconds["prefill"], 125 * seconds["steps"]])
-    print_table(["prefix tokens", "prefill, ms", "ms a code"], rows)
-
-    vqgan, plain = (VQGAN(TokenizerConfig(**tokenizer.PRESETS[preset])).to(device).eval() for _ in range(2))
-    vqgan.to(memory_format=torch.channels_last)
-    codes = torch.zeros(1, config.decoder.n_code, dtype=torch.long, device=device)
-    seconds = median_seconds({"last": lambda: vqgan.decode(codes), "first": lambda: plain.decode(codes), "steps": some_steps(decoder, prefix)}, device, 3)
-    drawing = codes.numel() * seconds["steps"] / 8
-    print_table(["VQ decoder, one image", "ms", "against", "ms", "ratio", "of the time"],
-                [["channels last", 1e3 * seconds["last"], "channels first", 1e3 * seconds["first"], seconds["first"] / seconds["last"], f"{seconds['last'] / (drawing + seconds['last']):.0%}"]])
+    tables.against_plain()
+    tables.by_samples(copied, multiplied)
+    tables.by_grid()
+    tables.by_prefix()
+    tables.pixels()
 
 
 # ---------------------------------------------------------------------------------------------------------------
