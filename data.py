@@ -644,6 +644,7 @@ TASKS = {f.__name__: f for f in (text_to_image, reconstruction, segmentation, re
 FLAGS = {"generation_only": "text_to_image", "do_mask": "segmentation", "do_replace": "recovery"}
 HELD_OUT = (50, 128)  # one picture in so many is held out for validation, but no more than so many
 PATH_FIELDS = ("image_path", "source_image", "input_img_list")
+TASK_NUMBERS = {task: i for i, task in enumerate(TASKS)}
 
 
 class Entry(NamedTuple):
@@ -662,16 +663,6 @@ class Entry(NamedTuple):
         return len(self.labels) or int(self.task == "reconstruction")
 
 
-def strings(record, name):
-    """A field's text or list of texts as a tuple, () for null. Raises ValueError naming field and value."""
-    value = record.get(name)
-    values = tuple(value) if isinstance(value, list) else () if value is None else (value,)
-    for v in values:
-        if not isinstance(v, str) or not v:
-            raise ValueError(f"{name}={value!r}: must be a text, a list of texts or null")
-    return values
-
-
 def read_entry(line):
     """A manifest line (bytes) as an Entry. Raises ValueError naming the field, its value and what is legal.
 
@@ -688,36 +679,73 @@ def read_entry(line):
     an image or in runs of it (the released manifests repeat it once an image token), is the whole prompt. Fields that
     are not named here are ignored.
     """
+    record = read_object(line)
+    task = read_task(record)
+    if task in ("text_to_image", "reconstruction"):
+        picture, = need(record, task, "image_path", 1)
+        if task == "reconstruction" and strings(record, "source_image") not in ((), (picture,)):
+            raise ValueError(f"source_image={record['source_image']!r}: reconstruction draws image_path={picture!r} from itself; "
+                             "name the subject in objects to draw source_image from image_path")
+        return Entry(task, read_text(record, task, int(task == "reconstruction")), picture)
+    labels = read_labels(record, task)
+    text = read_text(record, task, len(labels))
+    picture, = need(record, task, "source_image", 1)
+    if task == "multi_image" and record.get("input_img_list"):
+        return Entry(task, text, picture, labels, references=need(record, task, "input_img_list", len(labels)))
+    files = need(record, task, "image_path", len(labels))
+    return Entry(task, text, picture, labels, references=files) if task == "subject_driven" else Entry(task, text, picture, labels, files)
+
+
+def read_object(line):
+    """A line (bytes) as the dict it holds. Raises ValueError if it holds something else."""
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode() if line.isascii() else line)   # of other bytes it has to guess the encoding
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({error}); want one object in braces a line") from None
     if not isinstance(record, dict):
         raise ValueError(f"{record!r:.80}: want one JSON object in braces a line")
+    return record
+
+
+def read_task(record):
+    """The task that a record's flag and the kind of its objects tell. Raises ValueError naming a flag that is neither true nor
+    false, or that is not the only true one."""
     flags = [flag for flag in FLAGS if record.get(flag)]
     for flag in flags:
         if record[flag] is not True or len(flags) > 1:
             raise ValueError(f"{flag}={record[flag]!r}: must be true or false, and only one of {', '.join(FLAGS)} true")
-    several = isinstance(record.get("objects"), list)
-    task = FLAGS[flags[0]] if flags else "reconstruction" if record.get("objects") is None else "multi_image" if several else "subject_driven"
+    if flags:
+        return FLAGS[flags[0]]
+    objects = record.get("objects")
+    return "reconstruction" if objects is None else "multi_image" if isinstance(objects, list) else "subject_driven"
 
-    def need(name, count):
-        values = strings(record, name)
-        if len(values) != count:
-            raise ValueError(f"{name}={record.get(name)!r}: {task} wants {count} here, not {len(values)}")
-        return values
 
-    if task in ("text_to_image", "reconstruction"):
-        picture, = need("image_path", 1)
-        if task == "reconstruction" and strings(record, "source_image") not in ((), (picture,)):
-            raise ValueError(f"source_image={record['source_image']!r}: reconstruction draws image_path={picture!r} from itself; name the subject in objects to draw source_image from image_path")
-        return Entry(task, read_text(record, task, int(task == "reconstruction")), picture)
-    labels = strings(record, "objects") if several else need("objects", 1)
-    if not labels or several and task != "multi_image":
-        raise ValueError(f"objects={record['objects']!r}: {task} wants {'at least one label' if several and not flags else 'one label'}")
-    given = "input_img_list" if task == "multi_image" and record.get("input_img_list") else "image_path"
-    kind = "masks" if given == "image_path" and task != "subject_driven" else "references"
-    return Entry(task, read_text(record, task, len(labels)), *need("source_image", 1), labels, **{kind: need(given, len(labels))})
+def read_labels(record, task):
+    """The names of a record's objects, a tuple. Raises ValueError if they are not as many as the task draws."""
+    if not isinstance(record.get("objects"), list):
+        return need(record, task, "objects", 1)
+    labels = strings(record, "objects")
+    if not labels or task != "multi_image":
+        raise ValueError(f"objects={record['objects']!r}: {task} wants {'at least one label' if task == 'multi_image' else 'one label'}")
+    return labels
+
+
+def strings(record, name):
+    """A field's text or list of texts as a tuple, () for null. Raises ValueError naming field and value."""
+    value = record.get(name)
+    values = tuple(value) if isinstance(value, list) else () if value is None else (value,)
+    for v in values:
+        if not isinstance(v, str) or not v:
+            raise ValueError(f"{name}={value!r}: must be a text, a list of texts or null")
+    return values
+
+
+def need(record, task, name, count):
+    """The same, if there are `count` texts in the field. Raises ValueError if not."""
+    values = strings(record, name)
+    if len(values) != count:
+        raise ValueError(f"{name}={record.get(name)!r}: {task} wants {count} here, not {len(values)}")
+    return values
 
 
 def read_text(record, task, images):
@@ -725,11 +753,15 @@ def read_text(record, task, images):
     text = record.get("input_text") or ""
     if not isinstance(text, str):
         raise ValueError(f"input_text={text!r}: must be a text")
-    if text.count("<image>") > images:
-        text = re.sub("(?:<image>)+", "<image>", text)
-    if text.count("<image>") not in (0, images):
-        raise ValueError(f"input_text={text!r}: {text.count('<image>')} <image> placeholders, but {task} has {images} images here; write one for each, apart, or none")
-    if task not in ("reconstruction", "segmentation") and not text.replace("<image>", "").strip():
+    words = text
+    if "<" in text:                                                      # by far the fastest look at a long caption
+        if text.count("<image>") > images:
+            text = re.sub("<image>(?:<image>)+", "<image>", text)
+        if text.count("<image>") not in (0, images):
+            raise ValueError(f"input_text={text!r}: {text.count('<image>')} <image> placeholders, but {task} has {images} images here; "
+                             "write one for each, apart, or none")
+        words = text.replace("<image>", "")
+    if task not in ("reconstruction", "segmentation") and not words.strip():
         raise ValueError(f"input_text={text!r}: {task} needs a caption")
     return text.strip()
 
@@ -797,43 +829,54 @@ class Manifest:
         return held
 
     def check_piece(self, pieces):
-        """Check the lines that begin in a piece of the file, [its number]. Returns how many there are; (right lines, 6) int64: where it begins,
-        its number from 0, its task, images and most_tokens of its prompt, a hash of its picture; [(number, what is wrong)] of the
-        others; and two digests, of the lines and the sizes of the files they name, and of the times of these."""
-        with self.open() as file:
-            edges = []
-            for edge in (pieces[0] * self.PIECE, (pieces[0] + 1) * self.PIECE):
-                file.seek(max(0, edge - 1))
-                edges.append(file.tell() + len(file.readline() if edge else b""))        # the first line that begins at the edge or after
-            file.seek(edges[0])
-            lines = io.BytesIO(file.read(edges[1] - edges[0])).readlines()
-        rows, wrong, files, tasks, place = array("q"), [], {}, list(TASKS), edges[0]
+        """Check the lines that begin in a piece of the file, [its number]. Returns how many there are; (right lines, 6) int64: where
+        it begins, its number from 0, and what check_line says; [(number, what is wrong)] of the others; and two digests, of
+        the lines and the sizes of the files they name, and of the times of these."""
+        place, piece = self.read_piece(*pieces)
+        lines, rows, wrong, files = io.BytesIO(piece).readlines(), array("q"), [], {}
         for number, line in enumerate(lines):
             try:
                 if not line.isspace():
-                    entry = read_entry(line)
-                    for text in (t for t in (entry.text, *entry.labels) if HALF.search(t)):
-                        raise ValueError(f"{text!r:.80}: holds half of a character (a lone surrogate), which no text model can read; write it anew")
-                    for name in (entry.picture, *entry.masks, *entry.references):
-                        if name not in files:
-                            files[name] = self.file_state(name, line)
-                    rows.extend((place, number, tasks.index(entry.task), entry.images, most_tokens(entry_prompt(entry)), zlib.crc32(os.fsencode(entry.picture))))
+                    rows.extend((place, number, *self.check_line(line, files)))
             except ValueError as error:
                 wrong.append((number, str(error)))
             place += len(line)
         sizes, times = (repr([state[i] for state in files.values()]).encode() for i in range(2))
-        return len(lines), np.array(rows).reshape(-1, 6), wrong, [hashlib.blake2b(state, digest_size=8).digest() for state in (b"".join(lines) + sizes, times)]
+        return len(lines), np.array(rows).reshape(-1, 6), wrong, [hashlib.blake2b(state, digest_size=8).digest() for state in (piece + sizes, times)]
+
+    def read_piece(self, number):
+        """The lines that begin in a piece of the file: where the first of them begins, and their bytes."""
+        with self.open() as file:
+            edges = []
+            for edge in (number * self.PIECE, (number + 1) * self.PIECE):
+                file.seek(max(0, edge - 1))
+                edges.append(file.tell() + len(file.readline() if edge else b""))        # the first line that begins at the edge or after
+            file.seek(edges[0])
+            return edges[0], file.read(edges[1] - edges[0])
+
+    def check_line(self, line, files):
+        """Check a line (bytes). Returns its task's number, images and most_tokens of its prompt, a hash of its picture. `files`
+        holds what is known of the files named so far: {name: (size, time, hash of the name)}."""
+        entry = read_entry(line)
+        for text in (entry.text, *entry.labels):
+            if not text.isascii() and HALF.search(text):
+                raise ValueError(f"{text!r:.80}: holds half of a character (a lone surrogate), which no text model can read; write it anew")
+        for name in (entry.picture, *entry.masks, *entry.references):
+            if name not in files:
+                files[name] = self.file_state(name, line)
+        return TASK_NUMBERS[entry.task], entry.images, most_tokens(entry_prompt(entry)), files[entry.picture][2]
 
     def file_state(self, name, line):
-        """Size and time of a file. Raises ValueError naming the line's field if it is not there or empty."""
+        """Size and time of a file, and a hash of its name. Raises ValueError naming the line's field if it is not there or empty."""
         try:
             state = os.stat(os.path.join(self.root, name))
         except (OSError, ValueError):
             state = None
         if state and stat.S_ISREG(state.st_mode) and state.st_size:
-            return state.st_size, state.st_mtime_ns
+            return state.st_size, state.st_mtime_ns, zlib.crc32(os.fsencode(name))
         named = next(f for f in PATH_FIELDS if name in strings(json.loads(line), f))
-        raise ValueError(f"{named}={name!r}: " + ("it is empty, or no file" if state else f"there is no such file in {self.root}, the folder that names start from"))
+        what = "it is empty, or no file" if state else f"there is no such file in {self.root}, the folder that names start from"
+        raise ValueError(f"{named}={name!r}: {what}")
 
     def leave_out(self, number, message):
         """Note that a line is wrong. Raises ValueError, or with skip_bad only keeps the message."""
@@ -844,8 +887,8 @@ class Manifest:
     def check_prompts(self, collate):
         """Tokenize every prompt that may be too long for the context. Raises ValueError naming the first that is, or with
         skip_bad takes such lines from the tasks."""
-        for index in np.flatnonzero(self.most_tokens + self.images * collate.image_tokens > collate.context).tolist():
-            entry = self[index]
+        long = np.flatnonzero(self.most_tokens + self.images * collate.image_tokens > collate.context).tolist()
+        for index, entry in zip(long, self.read(long)):
             try:
                 collate.encode(entry_prompt(entry), entry.images)
             except ValueError as error:
@@ -878,13 +921,18 @@ class Manifest:
 
     def some(self, count):
         """About `count` entries evenly spaced, or all if there are fewer."""
-        return (self[i] for i in range(0, len(self), max(1, len(self) // count)))
+        return self.read(range(0, len(self), max(1, len(self) // count)))
 
     def __getitem__(self, index):
         """The Entry of a line, counted from 0 without the bad ones."""
+        return next(self.read([index]))
+
+    def read(self, indices):
+        """The Entries of lines, one after the other."""
         with self.open() as file:                                        # opened anew: worker processes share no position
-            file.seek(self.places[index][0])
-            return read_entry(file.readline())
+            for index in indices:
+                file.seek(self.places[index, 0])
+                yield read_entry(file.readline())
 
     def load(self, name):
         """The picture of a file named in the manifest."""

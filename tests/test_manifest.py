@@ -133,7 +133,7 @@ def test_a_whole_prompt_is_taken_as_it_is_and_runs_of_placeholders_are_one(folde
     for run in ("<image>", "<image>" * 256):
         drawn, = samples(folder, {**SUBJECT, "input_text": f"Draw the box of {run} on green"}, 1)
         assert drawn.prompt == "Draw the box of <image> on green"
-    assert read_entry(json.dumps({**MULTI, "input_text": "<image><image> side by side"})).text == "<image><image> side by side"
+    assert read_entry(json.dumps({**MULTI, "input_text": "<image><image> side by side"}).encode()).text == "<image><image> side by side"
 
 
 def test_the_square_moves_to_show_the_object(folder):
