@@ -25,7 +25,7 @@ import unicodedata
 import zlib
 from array import array
 from bisect import bisect_right
-from collections import namedtuple
+from collections import Counter, namedtuple
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -73,20 +73,14 @@ def center_crop(picture, size):
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def clip_crop(picture, size):
-    """CLIP's preprocessing: bicubic resize of the short side to `size`, then a centred square."""
-    image = Image.fromarray(picture)
-    if min(image.size) != size:
-        short = min(image.size)
+def vision_pixels(picture, size):
+    """A picture as CLIP wants it: bicubic resize of the short side, a centred square, normalised; float32 (3, size, size)."""
+    image, short = Image.fromarray(picture), min(picture.shape[:2])
+    if short != size:
         image = image.resize((int(image.width * size / short), int(image.height * size / short)), Image.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)))
-
-
-def vision_pixels(picture, size):
-    """A picture as the vision encoder wants it: float32 (3, size, size), normalised with CLIP's mean and std."""
-    pixels = (clip_crop(picture, size).astype(np.float32) / 255 - CLIP_MEAN) / CLIP_STD
-    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+    square = np.asarray(image.crop((left, top, left + size, top + size)), np.float32)
+    return torch.from_numpy(((square / 255 - CLIP_MEAN) / CLIP_STD).transpose(2, 0, 1).copy())
 
 
 def tokenizer_pixels(picture, size):
@@ -116,7 +110,6 @@ def contact_sheet(rows, pad=2, scale=1):
 # ---------------------------------------------------------------------------------------------------------------
 # Words
 # ---------------------------------------------------------------------------------------------------------------
-
 
 HALF = re.compile("[\ud800-\udfff]")  # half of a character, which SentencePiece cannot read
 
@@ -161,7 +154,10 @@ class TextTokenizer:
 
     def unknown_word(self, text):
         """The first word of a text that the text model has no piece for; None if it knows them all."""
-        return next((word for word in text.replace("<image>", " ").split() if HALF.search(word) or self.UNKNOWN in self.pieces.encode(word)), None)
+        for word in text.replace("<image>", " ").split():
+            if HALF.search(word) or self.UNKNOWN in self.pieces.encode(word):
+                return word
+        return None
 
     def check_words(self, text):
         """Raise ValueError naming the first word that the text model does not know, and the nearest known ones."""
@@ -201,6 +197,8 @@ COLORS = {"red": (215, 35, 40), "orange": (245, 140, 25), "yellow": (250, 220, 4
 PATTERNS = ("solid", "striped", "dotted", "split")
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 SIZES = ("small", "big")
+WHOLE = "whole image"  # the query connector's words where no subject is meant (section 3.1)
+SAID = ["The in", ".", "The image is", WHOLE]  # what the tasks' prompts say besides captions and labels
 SUPERSAMPLE = 8  # masks are drawn this many times larger and averaged: the antialiasing
 
 Placed = namedtuple("Placed", "subject place size")        # a subject, an index into PLACES, an index into SIZES
@@ -212,19 +210,24 @@ def polygon(*corners):
     return [(r * np.sin(np.radians(a)), -r * np.cos(np.radians(a))) for a, r in corners]
 
 
-HEART = [(16 * np.sin(t) ** 3 / 17, (2 - 13 * np.cos(t) + 5 * np.cos(2 * t) + 2 * np.cos(3 * t) + np.cos(4 * t)) / -17 * -1 - 0.1)
-         for t in np.linspace(0, 2 * np.pi, 60)]
+ARM = 0.36  # half the width of the cross's arms
 SHAPES = {
     "circle": polygon(*((a, 1.0) for a in range(0, 360, 6))),
     "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
     "triangle": [(0, -0.95), (1, 0.85), (-1, 0.85)],
     "diamond": [(0, -1), (0.8, 0), (0, 1), (-0.8, 0)],
     "star": polygon(*((a, 1.05 if a % 72 == 0 else 0.48) for a in range(0, 360, 36))),
-    "heart": HEART,
-    "cross": [(x * s, y * t) for s, t, pts in ((1, -1, ((0.36, 1), (0.36, 0.36), (1, 0.36))), (1, 1, ((1, 0.36), (0.36, 0.36), (0.36, 1))),
-              (-1, 1, ((0.36, 1), (0.36, 0.36), (1, 0.36))), (-1, -1, ((1, 0.36), (0.36, 0.36), (0.36, 1)))) for x, y in pts],
+    "heart": [(16 * np.sin(t) ** 3 / 17, (2 - 13 * np.cos(t) + 5 * np.cos(2 * t) + 2 * np.cos(3 * t) + np.cos(4 * t)) / 17 - 0.1)
+              for t in np.linspace(0, 2 * np.pi, 60)],
+    "cross": [(ARM, -1), (ARM, -ARM), (1, -ARM), (1, ARM), (ARM, ARM), (ARM, 1),
+              (-ARM, 1), (-ARM, ARM), (-1, ARM), (-1, -ARM), (-ARM, -ARM), (-ARM, -1)],
     "ring": polygon(*((a, 1.0) for a in range(0, 361, 6)), *((a, 0.42) for a in range(360, -1, -6))),
 }
+
+
+def an_eighth(thing):
+    """Whether a tuple is among the eighth of all, by a hash, that training never shows."""
+    return zlib.crc32(repr(tuple(thing)).encode()) % 8 == 0
 
 
 def apart(a, b):
@@ -235,7 +238,13 @@ def apart(a, b):
 class World:
     """Scenes of one or two subjects on a patterned background, and the words for them.
 
-    A subclass says what a subject is: `draw_subject`, `subject_mask`, `label`, `describe`, `subjects`.
+    A subclass says what a subject is:
+        all_subjects()        every subject there is, tuples
+        label(subject)        the name that prompts use for it
+        describe(subject)     all there is to say of it, in the words before and after the name's place
+        subject_mask(placed)  where it covers the picture, float32 (S, S, 1) in [0, 1]
+        draw_subject(placed)  its colours, float32 (S, S, 3) in [0, 255]; only those under its mask are seen
+
     Subjects stand on a 3 x 3 grid of places and are 14/32 or 20/32 of the image wide; places are whole cells of
     a code grid of 8 a side, so a subject's codes look alike wherever it stands.
     """
@@ -246,9 +255,8 @@ class World:
 
     def center(self, place, size):
         """Pixel centre (x, y) of a place: 8, 16, 24 of 32 for small subjects and 12, 16, 20 for big ones."""
-        unit = self.image_size // 32
-        step = unit * (8, 4)[size]
-        return self.image_size // 2 + (place % 3 - 1) * step, self.image_size // 2 + (place // 3 - 1) * step
+        middle, step = self.image_size // 2, self.image_size // 32 * (8, 4)[size]
+        return middle + (place % 3 - 1) * step, middle + (place // 3 - 1) * step
 
     @functools.lru_cache(maxsize=None)
     def pattern_mask(self, pattern, x, y, upright):
@@ -294,20 +302,13 @@ class World:
         return (self.subject_mask(placed) * self.draw_subject(placed) + 0.5).astype(np.uint8)
 
     def held_out(self, subject):
-        """Whether a subject is kept out of training: an eighth of them, by a hash of what it is."""
-        return zlib.crc32(repr(tuple(subject)).encode()) % 8 == 0
-
-    def random_subject(self, rng, held_out=False):
-        """A subject drawn evenly from the training ones, or from the held-out ones."""
-        return rng.choice(self.subjects[held_out])
+        """Whether a subject is kept out of training."""
+        return an_eighth(subject)
 
     @functools.cached_property
     def subjects(self):
         """{False: the training subjects, True: the held-out ones}."""
-        split = {False: [], True: []}
-        for subject in self.all_subjects():
-            split[self.held_out(subject)].append(subject)
-        return split
+        return {held: [s for s in self.all_subjects() if self.held_out(s) == held] for held in (False, True)}
 
     def random_scene(self, rng, subjects):
         """The subjects at random places on a random background; two stand two columns or two rows apart."""
@@ -320,17 +321,16 @@ class World:
                 return Scene(color, pattern, (Placed(subjects[0], a, 0), Placed(subjects[1], b, 0)))
 
     def random_subjects(self, rng, count, held_out=False):
-        """`count` subjects with different labels, so that a label names one of them."""
-        first = self.random_subject(rng, held_out)
+        """One or two training (or held-out) subjects; two have different labels, so that a label names one of them."""
+        first = rng.choice(self.subjects[held_out])
         while count == 2:
-            second = self.random_subject(rng, held_out)
+            second = rng.choice(self.subjects[held_out])
             if self.label(second) != self.label(first):
                 return [first, second]
         return [first]
 
     def caption(self, scene, looks=True):
-        """The sentence for a scene. With looks=False the subjects' colours and patterns stay unsaid: then only a
-        reference image can tell them."""
+        """The sentence for a scene. With looks=False only a reference image can tell the subjects' colours and patterns."""
         words = []
         for subject, place, size in scene.subjects:
             what, tail = self.describe(subject) if looks else (self.label(subject), "")
@@ -349,7 +349,7 @@ class World:
         grounds = [f"on an on a {c} {p} background" for c in COLORS for p in PATTERNS[1:]]
         places = [f"a {s} at the {p} and" for s in SIZES for p in PLACES]
         things = [" ".join(self.describe(s)) for kind in self.subjects.values() for s in kind]
-        return grounds + places + things + [self.label(s) for s in self.all_subjects()] + ["The in", ".", "The image is", "whole image"]
+        return grounds + places + things + [self.label(s) for s in self.all_subjects()] + SAID
 
 
 ShapeSubject = namedtuple("ShapeSubject", "shape color color2 pattern")  # indices; color2 == color when solid
@@ -361,36 +361,34 @@ class Shapes(World):
     name = "shapes"
 
     def all_subjects(self):
-        """Every subject there is; a solid one has no second colour."""
-        colors = range(len(COLORS))
-        return [ShapeSubject(s, a, b, p) for s in range(len(SHAPES)) for p in range(len(PATTERNS)) for a in colors for b in colors
-                if (a == b) == (PATTERNS[p] == "solid")]
+        """A solid subject has no second colour."""
+        everything = itertools.product(range(len(SHAPES)), range(len(PATTERNS)), range(len(COLORS)), range(len(COLORS)))
+        return [ShapeSubject(s, a, b, p) for s, p, a, b in everything if (a == b) == (PATTERNS[p] == "solid")]
 
     def label(self, subject):
-        """The name that prompts use for a subject: its shape."""
         return list(SHAPES)[subject.shape]
 
     def describe(self, subject):
-        """The full description, in the words before and after the name's place: ("red star", " with blue stripes")."""
+        """("red star", " with blue stripes")"""
         color, color2 = list(COLORS)[subject.color], list(COLORS)[subject.color2]
-        tail = {"solid": "", "striped": f" with {color2} stripes", "dotted": f" with {color2} dots", "split": f" with a {color2} half"}
+        tail = {"solid": "", "striped": f" with {color2} stripes", "dotted": f" with {color2} dots",
+                "split": f" with a {color2} half"}
         return f"{color} {self.label(subject)}", tail[PATTERNS[subject.pattern]]
 
     @functools.lru_cache(maxsize=None)
     def shape_mask(self, shape, place, size):
         """A shape's coverage, float32 (S, S, 1) in [0, 1]."""
         (x, y), radius, fine = self.center(place, size), self.widths[size] / 2, self.image_size * SUPERSAMPLE
-        points = [((x + px * radius) * SUPERSAMPLE - 0.5, (y + py * radius) * SUPERSAMPLE - 0.5) for px, py in list(SHAPES.values())[shape]]
+        points = [((x + px * radius) * SUPERSAMPLE - 0.5, (y + py * radius) * SUPERSAMPLE - 0.5)
+                  for px, py in list(SHAPES.values())[shape]]
         canvas = Image.new("L", (fine, fine))
         ImageDraw.Draw(canvas).polygon(points, fill=1)
         return self.shrink(np.asarray(canvas))
 
     def subject_mask(self, placed):
-        """Coverage of a placed subject, float32 (S, S, 1) in [0, 1]."""
         return self.shape_mask(placed.subject.shape, placed.place, placed.size)
 
     def draw_subject(self, placed):
-        """Colours of a placed subject, float32 (S, S, 3) in [0, 255]; only those under its mask are seen."""
         first, second = (np.array(list(COLORS.values())[c], np.float32) for c in (placed.subject.color, placed.subject.color2))
         mask = self.pattern_mask(placed.subject.pattern, *self.center(placed.place, placed.size), False)
         return first + mask * (second - first)
@@ -412,7 +410,8 @@ class Emoji(World):
         super().__init__(image_size)
         found = [f for f in ([font] if font else EMOJI_FONTS) if Path(f).is_file()]
         if not found:
-            raise ValueError(f"no colour emoji font at {font or ', '.join(EMOJI_FONTS)}; install one (Debian: `apt install fonts-noto-color-emoji`) or name a file with --emoji_font=PATH")
+            raise ValueError(f"no colour emoji font at {font or ', '.join(EMOJI_FONTS)}; install one "
+                             "(Debian: `apt install fonts-noto-color-emoji`) or name a file with --emoji_font=PATH")
         for strike in (109, 160, 96, 64, 137):  # bitmap fonts open only at the sizes they hold
             try:
                 self.font = ImageFont.truetype(found[0], strike)
@@ -433,21 +432,19 @@ class Emoji(World):
     @functools.cached_property
     def characters(self):
         """{character: name} of the drawings kept: one code point, a colour drawing of its own, a name."""
-        kept, missing = {}, self.glyph("\U0010FFFD")
-        missing = missing.tobytes() if missing else None
-        for code in range(0x231A, 0x1FB00):
+        kept, missing = {}, self.glyph("\U0010FFFD")  # what the font draws for characters that it lacks, if anything
+        for code in (*range(0x231A, 0x3300), *range(0x1F000, 0x1FB00)):
             name = unicodedata.name(chr(code), "").lower()
             if not name or "regional indicator" in name or "modifier" in name or "component" in name:
                 continue
-            glyph = self.glyph(chr(code)) if code < 0x3300 or code >= 0x1F000 else None
-            if glyph and glyph.tobytes() != missing and len(glyph.convert("RGB").getcolors(1 << 16) or range(9)) > 8:
+            glyph = self.glyph(chr(code))
+            if glyph and glyph != missing and glyph.convert("RGB").getcolors(8) is None:  # more than 8 colours
                 kept[chr(code)] = name
             if len(kept) == self.COUNT:
                 break
         return kept
 
     def all_subjects(self):
-        """Every emoji kept."""
         return [EmojiSubject(c) for c in self.characters]
 
     def label(self, subject):
@@ -455,7 +452,6 @@ class Emoji(World):
         return self.characters[subject.character]
 
     def describe(self, subject):
-        """An emoji's name is all there is to say of it."""
         return self.label(subject), ""
 
     @functools.lru_cache(maxsize=50000)
@@ -470,11 +466,9 @@ class Emoji(World):
         return np.asarray(canvas, np.float32)
 
     def subject_mask(self, placed):
-        """Coverage of a placed emoji, float32 (S, S, 1) in [0, 1]."""
         return self.sprite(placed)[..., 3:] / 255
 
     def draw_subject(self, placed):
-        """Colours of a placed emoji, float32 (S, S, 3) in [0, 255]; black where its mask is zero."""
         sprite = self.sprite(placed)
         return (sprite[..., :3] / np.maximum(sprite[..., 3:] / 255, 1e-3)).clip(0, 255)
 
@@ -501,8 +495,7 @@ class Sample:
     chance: int = 0                                     # random bits of its own, for what pretraining hides
 
 
-WHOLE = "whole image"  # the query connector's words where no subject is meant (section 3.1)
-TWO_SUBJECTS = 0.1     # share of scenes with two subjects, where the task allows them
+TWO_SUBJECTS = 0.1  # share of scenes with two subjects, where the task allows them
 
 
 def some_scene(world, rng, held_out):
@@ -533,10 +526,14 @@ def segmentation(world, rng, held_out=False):
                   scene._replace(subjects=(placed,)))
 
 
+def object_lines(labels):
+    """The prompt's line for each object."""
+    return [f"The {label} in <image>." for label in labels]
+
+
 def subject_prompt(world, scene):
     """`The {label} in <image>.` for each subject, then the new scene's caption without its looks."""
-    lines = [f"The {world.label(placed.subject)} in <image>." for placed in scene.subjects]
-    return "\n".join([*lines, world.caption(scene, looks=False)])
+    return "\n".join([*object_lines(world.label(p.subject) for p in scene.subjects), world.caption(scene, looks=False)])
 
 
 def recovery(world, rng, held_out=False):
@@ -595,23 +592,28 @@ def multi_image(world, rng, held_out=False):
                   world.draw(scene), scene)
 
 
-Rule = namedtuple("Rule", "color corner cut")  # what befalls a subject: painted (index into COLORS), moved (into PLACES), cut out; or not
+# What befalls a subject: it is painted (index into COLORS or None), moved (index into PLACES or None), cut out (bool).
+Rule = namedtuple("Rule", "color corner cut")
 
 
 @functools.cache
 def rules(world_name, new=False):
-    """All rules that change something, less those kept out of training, or those alone: an eighth, by a hash, of the rules of
-    several parts. Each part of a new rule is known, their combination is not. Only shapes can be painted."""
-    everything = itertools.product((None, *range(len(COLORS))) if world_name == "shapes" else (None,), (None, 0, 2, 6, 8), (False, True))
-    parts = lambda rule: (rule.color is not None) + (rule.corner is not None) + rule.cut  # noqa: E731
-    return [r for r in itertools.starmap(Rule, everything) if parts(r) and (parts(r) > 1 and zlib.crc32(repr(tuple(r)).encode()) % 8 == 0) == new]
+    """All rules that change something, less those kept out of training, or those alone: an eighth of the rules of several
+    parts. Each part of a new rule is known, their combination is not. Only shapes can be painted."""
+    found, colors = [], (None, *range(len(COLORS))) if world_name == "shapes" else (None,)
+    for rule in itertools.starmap(Rule, itertools.product(colors, (None, 0, 2, 6, 8), (False, True))):
+        parts = (rule.color is not None) + (rule.corner is not None) + rule.cut
+        if parts and (parts > 1 and an_eighth(rule)) == new:
+            found.append(rule)
+    return found
 
 
 def follow(rule, scene):
     """The scene with its one subject painted and moved."""
     placed, = scene.subjects
     if rule.color is not None:
-        placed = placed._replace(subject=ShapeSubject(placed.subject.shape, rule.color, rule.color, PATTERNS.index("solid")))
+        solid = ShapeSubject(placed.subject.shape, rule.color, rule.color, PATTERNS.index("solid"))
+        placed = placed._replace(subject=solid)
     if rule.corner is not None:
         placed = placed._replace(place=rule.corner)
     return scene._replace(subjects=(placed,))
@@ -631,8 +633,8 @@ def in_context(world, rng, held_out=False, new_rule=False):
         if held_out or not world.held_out(follow(rule, scene).subjects[0].subject):  # paint makes no held-out subject
             scenes.append(scene)
     before, after = [world.draw(scene) for scene in scenes], [draw_rule(world, rule, scene) for scene in scenes]
-    return Sample("in_context", "<image> is <image>.\n<image> is <image>.\n<image> is", [before[0], after[0], before[1], after[1], before[2]],
-                  [WHOLE] * 5, after[2], scenes[2])
+    images = [before[0], after[0], before[1], after[1], before[2]]
+    return Sample("in_context", "<image> is <image>.\n<image> is <image>.\n<image> is", images, [WHOLE] * 5, after[2], scenes[2])
 
 
 TASKS = {f.__name__: f for f in (text_to_image, reconstruction, segmentation, recovery, subject_driven, multi_image, in_context)}
@@ -682,18 +684,21 @@ def read_entry(line):
     record = read_object(line)
     task = read_task(record)
     if task in ("text_to_image", "reconstruction"):
-        picture, = need(record, task, "image_path", 1)
+        picture, = strings(record, "image_path", task, 1)
         if task == "reconstruction" and strings(record, "source_image") not in ((), (picture,)):
             raise ValueError(f"source_image={record['source_image']!r}: reconstruction draws image_path={picture!r} from itself; "
                              "name the subject in objects to draw source_image from image_path")
         return Entry(task, read_text(record, task, int(task == "reconstruction")), picture)
-    labels = read_labels(record, task)
+    labels = strings(record, "objects")
+    if not labels or isinstance(record["objects"], list) != (task == "multi_image"):
+        wanted = "at least one label" if task == "multi_image" else "one label"
+        raise ValueError(f"objects={record.get('objects')!r}: {task} wants {wanted}")
     text = read_text(record, task, len(labels))
-    picture, = need(record, task, "source_image", 1)
-    if task == "multi_image" and record.get("input_img_list"):
-        return Entry(task, text, picture, labels, references=need(record, task, "input_img_list", len(labels)))
-    files = need(record, task, "image_path", len(labels))
-    return Entry(task, text, picture, labels, references=files) if task == "subject_driven" else Entry(task, text, picture, labels, files)
+    picture, = strings(record, "source_image", task, 1)
+    given = "input_img_list" if task == "multi_image" and record.get("input_img_list") else "image_path"
+    files = strings(record, given, task, len(labels))
+    masked = task != "subject_driven" and given == "image_path"
+    return Entry(task, text, picture, labels, files, ()) if masked else Entry(task, text, picture, labels, (), files)
 
 
 def read_object(line):
@@ -708,8 +713,7 @@ def read_object(line):
 
 
 def read_task(record):
-    """The task that a record's flag and the kind of its objects tell. Raises ValueError naming a flag that is neither true nor
-    false, or that is not the only true one."""
+    """The task that a record's flag and the kind of its objects tell. Raises ValueError naming a flag that is unclear."""
     flags = [flag for flag in FLAGS if record.get(flag)]
     for flag in flags:
         if record[flag] is not True or len(flags) > 1:
@@ -720,31 +724,15 @@ def read_task(record):
     return "reconstruction" if objects is None else "multi_image" if isinstance(objects, list) else "subject_driven"
 
 
-def read_labels(record, task):
-    """The names of a record's objects, a tuple. Raises ValueError if they are not as many as the task draws."""
-    if not isinstance(record.get("objects"), list):
-        return need(record, task, "objects", 1)
-    labels = strings(record, "objects")
-    if not labels or task != "multi_image":
-        raise ValueError(f"objects={record['objects']!r}: {task} wants {'at least one label' if task == 'multi_image' else 'one label'}")
-    return labels
-
-
-def strings(record, name):
-    """A field's text or list of texts as a tuple, () for null. Raises ValueError naming field and value."""
+def strings(record, name, task="", count=None):
+    """A field's text or list of texts as a tuple, () for null. Raises ValueError if it is not that, or not `count` texts."""
     value = record.get(name)
     values = tuple(value) if isinstance(value, list) else () if value is None else (value,)
     for v in values:
         if not isinstance(v, str) or not v:
             raise ValueError(f"{name}={value!r}: must be a text, a list of texts or null")
-    return values
-
-
-def need(record, task, name, count):
-    """The same, if there are `count` texts in the field. Raises ValueError if not."""
-    values = strings(record, name)
-    if len(values) != count:
-        raise ValueError(f"{name}={record.get(name)!r}: {task} wants {count} here, not {len(values)}")
+    if count is not None and len(values) != count:
+        raise ValueError(f"{name}={value!r}: {task} wants {count} here, not {len(values)}")
     return values
 
 
@@ -767,18 +755,17 @@ def read_text(record, task, images):
 
 
 def entry_prompt(entry, rng=None):
-    """The prompt of an entry: its text if that is a whole prompt, else its caption in the task's sentence. Without rng the longest."""
+    """An entry's text if that is a whole prompt, else its caption in the task's sentence; without rng, the longest one."""
     if "<image>" in entry.text or entry.task == "text_to_image":
         return entry.text
     if entry.task == "reconstruction":
         return "The image is <image>" + (f"\n{entry.text}" if entry.text and (not rng or rng.random() < 0.5) else "")
-    lines = [f"The {label} in <image>." for label in entry.labels]
-    return "\n".join(lines if entry.task == "segmentation" else [*lines, entry.text])
+    return "\n".join(object_lines(entry.labels) + [entry.text] * (entry.task != "segmentation"))
 
 
 def most_tokens(text):
-    """No fewer than the tokens of a prompt, those of its images apart: a piece takes a character at least, and every part of the
-    text may start with a piece for its leading space (the characters of <image> make up for that)."""
+    """No fewer than the tokens of a prompt, those of its images apart: a piece takes a character at least, and every part
+    of the text may start with a piece for its leading space (the characters of <image> make up for that)."""
     return 2 + len(text if text.isascii() else unicodedata.normalize("NFKC", text))
 
 
@@ -796,32 +783,42 @@ class Manifest:
         Raises ValueError with line number, field and value at the first line that is wrong or names a file that is
         not there; with skip_bad such lines are left out and their messages kept in `bad`.
         """
-        self.path, self.root, self.backgrounds, self.skip_bad, self.bad, self.content = Path(path), str(root or Path(path).parent), backgrounds or self, skip_bad, [], content
+        self.path, self.root, self.backgrounds = Path(path), str(root or Path(path).parent), backgrounds or self
+        self.skip_bad, self.bad, self.content = skip_bad, [], content
         if content is None and not self.path.is_file():
             raise ValueError(f"{path}: there is no such manifest; give a .jsonl file, or a folder of pictures")
-        pieces, lines, found = -(-(self.path.stat().st_size if content is None else len(content)) // self.PIECE), 0, [np.zeros((0, 6), int)]
-        digests = [hashlib.blake2b(digest_size=8) for _ in range(2)]
+        rows = self.check_lines(workers, quiet)
+        if not len(rows):
+            first = f" that is right; the first: {self.bad[0]}" if self.bad else ""
+            raise ValueError(f"{path}: the manifest holds no line{first}")
+        self.places = rows[:, :2].copy()                                 # (lines, 2) int64: where it begins, its number
+        self.images, self.most_tokens = rows[:, 3:5].astype(np.int32).T  # (lines,) each: of its prompt
+        self.held = self.choose_held_out(rows[:, 2], rows[:, 5])         # (lines,) bool: left out of training
+        self.tasks, self.held_out = (
+            {task: lines for task, i in TASK_NUMBERS.items() if len(lines := np.flatnonzero((rows[:, 2] == i) & chosen))}
+            for chosen in (~self.held, self.held))
+
+    def check_lines(self, workers, quiet):
+        """Check all lines. Returns what check_piece says of the right ones, (lines, 6) int64. Sets `digest`, of the lines and
+        the sizes of the files they name, and `times`, of when these were written."""
+        size = self.path.stat().st_size if self.content is None else len(self.content)
+        pieces = -(-size // self.PIECE)
         loader = torch.utils.data.DataLoader(range(pieces), num_workers=min(workers, pieces // 2), collate_fn=self.check_piece)
+        lines, found, digests = 0, [np.zeros((0, 6), int)], [hashlib.blake2b(digest_size=8) for _ in range(2)]
         for count, rows, wrong, states in tqdm(loader, desc=f"checking {self.path.name}", disable=quiet):
             for number, message in wrong:
                 self.leave_out(lines + number + 1, message)
-            rows[:, 1] += lines + 1
-            lines, found = lines + count, [*found, rows]
             for digest, state in zip(digests, states):
                 digest.update(state)
-        rows = np.concatenate(found)
-        if not len(rows):
-            raise ValueError(f"{path}: the manifest holds no line" + (f" that is right; the first: {self.bad[0]}" if self.bad else ""))
-        self.places = rows[:, :2].copy()                                 # (lines, 2) int64: where it begins, its number
-        self.images, self.most_tokens = rows[:, 3:5].astype(np.int32).T  # (lines,) each: of its prompt
-        self.digest, self.times = (digest.hexdigest() for digest in digests)  # of the lines and the sizes of their files; of when these were written
-        tasks, self.held = rows[:, 2], self.choose_held_out(rows[:, 2], rows[:, 5])      # (lines,) bool
-        self.tasks, self.held_out = ({task: np.flatnonzero((tasks == i) & chosen) for i, task in enumerate(TASKS) if ((tasks == i) & chosen).any()}
-                                     for chosen in (~self.held, self.held))
+            rows[:, 1] += lines + 1
+            found.append(rows)
+            lines += count
+        self.digest, self.times = (digest.hexdigest() for digest in digests)
+        return np.concatenate(found)
 
     def choose_held_out(self, tasks, pictures):
-        """Which lines training leaves out, bool (lines,), given the task's number and the hash of the picture of each: all lines
-        of some pictures, so that none is half seen. A task that would have no others keeps its lines."""
+        """Which lines training leaves out, bool (lines,), given the task's number and the hash of the picture of each: all
+        lines of some pictures, so that none is half seen. A task that would have no others keeps its lines."""
         different = np.unique(pictures)
         held = pictures < different[min(len(different) // HELD_OUT[0], HELD_OUT[1])]
         for i in range(len(TASKS)):
@@ -829,9 +826,9 @@ class Manifest:
         return held
 
     def check_piece(self, pieces):
-        """Check the lines that begin in a piece of the file, [its number]. Returns how many there are; (right lines, 6) int64: where
-        it begins, its number from 0, and what check_line says; [(number, what is wrong)] of the others; and two digests, of
-        the lines and the sizes of the files they name, and of the times of these."""
+        """Check the lines that begin in a piece of the file, [its number]. Returns how many there are; (right lines, 6)
+        int64: where it begins, its number from 0, and what check_line says; [(number, what is wrong)] of the others; and
+        two digests, of the lines and the sizes of the files they name, and of the times of these."""
         place, piece = self.read_piece(*pieces)
         lines, rows, wrong, files = io.BytesIO(piece).readlines(), array("q"), [], {}
         for number, line in enumerate(lines):
@@ -842,32 +839,36 @@ class Manifest:
                 wrong.append((number, str(error)))
             place += len(line)
         sizes, times = (repr([state[i] for state in files.values()]).encode() for i in range(2))
-        return len(lines), np.array(rows).reshape(-1, 6), wrong, [hashlib.blake2b(state, digest_size=8).digest() for state in (piece + sizes, times)]
+        digests = [hashlib.blake2b(state, digest_size=8).digest() for state in (piece + sizes, times)]
+        return len(lines), np.array(rows).reshape(-1, 6), wrong, digests
 
     def read_piece(self, number):
         """The lines that begin in a piece of the file: where the first of them begins, and their bytes."""
         with self.open() as file:
-            edges = []
+            begins = []
             for edge in (number * self.PIECE, (number + 1) * self.PIECE):
                 file.seek(max(0, edge - 1))
-                edges.append(file.tell() + len(file.readline() if edge else b""))        # the first line that begins at the edge or after
-            file.seek(edges[0])
-            return edges[0], file.read(edges[1] - edges[0])
+                if edge:
+                    file.readline()                                      # up to the first line that begins there or later
+                begins.append(file.tell())
+            file.seek(begins[0])
+            return begins[0], file.read(begins[1] - begins[0])
 
     def check_line(self, line, files):
-        """Check a line (bytes). Returns its task's number, images and most_tokens of its prompt, a hash of its picture. `files`
-        holds what is known of the files named so far: {name: (size, time, hash of the name)}."""
+        """Check a line (bytes). Returns its task's number, images and most_tokens of its prompt, a hash of its picture.
+        `files` holds what is known of the files named so far: {name: (size, time, hash of the name)}."""
         entry = read_entry(line)
         for text in (entry.text, *entry.labels):
             if not text.isascii() and HALF.search(text):
-                raise ValueError(f"{text!r:.80}: holds half of a character (a lone surrogate), which no text model can read; write it anew")
+                raise ValueError(f"{text!r:.80}: holds half of a character (a lone surrogate), which no text model can read; "
+                                 "write it anew")
         for name in (entry.picture, *entry.masks, *entry.references):
             if name not in files:
                 files[name] = self.file_state(name, line)
         return TASK_NUMBERS[entry.task], entry.images, most_tokens(entry_prompt(entry)), files[entry.picture][2]
 
     def file_state(self, name, line):
-        """Size and time of a file, and a hash of its name. Raises ValueError naming the line's field if it is not there or empty."""
+        """Size and time of a file, a hash of its name. Raises ValueError naming the line's field if it is lost or empty."""
         try:
             state = os.stat(os.path.join(self.root, name))
         except (OSError, ValueError):
@@ -885,21 +886,24 @@ class Manifest:
             raise ValueError(self.bad[-1])
 
     def check_prompts(self, collate):
-        """Tokenize every prompt that may be too long for the context. Raises ValueError naming the first that is, or with
-        skip_bad takes such lines from the tasks."""
+        """Tokenize every prompt that may be too long for the context. Raises ValueError naming the first that is, or
+        with skip_bad takes such lines from the tasks."""
         long = np.flatnonzero(self.most_tokens + self.images * collate.image_tokens > collate.context).tolist()
+        wrong = []
         for index, entry in zip(long, self.read(long)):
             try:
                 collate.encode(entry_prompt(entry), entry.images)
             except ValueError as error:
-                self.leave_out(self.places[index][1], error)
-                for lines in (self.tasks, self.held_out):
-                    lines[entry.task] = np.setdiff1d(lines.get(entry.task, []), [index]).astype(int)
-        self.tasks, self.held_out = ({task: lines for task, lines in tasks.items() if len(lines)} for tasks in (self.tasks, self.held_out))
+                self.leave_out(self.places[index, 1], error)
+                wrong.append(index)
+        self.tasks, self.held_out = (
+            {task: right for task, lines in tasks.items() if len(right := np.setdiff1d(lines, wrong, assume_unique=True))}
+            for tasks in (self.tasks, self.held_out))
 
     def check_files(self, size, workers):
         """Open every file of every line. Returns the messages on what is wrong with them."""
-        loader = torch.utils.data.DataLoader(range(len(self)), batch_size=16, num_workers=workers, collate_fn=functools.partial(self.wrong_files, size))
+        wrong_files = functools.partial(self.wrong_files, size)
+        loader = torch.utils.data.DataLoader(range(len(self)), batch_size=16, num_workers=workers, collate_fn=wrong_files)
         return [message for messages in tqdm(loader, desc="opening all files", unit_scale=16) for message in messages]
 
     def wrong_files(self, size, lines):
@@ -945,7 +949,8 @@ class Manifest:
         mask = np.asarray(Image.fromarray(load_image(name)).convert("L")) > 127
         if mask.shape != picture.shape[:2]:
             (height, width), (h, w) = mask.shape, picture.shape[:2]
-            raise ValueError(f"{name}: the mask is {width} x {height} pixels, but its picture {entry.picture} is {w} x {h}; they must be equal")
+            raise ValueError(f"{name}: the mask is {width} x {height} pixels, but its picture {entry.picture} is {w} x {h}; "
+                             "they must be equal")
         if not mask.any():
             raise ValueError(f"{name}: the mask is all black; the object must be white (above 127)")
         return picture, mask
@@ -953,7 +958,7 @@ class Manifest:
     def text_tokenizer(self):
         """A word model of the texts and labels, those of 100,000 lines evenly spaced if there are more."""
         texts = (text.replace("<image>", " ") for entry in self.some(100_000) for text in (entry.text, *entry.labels) if text)
-        return TextTokenizer.train(text for part in (["The in", ".", "The image is", WHOLE], texts) for text in part)
+        return TextTokenizer.train(itertools.chain(SAID, texts))
 
 
 def square_of_object(picture, mask, size):
@@ -995,7 +1000,8 @@ def entry_sample(manifest, entry, size, rng):
         cut_out = (mask * target + 0.5).astype(np.uint8)
         if task == "segmentation":
             return Sample(task, prompt, [target], labels, cut_out, None)
-        return Sample(task, prompt, [paste_distorted(cut_out, mask, some_background(manifest, entry, size, rng), rng)], labels, target, None)
+        pasted = paste_distorted(cut_out, mask, some_background(manifest, entry, size, rng), rng)
+        return Sample(task, prompt, [pasted], labels, target, None)
     picture = manifest.load(entry.picture)
     images = [manifest.load(name) for name in entry.references]
     if task == "reconstruction":
@@ -1021,10 +1027,29 @@ def some_background(manifest, entry, size, rng):
         other = others[line]
         if not others.held[line] and (others.root, other.picture) != (manifest.root, entry.picture):
             return center_crop(others.load(other.picture), size)
-    raise ValueError(f"{others.path} has no other picture than {entry.picture} to put behind the {entry.labels[0]!r}; give --backgrounds a manifest or folder with more")
+    raise ValueError(f"{others.path} has no other picture than {entry.picture} to put behind the {entry.labels[0]!r}; "
+                     "give --backgrounds a manifest or folder with more")
 
+
+# ---------------------------------------------------------------------------------------------------------------
+# Making manifests: of a folder of pictures, and of COCO by `python data.py coco INSTANCES CAPTIONS IMAGES_DIR OUT_DIR`
+# ---------------------------------------------------------------------------------------------------------------
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+OBJECT_SHARE = (0.05, 0.95)  # of COCO's pictures; smaller objects are hard to see on the code grid
+
+
+def lines_of_picture(picture, captions, objects):
+    """The manifest's lines, texts, of a picture with captions and objects, (file of the mask, label) each."""
+    caption = captions[0] if captions else ""
+    records = [{"input_text": text, "image_path": picture, "generation_only": True} for text in captions]
+    records.append({"input_text": caption, "image_path": picture, "source_image": picture, "objects": None})
+    for mask, label in objects:
+        cut = {"input_text": caption, "image_path": mask, "source_image": picture, "objects": label}
+        records.append({**cut, "do_mask": True})
+        if captions:
+            records.append({**cut, "do_replace": True})
+    return [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
 
 
 def read_caption(file):
@@ -1047,29 +1072,86 @@ def manifest_of_folder(folder):
 
     Raises ValueError naming a mask without picture or name, two pictures of one name, or a folder without pictures.
     """
-    files = sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in PICTURE_SUFFIXES and f.is_file())
-    masks = {f.with_name(f.name[: -len(".mask.png")]): f for f in files if f.name.endswith(".mask.png")}
-    pictures = {}
-    for file in (f for f in files if not f.name.endswith(".mask.png")):
-        if file.with_suffix("") in pictures:
-            raise ValueError(f"{file} and {pictures[file.with_suffix('')]} would share one caption; rename one")
-        pictures[file.with_suffix("")] = file
-    lost = [masks[stem] for stem in masks if stem not in pictures]
-    if lost or not pictures:
-        raise ValueError(f"{lost[0]}: there is no picture of that name beside the mask" if lost else f"{folder}: no picture in it ({', '.join(PICTURE_SUFFIXES)})")
-    lines = []
+    pictures, masks, lines = {}, {}, []                                  # {path without suffix: file}
+    for file in sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in PICTURE_SUFFIXES and f.is_file()):
+        if file.name.endswith(".mask.png"):
+            masks[file.with_name(file.name.removesuffix(".mask.png"))] = file
+        elif (first := pictures.setdefault(file.with_suffix(""), file)) != file:
+            raise ValueError(f"{file} and {first} would share one caption; rename one")
+    for stem, mask in masks.items():
+        if stem not in pictures:
+            raise ValueError(f"{mask}: there is no picture of that name beside the mask")
+    if not pictures:
+        raise ValueError(f"{folder}: no picture in it ({', '.join(PICTURE_SUFFIXES)})")
     for stem, picture in pictures.items():
-        caption, label = read_caption(picture.with_suffix(".txt"))
-        if stem in masks and not label:
-            raise ValueError(f"{masks[stem]}: nothing says what the mask marks; write the object's name on the second line of {picture.with_suffix('.txt')}")
-        name, mask = (str(f.relative_to(folder)) if f else "" for f in (picture, masks.get(stem)))
-        whole = {"input_text": caption, "image_path": name}
-        cut = {"input_text": caption, "image_path": mask, "source_image": name, "objects": label}
-        lines += [{**whole, "generation_only": True}] if caption else []
-        lines.append({**whole, "source_image": name, "objects": None})
-        lines += [{**cut, "do_mask": True}] if mask else []
-        lines += [{**cut, "do_replace": True}] if mask and caption else []
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        words, mask = picture.with_suffix(".txt"), masks.get(stem)
+        caption, label = read_caption(words)
+        if mask and not label:
+            raise ValueError(f"{mask}: nothing says what the mask marks; write the object's name on the second line of {words}")
+        objects = [(str(mask.relative_to(folder)), label)] if mask else []
+        lines += lines_of_picture(str(picture.relative_to(folder)), [caption] if caption else [], objects)
+    return "".join(lines).encode()
+
+
+def read_coco(path, *keys):
+    """Those lists of a COCO file, in order. Raises ValueError naming the file and what it lacks."""
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    for key in keys:
+        if not isinstance(content, dict) or key not in content:
+            raise ValueError(f"{path}: no {key!r} in it; want COCO's instances_*.json, then captions_*.json")
+    return [content[key] for key in keys]
+
+
+def nameable_objects(annotations):
+    """{picture id: its objects that a label can name}: alone of their category there, and no crowd regions."""
+    alike = Counter((annotation["image_id"], annotation["category_id"]) for annotation in annotations)
+    objects = {}
+    for annotation in annotations:
+        if alike[annotation["image_id"], annotation["category_id"]] == 1 and not annotation.get("iscrowd"):
+            objects.setdefault(annotation["image_id"], []).append(annotation)
+    return objects
+
+
+def draw_polygons(polygons, width, height):
+    """COCO polygons, lists of x, y, x, y, ..., as a mask: an image of mode L, 255 inside."""
+    mask = Image.new("L", (width, height))
+    for points in polygons:
+        ImageDraw.Draw(mask).polygon(points, fill=255)
+    return mask
+
+
+def manifest_of_coco(instances, captions, images, out):
+    """Write out/manifest.jsonl and out/masks/ID.png for COCO's pictures, with the objects that a label can name and that are
+    neither tiny nor everything. Returns how many lines. Raises ValueError naming a file that is lost or holds something else."""
+    pictures, annotations, categories = read_coco(instances, "images", "annotations", "categories")
+    said, names, objects = {}, {c["id"]: c["name"] for c in categories}, nameable_objects(annotations)
+    for caption in read_coco(captions, "annotations")[0]:
+        said.setdefault(caption["image_id"], []).append(" ".join(caption["caption"].split()))
+    out, count = Path(out), 0
+    (out / "masks").mkdir(parents=True, exist_ok=True)
+    with open(out / "manifest.jsonl", "w", encoding="utf-8") as file:
+        for picture in tqdm(pictures, desc="coco"):
+            path = Path(images) / picture["file_name"]
+            name = os.path.relpath(path, out)
+            if not (out / name).is_file():
+                raise ValueError(f"{path}: there is no such picture, but {instances} names it; "
+                                 "IMAGES_DIR must be the folder with its .jpg files")
+            masked = []                                                  # (file of the mask, label) of each object
+            for item in objects.get(picture["id"], []):
+                mask = draw_polygons(item["segmentation"], picture["width"], picture["height"])
+                if OBJECT_SHARE[0] <= mask.histogram()[255] / (mask.width * mask.height) <= OBJECT_SHARE[1]:
+                    masked.append((f"masks/{item['id']}.png", names[item["category_id"]]))
+                    mask.save(out / masked[-1][0])
+            lines = lines_of_picture(name, said.get(picture["id"], []), masked)
+            file.writelines(lines)
+            count += len(lines)
+    return count
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Datasets and batches
@@ -1108,8 +1190,8 @@ class ManifestDataset(torch.utils.data.Dataset):
     BLOCK = 10_000  # so many indices hold each task's share exactly
 
     def __init__(self, manifest, mix, seed, size, prefix_drop=0.0, targets_only=False, held_out=False):
-        """mix: {task: share}, or None for all lines alike; size: pixels a side of the targets; targets_only: no
-        prompts and references, for the tokenizer; held_out: the lines that training leaves out, of those tasks that have any.
+        """mix: {task: share}, or None for all lines alike; size: pixels a side of the targets; targets_only: no prompts
+        and references, for the tokenizer; held_out: the lines that training leaves out, of those tasks that have any.
         Raises ValueError naming tasks that the manifest does not have."""
         missing = [task for task, share in (mix or {}).items() if share and task not in manifest.tasks]
         if missing:
@@ -1160,25 +1242,30 @@ class Batch:
 
     def to(self, device):
         """The same batch with its tensors on the device."""
-        moved = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in vars(self).items()}
-        return Batch(**moved)
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self):
         """The same batch in memory that a GPU can fetch from by itself; the DataLoader calls it."""
-        return Batch(**{k: v.pin_memory() if torch.is_tensor(v) else v for k, v in vars(self).items()})
+        return self.each(torch.Tensor.pin_memory)
+
+    def each(self, change):
+        """The same batch with every tensor changed."""
+        return Batch(**{k: change(v) if torch.is_tensor(v) else v for k, v in vars(self).items()})
 
     def __len__(self):
         return len(self.text_ids)
 
 
+@dataclass(eq=False)
 class Collate:
     """Makes a Batch of Samples. Checks what would otherwise go wrong unseen: placeholders and prompt lengths."""
 
-    def __init__(self, text_tokenizer, vision_size, image_tokens, context, target_size, multiple=1):
-        """vision_size, target_size: pixels a side; image_tokens: ids an image; context: ids a prompt may have; multiple: of
-        this many positions is the padded length, which is else that of the longest prompt."""
-        self.text_tokenizer, self.vision_size, self.target_size = text_tokenizer, vision_size, target_size
-        self.image_tokens, self.context, self.multiple = image_tokens, context, multiple
+    text_tokenizer: TextTokenizer
+    vision_size: int                # pixels a side of the vision encoder's images
+    image_tokens: int               # ids an image takes
+    context: int                    # ids a prompt may have
+    target_size: int                # pixels a side of the targets
+    multiple: int = 1               # prompts are padded to the longest, rounded up to a multiple of this
 
     def encode(self, prompt, images):
         """Ids of a prompt for so many images. Raises ValueError on a wrong number of placeholders or too long a prompt."""
@@ -1188,7 +1275,8 @@ class Collate:
         ids = self.text_tokenizer.encode(prompt, self.image_tokens)
         if len(ids) > self.context:
             share = f", {images * self.image_tokens} of them for {images} images" if images else ""
-            raise ValueError(f"the prompt takes {len(ids)} tokens{share}, but the model reads at most {self.context}: shorten the text or give fewer images: {prompt!r}")
+            raise ValueError(f"the prompt takes {len(ids)} tokens{share}, but the model reads at most {self.context}: "
+                             f"shorten the text or give fewer images: {prompt!r}")
         return ids
 
     def __call__(self, samples):
@@ -1196,16 +1284,17 @@ class Collate:
         text_ids = pad(ids, self.multiple)
         images = [image for s in samples for image in s.images]
         names = pad([self.text_tokenizer.encode(name) for s in samples for name in s.names], self.multiple)
-        size, target_size = self.vision_size, self.target_size
+        size, real = self.vision_size, text_ids != self.text_tokenizer.PAD
+        targets = [tokenizer_pixels(s.target, self.target_size) for s in samples if s.target is not None]
         return Batch(
             text_ids=text_ids,
             lengths=torch.tensor([len(i) for i in ids]),
             pixels=torch.stack([vision_pixels(i, size) for i in images]) if images else torch.zeros(0, 3, size, size),
             image_slots=(text_ids.flatten() == self.text_tokenizer.image_id).nonzero().flatten(),
             name_ids=names, name_mask=names != self.text_tokenizer.PAD,
-            targets=torch.stack([tokenizer_pixels(s.target, target_size) for s in samples if s.target is not None] or [torch.zeros(0)]),
+            targets=torch.stack(targets) if targets else torch.zeros(1, 0),
             unconditional=torch.tensor([s.unconditional for s in samples]),
-            hidden=self.half_of(samples, text_ids != self.text_tokenizer.PAD),
+            hidden=self.half_of(samples, real),
             tasks=[s.task for s in samples],
             lines=[s.line for s in samples])
 
@@ -1221,80 +1310,11 @@ def pad(rows, multiple=1):
     return torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.long).view(len(rows), longest)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# COCO: python data.py coco INSTANCES.json CAPTIONS.json IMAGES_DIR OUT_DIR
-# ---------------------------------------------------------------------------------------------------------------
-
-OBJECT_SHARE = (0.05, 0.95)  # of a picture's pixels; smaller objects are hard to see on the code grid
-
-
-def read_coco(path, *keys):
-    """Those lists of a COCO file, in order. Raises ValueError naming the file and what it lacks."""
-    try:
-        content = json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    for key in keys:
-        if not isinstance(content, dict) or key not in content:
-            raise ValueError(f"{path}: no {key!r} in it; want COCO's instances_*.json, then captions_*.json")
-    return [content[key] for key in keys]
-
-
-def nameable_objects(annotations):
-    """{picture id: its objects that a label can name}: alone of their category there, and no crowd regions."""
-    of_category = {}
-    for annotation in annotations:
-        of_category.setdefault((annotation["image_id"], annotation["category_id"]), []).append(annotation)
-    objects = {}
-    for (picture, _), group in of_category.items():
-        if len(group) == 1 and not group[0].get("iscrowd"):
-            objects.setdefault(picture, []).append(group[0])
-    return objects
-
-
-def draw_polygons(polygons, width, height):
-    """COCO polygons, lists of x, y, x, y, ..., as a mask: an image of mode L, 255 inside."""
-    mask = Image.new("L", (width, height))
-    for points in polygons:
-        ImageDraw.Draw(mask).polygon(points, fill=255)
-    return mask
-
-
-def manifest_of_coco(instances, captions, images, out):
-    """Write out/manifest.jsonl and out/masks/ID.png for COCO's pictures: text-to-image for every caption,
-    reconstruction, and for every object that a label can name and that is neither tiny nor everything segmentation and
-    recovery. Returns how many lines. Raises ValueError naming a file that is not there or holds something else."""
-    pictures, annotations, categories = read_coco(instances, "images", "annotations", "categories")
-    said, names, objects = {}, {c["id"]: c["name"] for c in categories}, nameable_objects(annotations)
-    for caption in read_coco(captions, "annotations")[0]:
-        said.setdefault(caption["image_id"], []).append(" ".join(caption["caption"].split()))
-    out, count = Path(out), 0
-    (out / "masks").mkdir(parents=True, exist_ok=True)
-    with open(out / "manifest.jsonl", "w", encoding="utf-8") as file:
-        for picture in tqdm(pictures, desc="coco"):
-            path = os.path.relpath(Path(images) / picture["file_name"], out)
-            if not (out / path).is_file():
-                raise ValueError(f"{Path(images) / picture['file_name']}: there is no such picture, but {instances} names it; IMAGES_DIR must be the folder with its .jpg files")
-            texts = said.get(picture["id"], [])
-            lines = [{"input_text": text, "image_path": path, "generation_only": True} for text in texts]
-            lines.append({"input_text": "".join(texts[:1]), "image_path": path, "source_image": path, "objects": None})
-            for item in objects.get(picture["id"], []):
-                mask, name = draw_polygons(item["segmentation"], picture["width"], picture["height"]), f"masks/{item['id']}.png"
-                if OBJECT_SHARE[0] <= mask.histogram()[255] / (mask.width * mask.height) <= OBJECT_SHARE[1]:
-                    mask.save(out / name)
-                    cut = {"input_text": "".join(texts[:1]), "image_path": name, "source_image": path, "objects": names[item["category_id"]]}
-                    lines += [{**cut, "do_mask": True}, *([{**cut, "do_replace": True}] if texts else [])]
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            count += len(lines)
-    return count
-
-
 if __name__ == "__main__":
     if len(sys.argv) != 6 or sys.argv[1] != "coco":
         sys.exit("usage: python data.py coco INSTANCES.json CAPTIONS.json IMAGES_DIR OUT_DIR")
     try:
-        print(f"wrote {sys.argv[5]}/manifest.jsonl, {manifest_of_coco(*sys.argv[2:])} lines; train with --data={sys.argv[5]}/manifest.jsonl")
+        count, written = manifest_of_coco(*sys.argv[2:]), f"{sys.argv[5]}/manifest.jsonl"
+        print(f"wrote {written}, {count} lines; train with --data={written}")
     except ValueError as error:
         sys.exit(f"data.py: {error}")
