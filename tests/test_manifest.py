@@ -282,7 +282,7 @@ def test_a_long_manifest_opens_fast(folder):
     path.write_text((json.dumps(SEGMENTATION) + "\n") * 100_000)
     started = time.process_time()
     lines = Manifest(path, quiet=True)
-    assert time.process_time() - started < 2 and len(lines) == 100_000
+    assert time.process_time() - started < 4 and len(lines) == 100_000
     started = time.process_time()
     dataset = ManifestDataset(lines, None, 0, 32)
     assert {dataset.manifest[dataset.line(i)].task for i in range(1000)} == {"segmentation"}
