@@ -95,9 +95,9 @@ PROMPT_MULTIPLE = 32  # prompts are padded to whole multiples, so that attention
 def least_rows(model):
     """How many rows the decoder must have on a CPU, so that a prompt's logits are the same bits alone and in a batch.
 
-    For less than four, products with matrices as they are take other kernels, which round otherwise; with packed ones not.
+    For less than four, products with small matrices take other kernels, which round otherwise; with those in oneDNN's layout not.
     """
-    return 4 if model.decoder.norm.weight.device.type == "cpu" and not is_packed(model) else 1
+    return 4 if model.decoder.norm.weight.device.type == "cpu" and not is_large(model) else 1
 
 
 def continue_prefix(decoder, prefix, lengths, guided, n_code, sampling, generator, least_rows=1):
@@ -123,15 +123,17 @@ def continue_prefix(decoder, prefix, lengths, guided, n_code, sampling, generato
 
 
 def record_graph(step):
-    """Record the kernels that step() launches. Returns a function that runs them again, and step's tensor, which each run fills anew."""
-    stream = torch.cuda.Stream()
+    """Record the kernels that step() launches on the current device.
+
+    Returns a function that runs them again, and step's tensor, which each run fills anew.
+    """
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step()                                  # once as it is: libraries set up what may not be recorded
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+        step()  # once as it is: libraries set up for this stream what may not be recorded
+    with torch.cuda.graph(graph, stream=stream):
         result = step()
+    torch.cuda.current_stream().wait_stream(stream)
     return graph.replay, result
 
 
@@ -148,10 +150,12 @@ class GraphedDecoder:
 
     def prefill(self, prefix, lengths):
         """Mentor.prefill, always into the same cache, which has room for the longest prompt there can be."""
-        if self.cache is None or len(prefix) != len(self.codes):
+        R, P, _ = prefix.shape
+        if self.cache is None or R != len(self.codes):
             config = self.model.config
-            self.cache = KVCache(config.decoder, len(prefix), config.context, prefix.device, prefix.dtype)
-            self.codes, self.graphs = torch.zeros(len(prefix), dtype=torch.long, device=prefix.device), {}
+            self.graphs, self.cache = {}, None  # their memory is free before the new cache takes its own
+            self.cache = KVCache(config.decoder, R, max(P, config.context), prefix.device, prefix.dtype)
+            self.codes = torch.zeros(R, dtype=torch.long, device=prefix.device)
         return self.model.prefill(prefix, lengths, self.cache)
 
     def decode_step(self, codes, cache):
@@ -186,23 +190,28 @@ class GraphedDecoder:
 PACK_FROM = 512  # a decoder's width: the matrices of narrower ones lie in the CPU's cache, and oneDNN's calls cost more than they save
 
 
-def packed_linear(weight, bias, x):
+def packed_linear(weight, x):
     """F.linear with a weight in oneDNN's layout."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def is_large(model):
+    """Whether the decoder's matrices gain from oneDNN's layout."""
+    return model.config.decoder.width >= PACK_FROM and torch.backends.mkldnn.is_available()
 
 
 def pack(model):
-    """On a CPU, copy the decoder's matrices into oneDNN's own layout: few rows go through large ones at the memory's speed.
+    """On a CPU, copy the decoder's matrices (none has a bias) into the layout that few rows go through fastest.
 
-    The weights stay too, for whoever saves them; if they change, this must run again.
+    Large ones go into oneDNN's own, so that they are read at the memory's speed; small ones are transposed, which halves the
+    time of a call. The weights stay too, for whoever saves them; if they change, this must run again.
     """
     for linear in (module for module in model.decoder.modules() if isinstance(module, nn.Linear)):
-        linear.forward = partial(packed_linear, torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 2), linear.bias)
-
-
-def is_packed(model):
-    """Whether pack has been there."""
-    return "forward" in vars(model.decoder.output)
+        weight = linear.weight.detach()
+        if is_large(model):
+            linear.forward = partial(packed_linear, torch.ops.mkldnn._reorder_linear_weight(weight, 2))
+        else:
+            linear.forward = partial(torch.matmul, other=weight.t().contiguous())
 
 
 def halve(model):
@@ -212,15 +221,18 @@ def halve(model):
 
 
 def make_ready(model, device):
-    """Put a Mentor on the device in the form in which it draws fastest there. Returns what prefills and steps."""
+    """Put a Mentor on the device in the form in which it draws fastest there. Returns what prefills and steps.
+
+    Not for a model in training: its weights may lose half their bits, or be copied and then no longer followed.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # graphs are recorded on the current one, and on another would come out empty
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            halve(model)
     model.to(device).eval()
-    if device.type == "cpu" and torch.backends.mkldnn.is_available() and model.config.decoder.width >= PACK_FROM:
+    if device.type == "cpu":
         pack(model)
-    if device.type != "cuda":
-        return model
-    if torch.cuda.is_bf16_supported():
-        halve(model)
-    return GraphedDecoder(model)
+    return GraphedDecoder(model) if device.type == "cuda" else model
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -392,13 +404,15 @@ def newest_stage(folder):
 
 
 class Pipeline:
-    """Model, image tokenizer and text tokenizer, opened from the folder that train.py writes."""
+    """Model, image tokenizer and text tokenizer: from the folder that train.py writes, or as they are in the middle of training."""
 
     def __init__(self, model, vqgan, text_tokenizer, run, device):
         self.model, self.vqgan, self.text_tokenizer, self.run, self.device = model, vqgan, text_tokenizer, run, torch.device(device)
-        self.decoder = make_ready(model, self.device)
+        self.decoder = model.to(self.device).eval()  # what prefills and steps
         self.vqgan.to(self.device, memory_format=torch.channels_last).eval()
-        self.collate = Collate(text_tokenizer, model.config.vision.image_size, model.config.image_tokens, model.config.context, vqgan.config.image_size, PROMPT_MULTIPLE)
+        config = model.config
+        self.collate = Collate(text_tokenizer, config.vision.image_size, config.image_tokens, config.context,
+                               vqgan.config.image_size, PROMPT_MULTIPLE)
         self.seconds = {}  # what the last draw took
 
     @classmethod
@@ -408,7 +422,10 @@ class Pipeline:
         model, vqgan = Mentor.from_pretrained(stage), VQGAN.from_pretrained(root / "tokenizer")
         text_tokenizer = TextTokenizer.from_file(root / "spiece.model")
         check_text_model(stage, text_tokenizer)
-        return cls(model, vqgan, text_tokenizer, read_json(root / "run.json"), device)
+        decoder = make_ready(model, torch.device(device))
+        pipeline = cls(model, vqgan, text_tokenizer, read_json(root / "run.json"), device)
+        pipeline.decoder = decoder
+        return pipeline
 
     def world(self):
         """The built-in world of the run. Raises ValueError if it was trained on own pictures, or if its run.json names none."""
@@ -726,6 +743,10 @@ class Bench:
         """Prefixes of that many guided samples, (2 * samples, length, D)."""
         return torch.randn(2 * samples, length, self.config.decoder.width, device=self.device, dtype=self.dtype)
 
+    def again(self):
+        """What prefills and steps, with a cache of its own."""
+        return GraphedDecoder(self.model) if self.graphed else self.model
+
     def lengths(self, length):
         """(2,): those of one guided sample."""
         return torch.full((2,), length, device=self.device)
@@ -741,7 +762,7 @@ class Bench:
         pairs = {("KV cache", "cache-free loop"): (ours, loop(CacheFreeDecoder(self.model), 1))}
         if self.graphed:
             pairs["steps as CUDA graphs", "launched one by one"] = ours, loop(self.model)
-        elif is_packed(self.model):
+        else:
             pairs["matrices packed", "as they are"] = ours, loop(self.new().eval())
         for (name, baseline), both in pairs.items():
             seconds = median_seconds(dict(zip((name, baseline), both)), self.device, 3)
@@ -753,8 +774,9 @@ class Bench:
     def by_samples(self, copied, multiplied):
         """Steps of more and more prompts at once, beside what copying (bytes/s) and multiplying (FLOPs/s) allow."""
         samples, size, decoder = (1, 2, 4, 8, 16, 32, 64), self.dtype.itemsize, self.config.decoder
-        again = lambda: GraphedDecoder(self.model) if self.graphed else self.model  # noqa: E731
-        seconds = median_seconds({n: some_steps(again(), self.prefixes(n, self.n_prefix), count=4) for n in samples}, self.device, 3)
+        seconds = {}
+        for n in samples:  # one after the other: the caches of all together would fill a GPU
+            seconds.update(median_seconds({n: some_steps(self.again(), self.prefixes(n, self.n_prefix), count=4)}, self.device, 3))
         cached = 2 * self.n_prefix * decoder.n_layer * decoder.width * size
         limits = {n: max((self.weights * size + 2 * n * cached) / copied, 4 * n * self.weights / multiplied) for n in samples}
         print_table(["prompts at once", "codes/s", "ms a step", "limit, ms", "of the limit"],
@@ -775,7 +797,8 @@ class Bench:
         rows = []
         for length in sorted({32, 128, 512, self.config.context}):
             prefix = self.prefixes(1, length)
-            seconds = median_seconds({"prefill": lambda: self.model.prefill(prefix, self.lengths(length)), "steps": some_steps(self.model, prefix)}, self.device, 3)
+            seconds = median_seconds({"prefill": lambda: self.model.prefill(prefix, self.lengths(length)),
+                                      "steps": some_steps(self.again(), prefix)}, self.device, 3)
             rows.append([str(length), 1e3 * seconds["prefill"], 125 * seconds["steps"]])
         print_table(["prefix tokens", "prefill, ms", "ms a code"], rows)
 
@@ -796,7 +819,7 @@ def bench(preset, device):
     tables = Bench(preset, device)
     copied, multiplied = measure_limits(device, tables.dtype)
     print(f"{preset}: a decoder of {tables.weights / 1e6:.4g}M weights in {str(tables.dtype)[6:]}, guided, prefixes of {tables.n_prefix}; {torch.get_num_threads()} threads; "
-          f"{torch.cuda.get_device_name() if device.type == 'cuda' else device} copies {copied / 1e9:.3g} GB/s and multiplies {multiplied / 1e12:.3g} TFLOPS")
+          f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else device} copies {copied / 1e9:.3g} GB/s and multiplies {multiplied / 1e12:.3g} TFLOPS")
     tables.against_plain()
     tables.by_samples(copied, multiplied)
     tables.by_grid()
