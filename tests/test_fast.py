@@ -155,8 +155,7 @@ def test_where_torch_compile_fails_the_blocks_stay_and_one_line_says_so(text_tok
 def test_a_prompt_draws_the_same_bits_alone_and_in_a_batch(model, world, text_tokenizer, scale, large, monkeypatch):
     """Different prompts, ragged prefixes, one call: the logits of every step, not only the codes. (The VQ decoder's convolutions round by batch.)"""
     monkeypatch.setattr(sample, "PACK_FROM", 0 if large else 512)
-    pipeline = Pipeline(model, small_vqgan(), text_tokenizer, {}, "cpu")
-    sample.make_ready(model, torch.device("cpu"))
+    pipeline = Pipeline(model, small_vqgan(), text_tokenizer, {}, "cpu", sample.make_ready(model, torch.device("cpu")))
     samples = [WorldDataset(world, dict.fromkeys(TASKS, 1.0), 0)[i] for i in range(7)]
     sampling, runs = replace(GREEDY, cfg_scale=scale), []
     for group in (samples, *([s] for s in samples)):
