@@ -562,10 +562,10 @@ class KVCache:
         if self.used == 0:
             self.k[layer, :, :, : k.shape[2]], self.v[layer, :, :, : k.shape[2]] = k, v
             return k, v, None
-        slot, read = self.slot.expand_as(k), self.whole_buckets(self.used)
-        self.k[layer].scatter_(2, slot, k)
-        self.v[layer].scatter_(2, slot, v)
-        return self.k[layer, :, :, :read], self.v[layer, :, :, :read], self.mask[..., :read]
+        keys, values, slot, read = self.k[layer], self.v[layer], self.slot.expand_as(k), self.whole_buckets(self.used)
+        keys.scatter_(2, slot, k)
+        values.scatter_(2, slot, v)
+        return keys[:, :, :read], values[:, :, :read], self.mask[..., :read]
 
 
 class DecoderAttention(nn.Module):
@@ -578,8 +578,8 @@ class DecoderAttention(nn.Module):
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x, turns, layer, cache):
-        qkv = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)    # (3, B, H, T, hd)
-        (q, k), v, mask = rotate(qkv[:2], turns), qkv[2], None
+        q, k, v = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).transpose(1, 3).unbind(2)  # (B, H, T, hd) each
+        q, k, mask = rotate(q, turns), rotate(k, turns), None
         if cache is not None:
             k, v, mask = cache.append(layer, k, v)
         # Without a cache, and when it is filled: plain causal attention, no mask tensor, so the flash kernel runs.

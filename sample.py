@@ -7,14 +7,15 @@ reads a drawing back into a scene, the scores (CP, PF and their bounds), picture
 """
 
 import argparse
-import dataclasses
 import hashlib
+import itertools
 import json
 import random
 import re
 import sys
 import textwrap
 import time
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +30,7 @@ import data
 import mentor
 import tokenizer
 from data import Collate, Sample, Scene, ShapeSubject, Placed, TextTokenizer, WORLDS, contact_sheet, to_picture, tokenizer_pixels
-from mentor import KVCache, Mentor, first_line, read_json
+from mentor import KVCache, Mentor, SamplingConfig, first_line, read_json
 from tokenizer import VQGAN, TokenizerConfig
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -84,20 +85,22 @@ def generate(model, batch, sampling, generator, decoder=None):
     guided, unguided = sampling.cfg_scale not in (0, 1), sampling.cfg_scale == 1
     hidden, lengths = model.encoder(batch), batch.lengths
     drop = torch.zeros(len(batch), dtype=torch.bool, device=lengths.device)
-    halves = [(hidden, drop), (hidden, ~drop)] if guided else [(hidden, drop if unguided else ~drop)]
-    prefix = torch.cat([model.projector(h, lengths, d) for h, d in halves])
-    return continue_prefix(decoder or model, prefix, lengths.repeat(len(halves)), guided, model.config.decoder.n_code, sampling, generator, least_rows(model))
+    halves = [drop, ~drop] if guided else [drop if unguided else ~drop]
+    prefix = torch.cat([model.projector(hidden, lengths, half) for half in halves])
+    return continue_prefix(decoder or model, prefix, lengths.repeat(len(halves)), guided, model.config.decoder.n_code,
+                           sampling, generator, least_rows(model))
 
 
-PROMPT_MULTIPLE = 32  # prompts are padded to whole multiples, so that attention on a CPU cuts its sums into the same pieces alone and in a batch
+# prompts are padded to whole multiples, so that attention on a CPU cuts its sums into the same pieces alone and in a batch
+PROMPT_MULTIPLE = 32
 
 
 def least_rows(model):
     """How many rows the decoder must have on a CPU, so that a prompt's logits are the same bits alone and in a batch.
 
-    For less than four, products with matrices as they are take other kernels, which round otherwise; with packed ones not.
+    For less than four, products with small matrices take other kernels, which round otherwise; with those in oneDNN's layout not.
     """
-    return 4 if model.decoder.norm.weight.device.type == "cpu" and not is_packed(model) else 1
+    return 4 if model.decoder.norm.weight.device.type == "cpu" and not is_large(model) else 1
 
 
 def continue_prefix(decoder, prefix, lengths, guided, n_code, sampling, generator, least_rows=1):
@@ -105,12 +108,14 @@ def continue_prefix(decoder, prefix, lengths, guided, n_code, sampling, generato
 
     Where there are fewer than least_rows, some are read twice.
     """
-    rows = torch.arange(len(prefix), device=prefix.device).repeat(-(-least_rows // len(prefix)))
+    R, device = len(prefix), prefix.device
+    B = R // 2 if guided else R
+    rows = torch.arange(R, device=device).repeat(-(-least_rows // R))
+    samples = rows.remainder(B)                                                          # whose code each row reads
+    codes = torch.empty(B, n_code, dtype=torch.long, device=device)
     logits, cache = decoder.prefill(prefix[rows], lengths[rows])
-    samples = rows.remainder(len(prefix) // (1 + guided))                                # whose code each row reads
-    codes = torch.empty(len(prefix) // (1 + guided), n_code, dtype=torch.long, device=prefix.device)
     for k in range(n_code):
-        logits = logits[: len(prefix)]
+        logits = logits[:R]
         codes[:, k] = choose(guide(*logits.chunk(2), sampling.cfg_scale) if guided else logits, sampling, generator)
         if k + 1 < n_code:
             logits = decoder.decode_step(codes[samples, k], cache)
@@ -123,15 +128,17 @@ def continue_prefix(decoder, prefix, lengths, guided, n_code, sampling, generato
 
 
 def record_graph(step):
-    """Record the kernels that step() launches. Returns a function that runs them again, and step's tensor, which each run fills anew."""
-    stream = torch.cuda.Stream()
+    """Record the kernels that step() launches on the current device.
+
+    Returns a function that runs them again, and step's tensor, which each run fills anew.
+    """
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step()                                  # once as it is: libraries set up what may not be recorded
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+        step()  # once as it is: libraries set up for this stream what may not be recorded
+    with torch.cuda.graph(graph, stream=stream):
         result = step()
+    torch.cuda.current_stream().wait_stream(stream)
     return graph.replay, result
 
 
@@ -148,10 +155,12 @@ class GraphedDecoder:
 
     def prefill(self, prefix, lengths):
         """Mentor.prefill, always into the same cache, which has room for the longest prompt there can be."""
-        if self.cache is None or len(prefix) != len(self.codes):
+        R, P, _ = prefix.shape
+        if self.cache is None or R != len(self.codes):
             config = self.model.config
-            self.cache = KVCache(config.decoder, len(prefix), config.context, prefix.device, prefix.dtype)
-            self.codes, self.graphs = torch.zeros(len(prefix), dtype=torch.long, device=prefix.device), {}
+            self.graphs, self.cache = {}, None  # their memory is free before the new cache takes its own
+            self.cache = KVCache(config.decoder, R, max(P, config.context), prefix.device, prefix.dtype)
+            self.codes = torch.zeros(R, dtype=torch.long, device=prefix.device)
         return self.model.prefill(prefix, lengths, self.cache)
 
     def decode_step(self, codes, cache):
@@ -186,23 +195,28 @@ class GraphedDecoder:
 PACK_FROM = 512  # a decoder's width: the matrices of narrower ones lie in the CPU's cache, and oneDNN's calls cost more than they save
 
 
-def packed_linear(weight, bias, x):
+def packed_linear(weight, x):
     """F.linear with a weight in oneDNN's layout."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def is_large(model):
+    """Whether the decoder's matrices gain from oneDNN's layout."""
+    return model.config.decoder.width >= PACK_FROM and torch.backends.mkldnn.is_available()
 
 
 def pack(model):
-    """On a CPU, copy the decoder's matrices into oneDNN's own layout: few rows go through large ones at the memory's speed.
+    """On a CPU, copy the decoder's matrices (none has a bias) into the layout that few rows go through fastest.
 
-    The weights stay too, for whoever saves them; if they change, this must run again.
+    Large ones go into oneDNN's own, so that they are read at the memory's speed; small ones are transposed, which halves the
+    time of a call. The weights stay too, for whoever saves them; if they change, this must run again.
     """
     for linear in (module for module in model.decoder.modules() if isinstance(module, nn.Linear)):
-        linear.forward = partial(packed_linear, torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 2), linear.bias)
-
-
-def is_packed(model):
-    """Whether pack has been there."""
-    return "forward" in vars(model.decoder.output)
+        weight = linear.weight.detach()
+        if is_large(model):
+            linear.forward = partial(packed_linear, torch.ops.mkldnn._reorder_linear_weight(weight, 2))
+        else:
+            linear.forward = partial(torch.matmul, other=weight.t().contiguous())
 
 
 def halve(model):
@@ -212,15 +226,18 @@ def halve(model):
 
 
 def make_ready(model, device):
-    """Put a Mentor on the device in the form in which it draws fastest there. Returns what prefills and steps."""
+    """Put a Mentor on the device in the form in which it draws fastest there. Returns what prefills and steps.
+
+    Not for a model in training: its weights may lose half their bits, or be copied and then no longer followed.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # graphs are recorded on the current one, and on another would come out empty
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            halve(model)
     model.to(device).eval()
-    if device.type == "cpu" and torch.backends.mkldnn.is_available() and model.config.decoder.width >= PACK_FROM:
+    if device.type == "cpu":
         pack(model)
-    if device.type != "cuda":
-        return model
-    if torch.cuda.is_bf16_supported():
-        halve(model)
-    return GraphedDecoder(model)
+    return GraphedDecoder(model) if device.type == "cuda" else model
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -239,8 +256,7 @@ class ShapesJudge:
     SHORTLIST = 12
 
     def __init__(self, world):
-        self.world = world
-        self.geometries = [(shape, place, size) for shape in range(len(data.SHAPES)) for place in range(len(data.PLACES)) for size in range(len(data.SIZES))]
+        self.geometries = list(itertools.product(*(range(len(names)) for names in (data.SHAPES, data.PLACES, data.SIZES))))
         coverage = np.stack([world.shape_mask(*g).ravel() for g in self.geometries])                       # (G, P)
         second = np.stack([[world.pattern_mask(p, *world.center(place, size), False).ravel() for p in range(len(data.PATTERNS))]
                            for _, place, size in self.geometries])                                         # (G, 4, P)
@@ -254,7 +270,7 @@ class ShapesJudge:
         self.forbidden = torch.stack([~same if p == "solid" else same for p in data.PATTERNS])             # (4, 8, 8)
 
     def distances(self, picture):
-        """A picture's pixels x, each geometry's and pattern's squared distance under its best colours, and every pixel's to every ground."""
+        """A picture's pixels, the squared distance of each geometry and pattern under its best colours, of each pixel to each ground."""
         x = torch.from_numpy(picture.reshape(-1, 3).astype(np.float32)) / 255                              # (P, 3)
         to_color = (x[:, None] - self.colors).square().sum(-1)                                             # (P, 8)
         to_ground = (x[:, None] - self.grounds.transpose(0, 1)).square().sum(-1)                           # (P, 32)
@@ -315,7 +331,6 @@ class EmojiJudge:
     """Analysis by synthesis for emoji: the background that most pixels fit, then the nearest of all emoji at all places."""
 
     def __init__(self, world):
-        self.world = world
         self.grounds = np.stack([world.background(c, p) for c in range(len(data.COLORS)) for p in range(len(data.PATTERNS))]) / 255
         self.subjects = world.all_subjects()
         self.candidates = []  # every place and size: (place, size, window, and per emoji its colours and what shows through)
@@ -357,7 +372,8 @@ def weights_hash(folder):
     """The first 16 hex digits of the SHA-256 of a model's weights file."""
     file = Path(folder) / "model.safetensors"
     if not file.is_file():
-        raise ValueError(f"{file} is missing: train the stage {Path(folder).name} first (--stage={Path(folder).name}, or all stages by leaving --stage out)")
+        stage = Path(folder).name
+        raise ValueError(f"{file} is missing: train the stage {stage} first (--stage={stage}, or all stages by leaving --stage out)")
     with open(file, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
@@ -366,7 +382,8 @@ def check_text_model(folder, text_tokenizer):
     """Raise ValueError if the folder's stage was trained with another text model."""
     trained_with = read_json(folder / "stage.json").get("text model", text_tokenizer.digest)
     if trained_with != text_tokenizer.digest:
-        raise ValueError(f"{folder} was trained with another text model (hash {trained_with}) than {folder.parent / 'spiece.model'} ({text_tokenizer.digest}): its words would mean nothing; put the right one there")
+        raise ValueError(f"{folder} was trained with another text model (hash {trained_with}) than {folder.parent / 'spiece.model'} "
+                         f"({text_tokenizer.digest}): its words would mean nothing; put the right one there")
 
 
 def usable_device(name):
@@ -374,46 +391,54 @@ def usable_device(name):
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device={name}: torch cannot use it here ({first_line(error)[:100]}); leave the key out, or give cpu, cuda or mps") from None
+        reason = first_line(error)[:100]
+        raise ValueError(f"--device={name}: torch cannot use it here ({reason}); leave the key out, or give cpu, cuda or mps") from None
 
 
 def newest_stage(folder):
-    """(a run's folder, its last finished stage's), given that folder or one of a stage in it. Raises ValueError if there is none, or
-    if it was trained with another tokenizer than lies beside it."""
+    """(a run's folder, its last finished stage's), given that folder or one of a stage in it.
+
+    Raises ValueError if there is none, or if it was trained with another tokenizer than lies beside it.
+    """
     folder, stages = Path(folder), ("instruct", "align", "pretrain")
     root = folder.parent if folder.name in stages and not (folder / "run.json").is_file() else folder
     found = [folder] if root != folder else [root / s for s in stages if (root / s / "model.safetensors").is_file()]
     if not found or not (root / "run.json").is_file():
         raise ValueError(f"{folder} holds no trained model; `python train.py tiny --out={folder}` makes one")
-    trained_with = read_json(found[0] / "stage.json").get("weights of tokenizer")
-    if weights_hash(root / "tokenizer") != trained_with:
-        raise ValueError(f"{found[0]} was trained with another tokenizer (weights {trained_with}) than {root / 'tokenizer'} holds ({weights_hash(root / 'tokenizer')}): its codes would mean nothing")
+    trained_with, there = read_json(found[0] / "stage.json").get("weights of tokenizer"), weights_hash(root / "tokenizer")
+    if trained_with != there:
+        raise ValueError(f"{found[0]} was trained with another tokenizer (weights {trained_with}) than {root / 'tokenizer'} "
+                         f"holds ({there}): its codes would mean nothing")
     return root, found[0]
 
 
 class Pipeline:
-    """Model, image tokenizer and text tokenizer, opened from the folder that train.py writes."""
+    """Model, image tokenizer and text tokenizer: from the folder that train.py writes, or as they are in the middle of training."""
 
-    def __init__(self, model, vqgan, text_tokenizer, run, device):
+    def __init__(self, model, vqgan, text_tokenizer, run, device, decoder=None):
+        """decoder: what prefills and steps; by default the model as it is, which may go on training."""
         self.model, self.vqgan, self.text_tokenizer, self.run, self.device = model, vqgan, text_tokenizer, run, torch.device(device)
-        self.decoder = make_ready(model, self.device)
+        self.decoder = decoder or model.to(self.device).eval()
         self.vqgan.to(self.device, memory_format=torch.channels_last).eval()
-        self.collate = Collate(text_tokenizer, model.config.vision.image_size, model.config.image_tokens, model.config.context, vqgan.config.image_size, PROMPT_MULTIPLE)
+        config = model.config
+        self.collate = Collate(text_tokenizer, config.vision.image_size, config.image_tokens, config.context,
+                               vqgan.config.image_size, PROMPT_MULTIPLE)
         self.seconds = {}  # what the last draw took
 
     @classmethod
     def open(cls, folder, device):
         """Open a run's folder (its last finished stage) or one stage's folder in it. Raises ValueError if incomplete."""
-        root, stage = newest_stage(folder)
+        (root, stage), device = newest_stage(folder), usable_device(device)
         model, vqgan = Mentor.from_pretrained(stage), VQGAN.from_pretrained(root / "tokenizer")
         text_tokenizer = TextTokenizer.from_file(root / "spiece.model")
         check_text_model(stage, text_tokenizer)
-        return cls(model, vqgan, text_tokenizer, read_json(root / "run.json"), device)
+        return cls(model, vqgan, text_tokenizer, read_json(root / "run.json"), device, make_ready(model, device))
 
     def world(self):
         """The built-in world of the run. Raises ValueError if it was trained on own pictures, or if its run.json names none."""
         if self.run.get("data"):
-            raise ValueError(f"this model was trained on {self.run['data']}, not on a built-in world: its pictures cannot be scored, only drawn")
+            raise ValueError(f"this model was trained on {self.run['data']}, not on a built-in world: "
+                             "its pictures cannot be scored, only drawn")
         name, font = str(self.run.get("world")), str(self.run.get("emoji_font", ""))
         if name not in WORLDS:
             raise ValueError(f"the run's run.json names the world {name!r}; it must be one of {', '.join(WORLDS)}")
@@ -421,9 +446,12 @@ class Pipeline:
 
     def draw(self, samples, sampling=None, seed=0, batch_size=128):
         """Draw the prompts of the samples: pictures, uint8 (S, S, 3) each, and their codes (B, N)."""
-        generator, warmup, started = torch.Generator(self.device).manual_seed(seed), self.warmup(), time.perf_counter()
-        codes = torch.cat([generate(self.model, self.collate(samples[i : i + batch_size]).to(self.device), sampling or self.model.config.sampling, generator, self.decoder)
-                           for i in range(0, len(samples), batch_size)])
+        sampling, generator = sampling or self.model.config.sampling, torch.Generator(self.device).manual_seed(seed)
+        warmup, started, codes = self.warmup(), time.perf_counter(), []
+        for i in range(0, len(samples), batch_size):
+            batch = self.collate(samples[i : i + batch_size]).to(self.device)
+            codes.append(generate(self.model, batch, sampling, generator, self.decoder))
+        codes = torch.cat(codes)
         synchronize(self.device)
         drawn, warmup = time.perf_counter(), self.warmup() - warmup
         pictures = self.decode(codes)
@@ -439,9 +467,13 @@ class Pipeline:
         return [to_picture(image) for part in codes.split(64) for image in self.vqgan.decode(part)]
 
     def tokenize(self, pictures):
-        """Pictures of any size -> codes (B, N): what the tokenizer makes of them."""
+        """Pictures of any size -> codes (B, N)."""
         images = torch.stack([tokenizer_pixels(p, self.vqgan.config.image_size) for p in pictures]).to(self.device)
         return torch.cat([self.vqgan.encode(part) for part in images.split(64)])
+
+    def rebuild(self, pictures):
+        """What the tokenizer alone makes of pictures: the best that the model could draw."""
+        return self.decode(self.tokenize(pictures))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -462,18 +494,21 @@ def judge_pictures(judge, pictures, samples):
     errors of the first three. Two subjects may be read in either order; the better one counts."""
     marks = []
     for picture, sample in zip(pictures, samples, strict=True):
-        seen = judge.read(picture) if len(sample.scene.subjects) == 1 else judge.read_two(picture)
+        meant = sample.scene
+        seen = judge.read(picture) if len(meant.subjects) == 1 else judge.read_two(picture)
         orders = (seen, seen._replace(subjects=seen.subjects[::-1]))
-        marks.append(max(((concept_preservation(s, sample.scene), prompt_following(s, sample.scene)) for s in orders), key=sum))
+        marks.append(max(((concept_preservation(s, meant), prompt_following(s, meant)) for s in orders), key=sum))
     each = np.array(marks)
     cp, pf = each.mean(0).tolist()
     errors = (each @ [[1, 0, pf], [0, 1, cp]]).std(0) / len(each) ** 0.5  # a product's error is that of pf * cp_i + cp * pf_i
-    return {"cp": cp, "pf": pf, "cp_pf": cp * pf, "cp_over_pf": cp / max(pf, 1e-9), **dict(zip(("cp_se", "pf_se", "cp_pf_se"), errors.tolist()))}
+    return {"cp": cp, "pf": pf, "cp_pf": cp * pf, "cp_over_pf": cp / max(pf, 1e-9),
+            **dict(zip(("cp_se", "pf_se", "cp_pf_se"), errors.tolist()))}
 
 
 def pixel_l2(pictures, samples):
     """Root of the mean squared pixel difference to the targets, pixels in [0, 1], mean over the pictures."""
-    return float(np.mean([np.sqrt(np.square((p.astype(np.float32) - s.target) / 255).mean()) for p, s in zip(pictures, samples, strict=True)]))
+    differences = [(p.astype(np.float32) - s.target) / 255 for p, s in zip(pictures, samples, strict=True)]
+    return float(np.mean([np.sqrt(np.square(difference).mean()) for difference in differences]))
 
 
 def segmentation_iou(pictures, samples):
@@ -486,8 +521,9 @@ def naming_samples(world, count):
     """Held-out scenes of two subjects, each asked for in its turn: segmentation where only the name tells which."""
     samples = []
     for scene in (s.scene for s in held_out_samples(world, "multi_image", count // 2)):
-        labels = [world.label(placed.subject) for placed in scene.subjects]
-        samples += [Sample("segmentation", f"The {label} in <image>.", [world.draw(scene)], [label], world.cut_out(placed), None) for label, placed in zip(labels, scene.subjects)]
+        for placed in scene.subjects:
+            label = world.label(placed.subject)
+            samples.append(Sample("segmentation", f"The {label} in <image>.", [world.draw(scene)], [label], world.cut_out(placed), None))
     return samples
 
 
@@ -503,19 +539,29 @@ def rule_following(world, pictures, samples):
 
 def claim_scores(pipeline):
     """What the paper's claims are told by, all on held-out subjects: {name: number or scores}."""
-    world, few = pipeline.world(), FEWER_PROMPTS
-    judge, draw = JUDGES[world.name](world), lambda samples: pipeline.draw(samples)[0]  # noqa: E731
-    subject, two, rebuilt, cut = (held_out_samples(world, task, count) for task, count in
-                                  (("subject_driven", PROMPTS), ("multi_image", few), ("reconstruction", few), ("segmentation", few)))
-    named = naming_samples(world, few)
+    world = pipeline.world()
+    judge = JUDGES[world.name](world)
+
+    def held_out(task, count=FEWER_PROMPTS):
+        """Samples of a task and what the model draws for them."""
+        samples = held_out_samples(world, task, count)
+        return pipeline.draw(samples)[0], samples
+
+    def rules(new):
+        """The shares of rules followed, of those trained on or of new combinations of their parts."""
+        samples = [data.in_context(world, random.Random(f"scores {i}"), True, new) for i in range(FEWER_PROMPTS)]
+        return rule_following(world, pipeline.draw(samples)[0], samples)
+
+    subject, rebuilt, named = held_out("subject_driven", PROMPTS), held_out("reconstruction"), naming_samples(world, FEWER_PROMPTS)
+    cut = pipeline.draw(named)[0]
     others = [named[i ^ 1] for i in range(len(named))]  # the same scene, the other subject
-    cut_named, rules = draw(named), [[data.in_context(world, random.Random(f"scores {i}"), True, new) for i in range(few)] for new in (False, True)]
-    return {**judge_pictures(judge, draw(subject), subject), "two subjects": judge_pictures(judge, draw(two), two),
-            "reconstruction_l2": pixel_l2(draw(rebuilt), rebuilt),
-            "tokenizer_l2": pixel_l2(pipeline.decode(pipeline.tokenize([s.target for s in rebuilt])), rebuilt),
-            "segmentation_iou": segmentation_iou(draw(cut), cut), "named_iou": segmentation_iou(cut_named, named), "other_iou": segmentation_iou(cut_named, others),
-            "known_rules": rule_following(world, draw(rules[0]), rules[0]), "new_rules": rule_following(world, draw(rules[1]), rules[1]),
-            "repeats": float(torch.equal(*(pipeline.draw(subject[:8], seed=1)[1] for _ in range(2))))}
+    return {**judge_pictures(judge, *subject), "two subjects": judge_pictures(judge, *held_out("multi_image")),
+            "reconstruction_l2": pixel_l2(*rebuilt),
+            "tokenizer_l2": pixel_l2(pipeline.rebuild([s.target for s in rebuilt[1]]), rebuilt[1]),
+            "segmentation_iou": segmentation_iou(*held_out("segmentation")),
+            "named_iou": segmentation_iou(cut, named), "other_iou": segmentation_iou(cut, others),
+            "known_rules": rules(new=False), "new_rules": rules(new=True),
+            "repeats": float(torch.equal(*(pipeline.draw(subject[1][:8], seed=1)[1] for _ in range(2))))}
 
 
 @torch.no_grad()
@@ -530,42 +576,47 @@ def balance_scores(pipeline):
     """What each modality carries and what guidance shifts, on subject-driven prompts: {what: loss, CP, PF, ...}."""
     world, default = pipeline.world(), pipeline.model.config.sampling
     judge, whole = JUDGES[world.name](world), held_out_samples(world, "subject_driven", FEWER_PROMPTS)
-    cases = {"image and text": (whole, default.cfg_scale),
-             "image dropped": ([dataclasses.replace(s, prompt=s.prompt.split("\n")[1], images=[], names=[]) for s in whole], default.cfg_scale),
-             "text dropped": ([dataclasses.replace(s, prompt="<image>", names=[data.WHOLE]) for s in whole], default.cfg_scale),
-             "both dropped": ([dataclasses.replace(s, unconditional=True) for s in whole], 0.0),
+    only_text = [replace(s, prompt=s.prompt.split("\n")[1], images=[], names=[]) for s in whole]
+    only_image = [replace(s, prompt="<image>", names=[data.WHOLE]) for s in whole]
+    nothing = [replace(s, unconditional=True) for s in whole]
+    cases = {"image and text": (whole, default.cfg_scale), "image dropped": (only_text, default.cfg_scale),
+             "text dropped": (only_image, default.cfg_scale), "both dropped": (nothing, 0.0),
              **{f"guidance {scale:g}": (whole, scale) for scale in SCALES}}
-    return {name: {"loss": next_code_loss(pipeline, samples), **judge_pictures(judge, pipeline.draw(samples, dataclasses.replace(default, cfg_scale=scale))[0], whole)}
-            for name, (samples, scale) in cases.items()}
+    scores = {}
+    for name, (samples, scale) in cases.items():
+        pictures, _ = pipeline.draw(samples, replace(default, cfg_scale=scale))
+        scores[name] = {"loss": next_code_loss(pipeline, samples), **judge_pictures(judge, pictures, whole)}
+    return scores
 
 
 def score(pipeline, out):
     """Score a model on held-out subjects; print the table, write scores.json, sheet.png and guidance.png into `out`."""
     started, world = time.perf_counter(), pipeline.world()
     judge, default = JUDGES[world.name](world), pipeline.model.config.sampling
-    subject, rebuilt, cut = (held_out_samples(world, task, count) for task, count in
-                             (("subject_driven", PROMPTS), ("reconstruction", FEWER_PROMPTS), ("segmentation", FEWER_PROMPTS)))
-    through_tokenizer = lambda samples: pipeline.decode(pipeline.tokenize([s.target for s in samples]))  # noqa: E731
-    drawn, _ = pipeline.draw(subject)
-    scores = {**judge_pictures(judge, drawn, subject),
-              "reconstruction_l2": pixel_l2(pipeline.draw(rebuilt)[0], rebuilt),
-              "segmentation_iou": segmentation_iou(pipeline.draw(cut)[0], cut),
-              "cfg_scale": default.cfg_scale, "prompts": PROMPTS,
-              "bounds": {"true renders": judge_pictures(judge, [s.target for s in subject], subject),
-                         "tokenizer": {**judge_pictures(judge, through_tokenizer(subject), subject),
-                                       "reconstruction_l2": pixel_l2(through_tokenizer(rebuilt), rebuilt),
-                                       "segmentation_iou": segmentation_iou(through_tokenizer(cut), cut)},
-                         "copying the reference": judge_pictures(judge, [s.images[0] for s in subject], subject)},
-              "guidance": {}}
-    few, strip = subject[:FEWER_PROMPTS], []
+    subject = held_out_samples(world, "subject_driven", PROMPTS)
+    rebuilt, cut = (held_out_samples(world, task, FEWER_PROMPTS) for task in ("reconstruction", "segmentation"))
+
+    def all_scores(of_subject, of_rebuilt, of_cut):
+        return {**judge_pictures(judge, of_subject, subject), "reconstruction_l2": pixel_l2(of_rebuilt, rebuilt),
+                "segmentation_iou": segmentation_iou(of_cut, cut)}
+
+    drawn, *others = (pipeline.draw(samples)[0] for samples in (subject, rebuilt, cut))
+    through_tokenizer = (pipeline.rebuild([s.target for s in samples]) for samples in (subject, rebuilt, cut))
+    few, strip, guidance = subject[:FEWER_PROMPTS], [], {}
     for scale in SCALES:
-        pictures, _ = pipeline.draw(few, dataclasses.replace(default, cfg_scale=scale))
-        scores["guidance"][f"{scale:g}"] = judge_pictures(judge, pictures, few)
+        pictures, _ = pipeline.draw(few, replace(default, cfg_scale=scale))
+        guidance[f"{scale:g}"] = judge_pictures(judge, pictures, few)
         strip.append(pictures[:8])
-    scores["seconds"] = time.perf_counter() - started
+    scores = {**all_scores(drawn, *others), "cfg_scale": default.cfg_scale, "prompts": PROMPTS,
+              "bounds": {"true renders": judge_pictures(judge, [s.target for s in subject], subject),
+                         "tokenizer": all_scores(*through_tokenizer),
+                         "copying the reference": judge_pictures(judge, [s.images[0] for s in subject], subject)},
+              "guidance": guidance, "seconds": time.perf_counter() - started}
     out.mkdir(parents=True, exist_ok=True)
     (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
-    Image.fromarray(labelled_sheet(subject[:12], drawn)).save(out / "sheet.png")
+    rows = {f"{i + 1}. {s.prompt}": [s.images[0], drawn[i], s.target] for i, s in enumerate(subject[:12])}
+    sheet = titled_rows(rows, ["reference", "output", "ideal"], before=1, label="prompt", text_width=330, top=24)
+    Image.fromarray(sheet).save(out / "sheet.png")
     Image.fromarray(contact_sheet([[s.images[0] for s in few[:8]], *strip], scale=2)).save(out / "guidance.png")
     print(score_table(scores))
     return scores
@@ -576,45 +627,41 @@ def score_table(scores):
     rows = [(f"**model**, guidance {scores['cfg_scale']:g}, {scores['prompts']} prompts", scores)]
     rows += [(f"model, guidance {scale}, {FEWER_PROMPTS} prompts", row) for scale, row in scores["guidance"].items()]
     rows += list(scores["bounds"].items())
-    columns = {"CP": "cp", "PF": "pf", "CP*PF": "cp_pf", "CP/PF": "cp_over_pf", "recon. L2": "reconstruction_l2", "segm. IoU": "segmentation_iou"}
-    return table(["held-out subjects", *columns], [[name, *(row.get(key, "") for key in columns.values())] for name, row in rows]) + f"\nscored in {scores['seconds']:.0f} s"
+    columns = {"CP": "cp", "PF": "pf", "CP*PF": "cp_pf", "CP/PF": "cp_over_pf",
+               "recon. L2": "reconstruction_l2", "segm. IoU": "segmentation_iou"}
+    cells = [[name, *(row.get(key, "") for key in columns.values())] for name, row in rows]
+    return table(["held-out subjects", *columns], cells) + f"\nscored in {scores['seconds']:.0f} s"
 
 
-def table(header, rows):
-    """A table in markdown, fractions with three decimals."""
+def table(header, rows, number="{:.3f}".format):
+    """A table in markdown, its fractions written as number() says."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(f'{cell:.3f}' if isinstance(cell, float) else str(cell) for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(number(cell) if isinstance(cell, float) else str(cell) for cell in line)} |" for line in lines)
 
 
-def labelled_sheet(samples, pictures, scale=3):
-    """`reference | prompt | output | ideal`, one row a sample, uint8 (H, W, 3)."""
-    size = samples[0].target.shape[0] * scale
-    enlarge = lambda picture: Image.fromarray(picture).resize((size, size), Image.NEAREST)  # noqa: E731
-    column, pad, text_width = size + 8, 8, 330
-    sheet = Image.new("RGB", (3 * column + text_width + pad, 24 + len(samples) * column), "white")
+def print_table(header, rows):
+    """Print measurements, each with three digits, as a table."""
+    print("\n" + table(header, rows, lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.3g}") + "\n", flush=True)
+
+
+def titled_rows(rows, titles, before=0, label="", scale=3, text_width=190, top=100):
+    """Rows of pictures under one title a column: uint8 (H, W, 3).
+
+    rows: {the row's text: its pictures}; the text comes after the first `before` pictures, in a column called `label`.
+    """
+    grid = contact_sheet(list(rows.values()), scale=scale)
+    step = (grid.shape[1] - 2 * scale) // len(titles)
+    at = before * step
+    wide = np.insert(grid, [at] * text_width, 255, axis=1)                               # a white column for the labels
+    sheet = Image.fromarray(np.pad(wide, ((top, 0), (0, 0), (0, 0)), constant_values=255))
     pen = ImageDraw.Draw(sheet)
-    for x, title in zip((pad, pad + column, pad + column + text_width, pad + 2 * column + text_width), ("reference", "prompt", "output", "ideal")):
-        pen.text((x, 6), title, fill="black")
-    for i, (s, picture) in enumerate(zip(samples, pictures)):
-        y = 24 + i * column
-        sheet.paste(enlarge(s.images[0]), (pad, y))
-        lines = [part for line in s.prompt.split("\n") for part in textwrap.wrap(line, 50)]
-        pen.multiline_text((pad + column, y + 4), "\n".join(lines), fill="black")
-        sheet.paste(enlarge(picture), (pad + column + text_width, y))
-        sheet.paste(enlarge(s.target), (pad + 2 * column + text_width, y))
-    return np.asarray(sheet)
-
-
-def titled_rows(rows, titles, scale=3, left=190, top=100):
-    """Rows of pictures, {label: pictures}, under one title a column: uint8 (H, W, 3)."""
-    grid = Image.fromarray(contact_sheet(list(rows.values()), scale=scale))
-    sheet = Image.new("RGB", (left + grid.width, top + grid.height), "white")
-    sheet.paste(grid, (left, top))
-    pen, step = ImageDraw.Draw(sheet), (grid.width - 2 * scale) // len(titles)
+    pen.text((at + 8, 4), label, fill="black")
     for j, title in enumerate(titles):
-        pen.multiline_text((left + j * step + 6, 4), textwrap.fill(title, 15), fill="black")
-    for i, label in enumerate(rows):
-        pen.multiline_text((8, top + i * step + step // 3), textwrap.fill(label, 28), fill="black")
+        x = j * step + text_width * (j >= before)
+        pen.multiline_text((x + 6, 4), textwrap.fill(title, 15), fill="black")
+    for i, text in enumerate(rows):
+        lines = [part for line in text.split("\n") for part in textwrap.wrap(line, (text_width - 20) // 6)]
+        pen.multiline_text((at + 8, top + i * step + step // 3), "\n".join(lines), fill="black")
     return np.asarray(sheet)
 
 
@@ -650,14 +697,6 @@ def measure_limits(device, dtype):
     x = torch.randn(size, size, device=device, dtype=dtype)
     seconds = median_seconds({"copy": lambda: b.copy_(a), "product": lambda: x @ x}, device, 9)
     return 2 * a.nbytes / seconds["copy"], 2 * size**3 / seconds["product"]
-
-
-def print_table(columns, rows):
-    """A table in markdown; numbers get three digits."""
-    print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    for row in rows:
-        print("| " + " | ".join(cell if isinstance(cell, str) else f"{cell:,.0f}" if cell >= 100 else f"{cell:.3g}" for cell in row) + " |", flush=True)
-    print()
 
 
 class CacheFreeDecoder:
@@ -709,7 +748,7 @@ class Bench:
         torch.manual_seed(0)
         small, config = mentor.PRESETS["tiny"], mentor.PRESETS[preset]
         self.preset, self.device = preset, device
-        self.config = dataclasses.replace(config, vision=small.vision, connector=small.connector, text=small.text)  # read once a prompt
+        self.config = replace(config, vision=small.vision, connector=small.connector, text=small.text)  # read once a prompt
         self.decoder = make_ready(self.new(), device)
         self.graphed = isinstance(self.decoder, GraphedDecoder)
         self.model = self.decoder.model if self.graphed else self.decoder
@@ -720,28 +759,28 @@ class Bench:
 
     def new(self, **sizes):
         """A model with other sizes of its decoder."""
-        return Mentor(dataclasses.replace(self.config, decoder=dataclasses.replace(self.config.decoder, **sizes)))
+        return Mentor(replace(self.config, decoder=replace(self.config.decoder, **sizes)))
 
     def prefixes(self, samples, length):
         """Prefixes of that many guided samples, (2 * samples, length, D)."""
         return torch.randn(2 * samples, length, self.config.decoder.width, device=self.device, dtype=self.dtype)
 
-    def lengths(self, length):
-        """(2,): those of one guided sample."""
-        return torch.full((2,), length, device=self.device)
+    def again(self):
+        """What prefills and steps, with a cache of its own."""
+        return GraphedDecoder(self.model) if self.graphed else self.model
 
     def against_plain(self):
         """Codes/s of one prompt: each way to be fast beside the plain way."""
-        generator = torch.Generator(self.device).manual_seed(0)
+        generator, lengths = torch.Generator(self.device).manual_seed(0), torch.full((2,), self.n_prefix, device=self.device)
 
         def loop(decoder, rows=least_rows(self.model)):
-            return lambda: continue_prefix(decoder, self.prefix, self.lengths(self.n_prefix), True, self.n_code, self.config.sampling, generator, rows)
+            return lambda: continue_prefix(decoder, self.prefix, lengths, True, self.n_code, self.config.sampling, generator, rows)
 
         ours, rows = loop(self.decoder), []
         pairs = {("KV cache", "cache-free loop"): (ours, loop(CacheFreeDecoder(self.model), 1))}
         if self.graphed:
             pairs["steps as CUDA graphs", "launched one by one"] = ours, loop(self.model)
-        elif is_packed(self.model):
+        else:
             pairs["matrices packed", "as they are"] = ours, loop(self.new().eval())
         for (name, baseline), both in pairs.items():
             seconds = median_seconds(dict(zip((name, baseline), both)), self.device, 3)
@@ -753,12 +792,16 @@ class Bench:
     def by_samples(self, copied, multiplied):
         """Steps of more and more prompts at once, beside what copying (bytes/s) and multiplying (FLOPs/s) allow."""
         samples, size, decoder = (1, 2, 4, 8, 16, 32, 64), self.dtype.itemsize, self.config.decoder
-        again = lambda: GraphedDecoder(self.model) if self.graphed else self.model  # noqa: E731
-        seconds = median_seconds({n: some_steps(again(), self.prefixes(n, self.n_prefix), count=4) for n in samples}, self.device, 3)
+        seconds = {}
+        for n in samples:  # one after the other: the caches of all together would fill a GPU
+            try:
+                seconds.update(median_seconds({n: some_steps(self.again(), self.prefixes(n, self.n_prefix), count=4)}, self.device, 3))
+            except torch.OutOfMemoryError:
+                break  # the table ends where memory does
         cached = 2 * self.n_prefix * decoder.n_layer * decoder.width * size
-        limits = {n: max((self.weights * size + 2 * n * cached) / copied, 4 * n * self.weights / multiplied) for n in samples}
+        limits = {n: max((self.weights * size + 2 * n * cached) / copied, 4 * n * self.weights / multiplied) for n in seconds}
         print_table(["prompts at once", "codes/s", "ms a step", "limit, ms", "of the limit"],
-                    [[str(n), 4 * n / seconds[n], 250 * seconds[n], 1e3 * limits[n], f"{4 * limits[n] / seconds[n]:.0%}"] for n in samples])
+                    [[str(n), 4 * n / seconds[n], 250 * seconds[n], 1e3 * limits[n], f"{4 * limits[n] / seconds[n]:.0%}"] for n in seconds])
 
     def by_grid(self):
         """Steps early and late in an image, for images of more and more codes."""
@@ -774,8 +817,9 @@ class Bench:
         """Prefill and steps for longer and longer prefixes."""
         rows = []
         for length in sorted({32, 128, 512, self.config.context}):
-            prefix = self.prefixes(1, length)
-            seconds = median_seconds({"prefill": lambda: self.model.prefill(prefix, self.lengths(length)), "steps": some_steps(self.model, prefix)}, self.device, 3)
+            prefix, lengths = self.prefixes(1, length), torch.full((2,), length, device=self.device)
+            seconds = median_seconds({"prefill": lambda: self.model.prefill(prefix, lengths),
+                                      "steps": some_steps(self.again(), prefix)}, self.device, 3)
             rows.append([str(length), 1e3 * seconds["prefill"], 125 * seconds["steps"]])
         print_table(["prefix tokens", "prefill, ms", "ms a code"], rows)
 
@@ -784,10 +828,11 @@ class Bench:
         vqgan, plain = (VQGAN(TokenizerConfig(**tokenizer.PRESETS[self.preset])).to(self.device).eval() for _ in range(2))
         vqgan.to(memory_format=torch.channels_last)
         codes = torch.zeros(1, self.config.decoder.n_code, dtype=torch.long, device=self.device)
-        seconds = median_seconds({"last": lambda: vqgan.decode(codes), "first": lambda: plain.decode(codes), "steps": some_steps(self.decoder, self.prefix)}, self.device, 3)
-        share = seconds["last"] / (codes.numel() * seconds["steps"] / 8 + seconds["last"])
+        last, first, steps = median_seconds({"last": lambda: vqgan.decode(codes), "first": lambda: plain.decode(codes),
+                                             "steps": some_steps(self.decoder, self.prefix)}, self.device, 3).values()
+        share = last / (codes.numel() * steps / 8 + last)
         print_table(["VQ decoder, one image", "ms", "against", "ms", "ratio", "of the time"],
-                    [["channels last", 1e3 * seconds["last"], "channels first", 1e3 * seconds["first"], seconds["first"] / seconds["last"], f"{share:.0%}"]])
+                    [["channels last", 1e3 * last, "channels first", 1e3 * first, first / last, f"{share:.0%}"]])
 
 
 @torch.no_grad()
@@ -795,8 +840,9 @@ def bench(preset, device):
     """Print all that there is to know of a preset's speed in drawing."""
     tables = Bench(preset, device)
     copied, multiplied = measure_limits(device, tables.dtype)
-    print(f"{preset}: a decoder of {tables.weights / 1e6:.4g}M weights in {str(tables.dtype)[6:]}, guided, prefixes of {tables.n_prefix}; {torch.get_num_threads()} threads; "
-          f"{torch.cuda.get_device_name() if device.type == 'cuda' else device} copies {copied / 1e9:.3g} GB/s and multiplies {multiplied / 1e12:.3g} TFLOPS")
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+    print(f"{preset}: a decoder of {tables.weights / 1e6:.4g}M weights in {str(tables.dtype)[6:]}, guided, prefixes of {tables.n_prefix}; "
+          f"{torch.get_num_threads()} threads; {machine} copies {copied / 1e9:.3g} GB/s and multiplies {multiplied / 1e12:.3g} TFLOPS")
     tables.against_plain()
     tables.by_samples(copied, multiplied)
     tables.by_grid()
@@ -817,9 +863,11 @@ def enlarged(picture, least=256):
 
 def save_gif(pipeline, codes, path, frames=32):
     """An animation of one image appearing code by code, codes (N,): cells not yet drawn are grey."""
-    side = pipeline.model.config.decoder.grid_size
-    shown, pictures = np.linspace(1, len(codes), min(frames, len(codes))).round().astype(int), []
-    for count, picture in zip(shown, pipeline.decode(torch.stack([torch.where(torch.arange(len(codes), device=codes.device) < n, codes, codes[n - 1]) for n in shown]))):
+    side, order = pipeline.model.config.decoder.grid_size, torch.arange(len(codes), device=codes.device)
+    counts = np.linspace(1, len(codes), min(frames, len(codes))).round().astype(int).tolist()
+    so_far = torch.stack([torch.where(order < count, codes, codes[count - 1]) for count in counts])
+    pictures = []
+    for count, picture in zip(counts, pipeline.decode(so_far)):
         cell = picture.shape[0] // side
         drawn = (np.arange(len(codes)) < count).reshape(side, side).repeat(cell, 0).repeat(cell, 1)
         pictures.append(Image.fromarray(enlarged(np.where(drawn[..., None], picture, 200).astype(np.uint8))))
@@ -828,8 +876,8 @@ def save_gif(pipeline, codes, path, frames=32):
 
 def chosen_sampling(pipeline, options):
     """The model's SamplingConfig with what the command line says."""
-    chosen = {key: getattr(options, key) for key in SAMPLING_KEYS if getattr(options, key) is not None}
-    return dataclasses.replace(pipeline.model.config.sampling, **chosen)
+    said = {f.name: getattr(options, f.name) for f in fields(SamplingConfig)}
+    return replace(pipeline.model.config.sampling, **{key: value for key, value in said.items() if value is not None})
 
 
 def draw_prompt(pipeline, options):
@@ -842,8 +890,9 @@ def draw_prompt(pipeline, options):
     sampling = chosen_sampling(pipeline, options)
     pictures, codes = pipeline.draw([sample] * options.n, sampling, options.seed)
     drawing, decoding, warmup = pipeline.seconds.values()
-    print(f"{options.n} x {codes.shape[1]} codes in {drawing:.2f} s, {codes.numel() / drawing:.0f} codes/s, then {decoding:.2f} s for the pixels ({decoding / (drawing + decoding):.0%} of the time)"
-          + f", warm-up {warmup:.1f} s before" * (warmup > 0) + "; " + ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(sampling).items()))
+    print(f"{options.n} x {codes.shape[1]} codes in {drawing:.2f} s, {codes.numel() / drawing:.0f} codes/s, "
+          f"then {decoding:.2f} s for the pixels ({decoding / (drawing + decoding):.0%} of the time)"
+          + f", warm-up {warmup:.1f} s before" * (warmup > 0) + "; " + ", ".join(f"{k}={v}" for k, v in asdict(sampling).items()))
     if options.gif:
         save_gif(pipeline, codes[0], Path(options.out).with_suffix(".gif"))
         print(f"wrote {Path(options.out).with_suffix('.gif')}")
@@ -854,7 +903,7 @@ def reconstruct(pipeline, options):
     """The image, what the tokenizer alone makes of it, and what the model draws when asked for it; prints their L2."""
     size = pipeline.vqgan.config.image_size
     image = data.center_crop(data.load_image(options.reconstruct), size)
-    ceiling = pipeline.decode(pipeline.tokenize([image]))[0]
+    ceiling = pipeline.rebuild([image])[0]
     options.prompt, options.images, options.n = "The image is <image>", [options.reconstruct], 1
     drawn = draw_prompt(pipeline, options)[0][0]
     target = [Sample("reconstruction", "", [], [], image, None)]
@@ -863,37 +912,48 @@ def reconstruct(pipeline, options):
 
 
 def dreambench_subjects(folder):
-    """[(id, picture file, label, prompts)] of DreamBench++'s data or DreamBench's dataset. Raises ValueError naming what is missing.
+    """[(id, picture file, label, prompts)] of DreamBench's dataset. Raises ValueError naming what is missing.
 
-    DreamBench++    images/**/N.jpg and captions/**/N.txt, whose first line is the label and the others are prompts
-    DreamBench      SUBJECT/*.jpg, of which the first is the reference, and prompts_and_classes.txt with SUBJECT,LABEL lines and two
-                    lists of 'a {0} {1} on ...'.format(...), for objects and for cats and dogs; {0} is DreamBooth's rare word, left out
+    It holds SUBJECT/*.jpg, of which the first is the reference, and prompts_and_classes.txt with SUBJECT,LABEL lines and two
+    lists of 'a {0} {1} on ...'.format(...), for objects and for cats and dogs; {0} is DreamBooth's rare word, left out.
     """
-    subjects, folder = [], Path(folder)
-    listed = folder / "prompts_and_classes.txt"
-    text = listed.read_text(encoding="utf-8") if listed.is_file() else ""
+    file, subjects = Path(folder) / "prompts_and_classes.txt", []
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
     lists = [re.findall(r"^'(.*)'\.format", part, re.M) for part in text.split("Live Subject Prompts")]
     for name, label in re.findall(r"^(\w+),([\w ]+)$", text, re.M)[1:]:                   # without the line subject_name,class
-        pictures = sorted((folder / name).glob("*.jpg"))
-        if not pictures or len(list(filter(None, lists))) < 2:
-            raise ValueError(f"{listed}: " + (f"there is no picture in {folder / name}" if not pictures else "want two lists of 'a {0} {1} ...'.format(...), the second after Live Subject Prompts"))
-        subjects.append((name, pictures[0], label, [prompt.replace("{0} ", "").replace("{1}", label) for prompt in lists[label in ("cat", "dog")]]))
-    for file in sorted((folder / "captions").rglob("*.txt")):
-        picture = folder / "images" / file.relative_to(folder / "captions").with_suffix(".jpg")
+        pictures = sorted((Path(folder) / name).glob("*.jpg"))
+        if not pictures:
+            raise ValueError(f"{file}: there is no picture in {Path(folder) / name}")
+        if len(list(filter(None, lists))) < 2:
+            raise ValueError(f"{file}: want two lists of 'a {{0}} {{1}} ...'.format(...), the second after Live Subject Prompts")
+        prompts = [prompt.replace("{0} ", "").replace("{1}", label) for prompt in lists[label in ("cat", "dog")]]
+        subjects.append((name, pictures[0], label, prompts))
+    return subjects
+
+
+def dreambench_plus_subjects(folder):
+    """The same of DreamBench++'s data: images/**/N.jpg and captions/**/N.txt, a label on the first line, prompts on the others."""
+    subjects, captions = [], Path(folder) / "captions"
+    for file in sorted(captions.rglob("*.txt")):
+        picture = Path(folder) / "images" / file.relative_to(captions).with_suffix(".jpg")
         label, *prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()] or [""]
-        if not picture.is_file() or not prompts:
-            raise ValueError(f"{file}: " + (f"there is no picture {picture} to go with it" if prompts else "want a label on the first line and prompts on the others"))
+        if not prompts:
+            raise ValueError(f"{file}: want a label on the first line and prompts on the others")
+        if not picture.is_file():
+            raise ValueError(f"{file}: there is no picture {picture} to go with it")
         group = f"live_subject_{file.parent.name}" if file.parent.name in ("animal", "human") else file.parent.name
         subjects.append((f"{group}_{file.stem}_{label.lower().replace(' ', '_')}", picture, label, prompts))
-    if not subjects:
-        raise ValueError(f"--dreambench={folder}: no captions/**/*.txt and no prompts_and_classes.txt in it; give DreamBench++'s data folder, which holds images/ and captions/, or DreamBench's dataset folder")
     return subjects
 
 
 def draw_dreambench(pipeline, options, out):
     """Draw every prompt of DreamBench or DreamBench++ options.n times, in the layout that DreamBench++'s scorer reads:
     src_image/, text/ and tgt_image/, in each a folder per subject with PROMPT_SAMPLE.jpg or .txt."""
-    subjects = dreambench_subjects(options.dreambench)
+    folder = options.dreambench
+    subjects = dreambench_subjects(folder) + dreambench_plus_subjects(folder)
+    if not subjects:
+        raise ValueError(f"--dreambench={folder}: no captions/**/*.txt and no prompts_and_classes.txt in it; give DreamBench++'s "
+                         "data folder, which holds images/ and captions/, or DreamBench's dataset folder")
     prompts = {name: [f"The {label} in <image>.\n{prompt}" for prompt in asked] for name, _, label, asked in subjects}
     for prompt in (p for asked in prompts.values() for p in asked):
         pipeline.text_tokenizer.check_words(prompt)
@@ -909,9 +969,6 @@ def draw_dreambench(pipeline, options, out):
             (out / "text" / name / f"{stem}.txt").write_text(asked[i // options.n], encoding="utf-8")
             Image.fromarray(picture).save(out / "tgt_image" / name / f"{stem}.jpg", quality=95)
     print(f"wrote {out}: {len(subjects)} subjects, {sum(map(len, prompts.values()))} prompts, {options.n} samples each")
-
-
-SAMPLING_KEYS = ("cfg_scale", "temperature", "top_k", "top_p")
 
 
 class Parser(argparse.ArgumentParser):
@@ -931,10 +988,13 @@ def parse(arguments):
     parser.add_argument("--reconstruct", metavar="FILE", help="draw this image again, beside the tokenizer's own reconstruction")
     parser.add_argument("--score", action="store_true", help="score the model on held-out subjects of its world")
     parser.add_argument("--bench", metavar="PRESET", help="measure how fast that preset's sizes draw, with random weights; needs no folder")
-    parser.add_argument("--dreambench", metavar="FOLDER", help="draw all prompts of DreamBench++'s data folder, or DreamBench's dataset, --n times each, for a scorer")
-    parser.add_argument("--out", default="sample.png", help="file to write (--score, --dreambench: folder to write into; default %(default)s)")
+    parser.add_argument("--dreambench", metavar="FOLDER",
+                        help="draw all prompts of DreamBench++'s data folder, or DreamBench's dataset, --n times each, for a scorer")
+    parser.add_argument("--out", default="sample.png",
+                        help="file to write (--score, --dreambench: folder to write into; default %(default)s)")
     parser.add_argument("--n", type=int, default=1, help="how many samples to draw, as a grid (default %(default)s)")
-    parser.add_argument("--cfg_scale", type=float, help="guidance: 0 unconditional, 1 conditional, more follows the prompt harder (default: the model's)")
+    parser.add_argument("--cfg_scale", type=float,
+                        help="guidance: 0 unconditional, 1 conditional, more follows the prompt harder (default: the model's)")
     parser.add_argument("--temperature", type=float, help="0 is greedy (default: the model's)")
     parser.add_argument("--top_k", type=int, help="keep this many codes, 0 all (default: the model's)")
     parser.add_argument("--top_p", type=float, help="keep codes of this total probability (default: the model's)")
@@ -956,7 +1016,8 @@ def parse(arguments):
     if not (options.folder or options.bench):
         raise ValueError("give the folder that train.py wrote, for example out/tiny; `python sample.py --help` lists what there is")
     if not (options.prompt or options.score or options.reconstruct or options.dreambench or options.bench):
-        raise ValueError('give a prompt ("A big red star at the top on a green background"), --segment, --reconstruct, --dreambench or --score')
+        raise ValueError('give a prompt ("A big red star at the top on a green background"), '
+                         "--segment, --reconstruct, --dreambench or --score")
     return options
 
 
@@ -965,7 +1026,7 @@ def main(arguments):
     options = parse(arguments)
     if options.bench:
         return bench(options.bench, usable_device(options.device))
-    pipeline = Pipeline.open(options.folder, usable_device(options.device))
+    pipeline = Pipeline.open(options.folder, options.device)
     if options.score:
         score(pipeline, Path(options.folder if options.out == "sample.png" else options.out))
         return

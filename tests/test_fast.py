@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sample
 import train
 from conftest import randomize, small_config
-from data import TASKS, Batch, WorldDataset
+from data import TASKS, Batch, Shapes, WorldDataset
 from mentor import KVCache, Mentor, SamplingConfig
 from sample import GraphedDecoder, Pipeline, continue_prefix, generate
 from tokenizer import VQGAN, TokenizerConfig
@@ -151,12 +151,11 @@ def test_where_torch_compile_fails_the_blocks_stay_and_one_line_says_so(text_tok
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_prompt_draws_the_same_bits_alone_and_in_a_batch(model, world, text_tokenizer, scale, packed):
+@pytest.mark.parametrize("large", [False, True])
+def test_a_prompt_draws_the_same_bits_alone_and_in_a_batch(model, world, text_tokenizer, scale, large, monkeypatch):
     """Different prompts, ragged prefixes, one call: the logits of every step, not only the codes. (The VQ decoder's convolutions round by batch.)"""
-    pipeline = Pipeline(model, small_vqgan(), text_tokenizer, {}, "cpu")
-    if packed:
-        sample.pack(model)
+    monkeypatch.setattr(sample, "PACK_FROM", 0 if large else 512)
+    pipeline = Pipeline(model, small_vqgan(), text_tokenizer, {}, "cpu", sample.make_ready(model, torch.device("cpu")))
     samples = [WorldDataset(world, dict.fromkeys(TASKS, 1.0), 0)[i] for i in range(7)]
     sampling, runs = replace(GREEDY, cfg_scale=scale), []
     for group in (samples, *([s] for s in samples)):
@@ -170,6 +169,31 @@ def test_a_prompt_draws_the_same_bits_alone_and_in_a_batch(model, world, text_to
         assert torch.equal(alone[0], codes[i]) and np.abs(picture[0].astype(int) - pictures[i]).max() <= 1
         assert torch.equal(logits[:, 0], together[:, i])
         assert scale == 1 or torch.equal(logits[:, 1], together[:, len(samples) + i])
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_packed_matrices_give_the_same_logits(model, make_batch, large, monkeypatch):
+    """Transposed or in oneDNN's layout: the plain model's products, within rounding."""
+    monkeypatch.setattr(sample, "PACK_FROM", 0 if large else 512)
+    batch, runs = make_batch(model.config, 3), []
+    prefix, codes = model.prefix(batch, torch.zeros(3, dtype=torch.bool)), torch.randint(64, (3, 20), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        logits, cache = model.prefill(prefix, batch.lengths)
+        runs.append(torch.stack([logits, *(model.decode_step(codes[:, k], cache) for k in range(20))]))
+        sample.pack(model)
+    assert all("forward" in vars(module) for module in model.decoder.modules() if isinstance(module, torch.nn.Linear))
+    torch.testing.assert_close(runs[1], runs[0], atol=1e-5, rtol=1e-4)
+
+
+def test_scoring_in_the_middle_of_training_leaves_the_model_trainable(text_tokenizer, make_batch, monkeypatch):
+    """Weights as they were, and products that follow them: what makes drawing fast is for models read from files."""
+    monkeypatch.setattr(sample, "PACK_FROM", 0)
+    stage = small_stage(text_tokenizer)
+    before = {name: (p.dtype, p.data_ptr()) for name, p in stage.model.named_parameters()}
+    sample.Pipeline(stage.model, stage.vqgan[0], text_tokenizer, {}, "cpu").draw([WorldDataset(Shapes(32), {"subject_driven": 1.0}, 0)[0]])
+    assert before == {name: (p.dtype, p.data_ptr()) for name, p in stage.model.named_parameters()}
+    stage.train()(make_batch(stage.model.config, 2), 0)[0].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in stage.model.named_parameters() if "decoder.blocks" in name)
 
 
 def test_drawing_reads_no_number_back_and_lets_nothing_grow(model, make_batch):
