@@ -14,7 +14,7 @@ The four stages, each starting from what the one before wrote:
     instruct    the paper's stage 2: subject-driven generation and recovery teach to keep and to change
 
 Read in order: the configuration and its presets, processes and devices, the stages (what is trained and on which loss),
-where their samples come from, the optimizer, the log, the one loop, checkpoints. That is all of training. Then the command
+where their samples come from, the optimizer, the one loop, checkpoints. That is all of training. Then the command
 line, what is checked before a run starts, released weights, the plan of a run (a dry run), the paper's claims, how fast a
 step is, the report, main.
 """
@@ -730,21 +730,19 @@ class Muon(torch.optim.Optimizer):
                     p.add_(update, alpha=-group["lr"] * scale)
 
 
-def make_optimizers(stage, recipe, run):
-    """AdamW (betas 0.9, 0.95, decay on matrices) for everything, or Muon for the matrices of hidden layers.
+TABLES = re.compile("embedding|relative_bias|unconditional|queries|decoder.output|contrastive")  # their rows are separate things
 
-    Tables and the output head, whose rows are separate things, stay with AdamW.
-    """
+
+def make_optimizers(stage, recipe, run):
+    """AdamW (betas 0.9, 0.95, decay on matrices) for everything; or Muon for the matrices of hidden layers, and AdamW for the rest."""
     muon_lr, named = getattr(recipe, "muon_lr", 0.0), stage.trained()
-    tables = re.compile("embedding|relative_bias|unconditional|queries|decoder.output|contrastive")
-    matrices = [p for n, p in named if muon_lr and p.ndim == 2 and not tables.search(n)]
-    chosen = {id(p) for p in matrices}
-    rest = [p for _, p in named if id(p) not in chosen]
+    matrices = {n: p for n, p in named if muon_lr and p.ndim == 2 and not TABLES.search(n)}
+    rest = [p for n, p in named if n not in matrices]
     groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": run.weight_decay},
               {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, recipe.lr, betas=(0.9, 0.95), fused=True)]
     if matrices:
-        optimizers.append(Muon(matrices, muon_lr, weight_decay=run.weight_decay))
+        optimizers.append(Muon(matrices.values(), muon_lr, weight_decay=run.weight_decay))
     for group in (g for o in optimizers for g in o.param_groups):
         group["peak"] = group["lr"]
     return optimizers
@@ -760,7 +758,7 @@ def schedule(step, recipe, run):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What the loop tells, and what it listens to
+# The loop, after what it tells (Log) and listens to (StopSignals)
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -873,11 +871,6 @@ def leave_group(worker):
         os.setpgrp()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The loop
-# ---------------------------------------------------------------------------------------------------------------
-
-
 def micro_batches(recipe, run, machine):
     """(micro-batch, micro-batches a step) of one process. Raises ValueError with the arithmetic if it does not divide."""
     share, rest = divmod(recipe.global_batch, machine.world_size)
@@ -944,7 +937,7 @@ def train_stage(name, run, machine, source, text_tokenizer):
             factor = schedule(step, recipe, run)
             for group in (g for o in optimizers for g in o.param_groups):
                 group["lr"] = group["peak"] * factor
-            loss, tasks = add_gradients(step, name, stage, wrapped, batches, micro, accumulate, machine, log)
+            loss, tasks = add_gradients(step, wrapped, batches, micro, accumulate, log)
             grad_norm = nn.utils.clip_grad_norm_([p for _, p in stage.trained()], run.clip)
             for optimizer in optimizers:
                 optimizer.step()
@@ -973,15 +966,18 @@ def train_stage(name, run, machine, source, text_tokenizer):
         raise SystemExit(128 + stop)
 
 
-def add_gradients(step, name, stage, wrapped, batches, micro, accumulate, machine, log):
-    """Forward and backward through the step's micro-batches. Returns their mean loss, on the device, and the tasks seen."""
-    losses, tasks = [], set()
+def add_gradients(step, wrapped, batches, micro, accumulate, log):
+    """Forward and backward through the step's micro-batches. Returns their mean loss, on the device, and the tasks seen.
+
+    Raises ValueError when the memory is not enough: set the largest micro-batch up to half of this one that divides the share.
+    """
+    losses, tasks, machine = [], set(), log.machine
     try:
         for m in range(accumulate):
             batch = next(batches).to(machine.device)
             tasks.update(batch.tasks)
-            last = m == accumulate - 1
-            with nullcontext() if last or wrapped is stage else wrapped.no_sync():  # gradients travel once a step
+            wait = machine.world_size > 1 and m < accumulate - 1  # gradients travel once a step
+            with wrapped.no_sync() if wait else nullcontext():
                 with machine.autocast():
                     loss, logs = wrapped(batch, step)
                 (loss / accumulate).backward()
@@ -990,7 +986,7 @@ def add_gradients(step, name, stage, wrapped, batches, micro, accumulate, machin
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        what = f"{name}: out of memory on {machine.device} with micro_batch={micro} ({mentor.first_line(error)[:120]})"
+        what = f"{log.name}: out of memory on {machine.device} with micro_batch={micro} ({mentor.first_line(error)[:120]})"
         if micro == 1:
             raise ValueError(f"{what}; it is as small as can be: choose a smaller preset or model, or a device with more memory") from None
         share = micro * accumulate
@@ -1783,10 +1779,9 @@ def claims_text(result):
 
 def widen(batch, width):
     """The batch with its prompts padded to a window of `width` tokens."""
-    length = batch.text_ids.shape[1]
-    slots = batch.image_slots // length * width + batch.image_slots % length
-    ids, hidden = (F.pad(tensor, (0, width - length)) for tensor in (batch.text_ids, batch.hidden))
-    return replace(batch, text_ids=ids, hidden=hidden, image_slots=slots)
+    slots, more = batch.image_slots, width - batch.text_ids.shape[1]
+    return replace(batch, text_ids=F.pad(batch.text_ids, (0, more)), hidden=F.pad(batch.hidden, (0, more)),
+                   image_slots=slots + slots // batch.text_ids.shape[1] * more)
 
 
 def straightforward_losses(model, batch, codes, everywhere=True):
