@@ -13,9 +13,10 @@ The four stages, each starting from what the one before wrote:
     align       the paper's stage 1: reconstruction, segmentation and text-to-image teach what an image prompt means
     instruct    the paper's stage 2: subject-driven generation and recovery teach to keep and to change
 
-Read in order: the configuration and its presets, the command line, processes and devices, the stages (what is
-trained and on which loss), the optimizer, checkpoints, the one loop, what a step costs and the plan
-(a dry run), the paper's claims, how fast a step is, the report, main.
+Read in order: the configuration and its presets, processes and devices, the stages (what is trained and on which loss),
+where their samples come from, the optimizer, the one loop, checkpoints. That is all of training. Then the command
+line, what is checked before a run starts, released weights, the plan of a run (a dry run), the paper's claims, how fast a
+step is, the report, main.
 """
 
 import json
@@ -48,7 +49,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -56,9 +57,11 @@ from tqdm import tqdm
 import mentor
 import sample
 import tokenizer
-from data import CLIP_MEAN, CLIP_STD, TASKS, WORLDS, Batch, Collate, Manifest, ManifestDataset, TextTokenizer, WorldDataset, entry_prompt, manifest_of_folder, rules, tokenizer_pixels
+from data import (CLIP_MEAN, CLIP_STD, TASKS, WORLDS, Batch, Collate, Manifest, ManifestDataset, TextTokenizer, WorldDataset,
+                  entry_prompt, manifest_of_folder, rules, tokenizer_pixels)
 from mentor import Mentor, MentorConfig
-from tokenizer import VQGAN, CodebookUsage, LPIPS, PatchDiscriminator, TokenizerConfig, adaptive_weight, collages, consistency_loss, hinge_d_loss, spread_codes
+from tokenizer import (VQGAN, CodebookUsage, LPIPS, PatchDiscriminator, TokenizerConfig, adaptive_weight, collages,
+                       consistency_loss, hinge_d_loss, spread_codes)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -76,8 +79,8 @@ class TokenizerStageConfig:
     disc_start: float = 0.3        # fraction of the run after which the discriminator joins; 1 leaves it out
     disc_weight: float = 0.5       # of the generator's loss, on top of the adaptive weight
     codebook_weight: float = 1.0   # of the quantizer's loss beside the reconstruction's
-    codebook_start: float = 0.0    # fraction of the run after which pictures are rounded to codes; until then encoder and decoder learn alone
-    consistency: float = 0.0       # weight of the loss that keeps a cell's code free of what lies around it; 0 leaves its collages out
+    codebook_start: float = 0.0    # fraction of the run after which pictures are rounded to codes; until then nothing is rounded
+    consistency: float = 0.0       # weight of the loss that keeps a cell's code free of what lies around it; 0 leaves it out
     lpips: str = ""                # folder with VGG16 and LPIPS weights; empty leaves the perceptual loss out
     restart_every: int = 2000      # steps in a usage window, after which the codes are placed anew, the dead ones with them
 
@@ -111,7 +114,8 @@ class ReleasedConfig:
 
 ALIGN_MIX = "text_to_image:700,reconstruction:180,segmentation:1600"                       # thousands of samples,
 INSTRUCT_MIX = "text_to_image:600,segmentation:150,recovery:150,subject_driven:400"        # as published
-TINY_INSTRUCT_MIX = "text_to_image:300,segmentation:100,recovery:100,subject_driven:800"   # 29 thousand samples, not 2.6 million: more of the hardest
+# 29 thousand samples, not 2.6 million: more of the hardest
+TINY_INSTRUCT_MIX = "text_to_image:300,segmentation:100,recovery:100,subject_driven:800"
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ class RunConfig:
     """A whole run. Nested keys are written with dots: --align.lr=0.001 --model.decoder.n_layer=6."""
 
     out: str = ""                  # folder to write; empty: out/PRESET
-    stage: str = "all"             # all, tokenizer, pretrain, align, instruct, claims (the paper's, in a table), or import or export of released weights
+    stage: str = "all"             # all, tokenizer, pretrain, align, instruct, claims (the paper's), or import or export (released weights)
     world: str = "shapes"          # built-in world: shapes or emoji
     emoji_font: str = ""           # colour emoji font file; empty looks where systems keep theirs
     data: str = ""                 # your own pictures in place of a world: a manifest (.jsonl) or a folder
@@ -176,123 +180,22 @@ PRESETS = {
 PRESETS = {name: replace(run, out=f"out/{name}", vqgan=TokenizerConfig(**tokenizer.PRESETS[name]), model=mentor.PRESETS[name])
            for name, run in PRESETS.items()}
 
-STAGES = ("tokenizer", "pretrain", "align", "instruct")
+
+STARTS_FROM = {  # stage -> the stages before it whose weights it needs
+    "tokenizer": (), "pretrain": ("tokenizer",), "align": ("tokenizer", "pretrain"), "instruct": ("tokenizer", "align")}
+STAGES = tuple(STARTS_FROM)
+
 EVERYTHING_BUT_VISION = ("encoder.connector", "encoder.text", "projector", "decoder")
-LIMITS = {  # of this file's numbers, as in mentor.LIMITS
-    "steps": (1, 2**30), "seed": (0, 2**32), "micro_batch": (0, 2**20), "workers": (0, 1024), "save_every": (1, 2**30), "score_every": (0, 2**30), "restart_every": (1, 2**30),
-    "final_lr": (0, 1), "disc_start": (0, 1), "warmup": (0, 1), "prefix_drop": (0, 1)}
-PRETRAINED = ("encoder", "projector", "decoder")
+EVERYTHING = ("encoder", "projector", "decoder")
 TRAINED = {  # recipe -> stage -> the parts of Mentor that train, as prefixes of parameter names; the rest is frozen
     # a connector of minutes, not LLaVA's of days, still has to learn in alignment
-    "scratch": {"pretrain": PRETRAINED, "align": EVERYTHING_BUT_VISION, "instruct": EVERYTHING_BUT_VISION},
+    "scratch": {"pretrain": EVERYTHING, "align": EVERYTHING_BUT_VISION, "instruct": EVERYTHING_BUT_VISION},
     # section 3.2: alignment trains projector and generator
-    "paper": {"pretrain": PRETRAINED, "align": ("projector", "decoder"), "instruct": EVERYTHING_BUT_VISION},
+    "paper": {"pretrain": EVERYTHING, "align": ("projector", "decoder"), "instruct": EVERYTHING_BUT_VISION},
     # the released stage 1 script
-    "released": {"pretrain": PRETRAINED, "align": ("encoder.text", "encoder.connector", "decoder.code_embedding", "decoder.output"), "instruct": EVERYTHING_BUT_VISION},
+    "released": {"pretrain": EVERYTHING, "align": ("encoder.text", "encoder.connector", "decoder.code_embedding", "decoder.output"),
+                 "instruct": EVERYTHING_BUT_VISION},
 }
-
-# ---------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------
-
-
-@cache
-def comments(config_class):
-    """{field: the comment behind it} of a dataclass."""
-    return dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", getsource(config_class), re.M))
-
-
-def flatten(config, prefix=""):
-    """{dotted key: (value, meaning)} of a nested config."""
-    keys = {}
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if is_dataclass(value):
-            keys.update(flatten(value, f"{prefix}{f.name}."))
-        else:
-            keys[prefix + f.name] = (value, comments(type(config)).get(f.name, ""))
-    return keys
-
-
-def read_value(key, text, default):
-    """A key's value from text, by the type of its default."""
-    try:
-        if isinstance(default, tuple):
-            return tuple(int(part) for part in text.strip("()").split(",") if part)
-        if isinstance(default, bool):
-            return {"true": True, "false": False}[text.lower()]
-        return type(default)(text)
-    except (ValueError, KeyError):
-        raise ValueError(f"--{key}={text}: not {'a list of int' if isinstance(default, tuple) else 'of type ' + type(default).__name__}; the default is {default!r}") from None
-
-
-def with_values(config, values):
-    """The config with {dotted key: value} set, all at once: it is checked when it has all of them, whatever their order."""
-    parts = {}
-    for key, value in values.items():
-        head, _, rest = key.partition(".")
-        parts.setdefault(head, {})[rest] = value
-    return replace(config, **{head: part[""] if "" in part else with_values(getattr(config, head), part) for head, part in parts.items()})
-
-
-def parse(arguments):
-    """Command line -> (preset name, RunConfig). Raises ValueError naming the argument and the nearest legal one."""
-    if not arguments or arguments[0] not in PRESETS:
-        raise ValueError(f"the first argument must be a preset, one of {', '.join(PRESETS)}; got {arguments[0] if arguments else 'nothing'!r}")
-    known, values = flatten(PRESETS[arguments[0]]), {}
-    for argument in arguments[1:]:
-        key, equals, text = argument.removeprefix("--").partition("=")
-        if not equals and known.get(key, ("",))[0] is False:
-            equals, text = "=", "true"
-        if not argument.startswith("--") or not equals or key not in known:
-            near = get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{argument}: {'no such key' if equals else 'want --key=value'}; the nearest is --{near}={known[near][0]}. `python train.py --help` lists all")
-        values[key] = read_value(key, text, known[key][0])
-    return arguments[0], validate(with_values(PRESETS[arguments[0]], values))
-
-
-def validate(run):
-    """The run itself, if its keys are legal together; else a ValueError that says which are not."""
-    mentor.check_fields(run, "--", {**mentor.LIMITS, **LIMITS})
-    choices = {"stage": ("all", *STAGES, "claims", "import", "export"), "world": tuple(WORLDS), "recipe": tuple(TRAINED), "dtype": ("auto", "bfloat16", "float32"), "compile": ("auto", "true", "false")}
-    for key, legal in choices.items():
-        if getattr(run, key) not in legal:
-            raise ValueError(f"--{key}={getattr(run, key)}: must be one of {', '.join(legal)}")
-    for stage in STAGES[1:]:
-        parse_mix(stage, getattr(run, stage).mix)
-    if run.cache_codes and not run.data:
-        raise ValueError("--cache_codes=true: a built-in world draws every sample anew, so there is nothing to keep; use it with --data")
-    if run.data and run.score_every:
-        raise ValueError(f"--score_every={run.score_every}: only a built-in world can be scored; leave out this or --data")
-    if run.stage == "claims" and (run.data or run.world != "shapes"):
-        raise ValueError("--stage=claims: the claims are told with shapes; give --world=shapes and no --data")
-    if run.vqgan.grid_size != run.model.decoder.grid_size or run.vqgan.codebook_size != run.model.decoder.codebook_size:
-        raise ValueError(f"the tokenizer gives {run.vqgan.grid_size}x{run.vqgan.grid_size} codes of {run.vqgan.codebook_size}, but model.decoder.grid_size={run.model.decoder.grid_size} and model.decoder.codebook_size={run.model.decoder.codebook_size}: make them equal")
-    return run
-
-
-def parse_mix(stage, mix):
-    """"task:share,task:share" -> {task: share}. Raises ValueError naming the part that is wrong."""
-    shares = {}
-    for part in mix.split(","):
-        task, _, share = part.partition(":")
-        try:
-            shares[task] = float(share)
-        except ValueError:
-            raise ValueError(f"--{stage}.mix: {part!r} is not task:share") from None
-        if task not in TASKS or not 0 <= shares[task] < math.inf:
-            raise ValueError(f"--{stage}.mix: {part!r}: the task must be one of {', '.join(TASKS)} and the share at least 0")
-    if not sum(shares.values()):
-        raise ValueError(f"--{stage}.mix={mix}: all shares are 0")
-    return shares
-
-
-def print_help():
-    """Every key with the default of `full` and its meaning."""
-    print(__doc__.split("\n\n")[0], f"\n\n    python train.py {{{','.join(PRESETS)}}} [--key=value ...]\n\nKeys, with the defaults of full:\n")
-    for key, (value, meaning) in flatten(PRESETS["full"]).items():
-        print(f"  --{key}={value if not isinstance(value, tuple) else ','.join(map(str, value))}".ljust(44), meaning)
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # Processes and devices
@@ -301,7 +204,7 @@ def print_help():
 
 @dataclass(frozen=True)
 class Machine:
-    """Where this process runs."""
+    """Where this process runs, and how it speaks with the others of a run."""
 
     rank: int
     world_size: int
@@ -319,14 +222,21 @@ class Machine:
 
     def wrap(self, module):
         """The module, averaging gradients over processes if there are several."""
-        if self.world_size == 1 or not any(p.requires_grad for p in module.parameters()):
+        if self.world_size == 1:
             return module
-        return DistributedDataParallel(module, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, devices, broadcast_buffers=False)  # tables, the same everywhere
 
     def wait(self):
         """Wait for all processes."""
         if self.world_size > 1:
             dist.barrier()
+
+    def add_up(self, tensor):
+        """Turn a tensor into the sum of all processes' ones, in place, and return it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
     def gather(self, tensor):
         """All processes' tensors, one after the other along the first dimension, in rank order; gradients flow back."""
@@ -346,7 +256,9 @@ class Machine:
             return values
         everyone = [None] * self.world_size
         dist.all_gather_object(everyone, values)
-        found = {key: [other[key] for other in everyone if key in other] for key in dict.fromkeys(key for other in everyone for key in other)}
+        found = {}
+        for key, number in (item for other in everyone for item in other.items()):
+            found.setdefault(key, []).append(number)
         return {key: sum(numbers) / len(numbers) for key, numbers in found.items()}
 
     def say(self, *words):
@@ -366,11 +278,12 @@ def start_machine(run):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world_size > 1 and not dist.is_initialized():
-        # torchrun stops the others at once when a process dies; the timeout is for one that hangs, and longer than the largest checkpoint takes
+        # torchrun stops the others at once when a process dies; the timeout is for one that hangs, and longer than the largest
+        # checkpoint takes
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
     if run.dtype != "auto":
         dtype, why = getattr(torch, run.dtype), "asked for"
-    elif device.type == "cuda" and torch.cuda.is_bf16_supported():
+    elif device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         dtype, why = torch.bfloat16, "the GPU has it"
     else:
         dtype, why = torch.float32, f"{device.type} gains nothing from bfloat16 here, and float16 is never chosen: T5 overflows in it"
@@ -384,10 +297,25 @@ def start_machine(run):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+class Stage(nn.Module):
+    """What the loop asks of a stage, beside forward(batch, step) -> (loss, what to log), validation_loss(batch) -> loss, the
+    `model` that it trains, and the `mix` of tasks that it learns from."""
+
+    own_optimizers = ()  # those that it steps itself
+
+    def trained(self):
+        """Named parameters to train."""
+        return [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+
+    def after_step(self, step):
+        """What is to be done when the optimizers have stepped; returns what to log."""
+        return {}
+
+
 OUTPUTS_A_CODE = 64  # encoder outputs for each code that is placed
 
 
-class TokenizerStage(nn.Module):
+class TokenizerStage(Stage):
     """VQGAN: reconstruction, codebook and commitment losses; LPIPS and a discriminator if the config has them."""
 
     mix = {"text_to_image": 3.0, "segmentation": 2.0}  # every kind of target, scenes and cut-outs
@@ -398,19 +326,17 @@ class TokenizerStage(nn.Module):
         self.config, self.machine, self.pictures = run.tokenizer, machine, pictures
         self.model = VQGAN(run.vqgan)
         self.usage = CodebookUsage(run.vqgan.codebook_size, machine.device)
-        self.extras = {"lpips": LPIPS(self.config.lpips).to(machine.device) if self.config.lpips else None}
-        if not self.config.lpips:
+        self.register_buffer("counts", self.usage.counts)  # so that checkpoints hold them
+        self.perceptual = self.disc = None
+        if self.config.lpips:
+            self.perceptual = LPIPS(self.config.lpips).to(machine.device).forward  # the method alone: no part of this module
+        else:
             machine.say("tokenizer: no LPIPS weights given (--tokenizer.lpips=FOLDER), so no perceptual loss")
         self.disc_start = round(self.config.disc_start * self.config.steps)
         self.codebook_start = round(self.config.codebook_start * self.config.steps)
         if self.config.disc_start < 1:
-            disc = PatchDiscriminator().to(machine.device)
-            self.extras["disc"] = machine.wrap(disc)
-            self.extras["disc_optimizer"] = torch.optim.AdamW(disc.parameters(), self.config.lr, betas=(0.5, 0.9))
-
-    def trained(self):
-        """Named parameters to train."""
-        return list(self.model.named_parameters())
+            self.disc = PatchDiscriminator().requires_grad_(False)  # but in its own step, in after_step
+            self.own_optimizers = [torch.optim.AdamW(self.disc.parameters(), self.config.lr, betas=(0.5, 0.9))]
 
     def reconstruct(self, targets, step):
         """(loss, its reconstruction and quantizer parts, pictures (B, 3, S, S), encoder outputs (B, C, h, w), codes) of targets."""
@@ -420,8 +346,8 @@ class TokenizerStage(nn.Module):
             z_q, quantizer_loss = F.normalize(z.float(), dim=1), 0 * quantizer_loss
         fake = self.model.decoder(self.model.post_quant_conv(z_q.to(z.dtype))).float()
         reconstruction = F.mse_loss(fake, targets)
-        if self.extras["lpips"]:
-            reconstruction = reconstruction + self.extras["lpips"](fake, targets)
+        if self.perceptual:
+            reconstruction = reconstruction + self.perceptual(fake, targets)
         return reconstruction + self.config.codebook_weight * quantizer_loss, reconstruction, quantizer_loss, fake, z, codes
 
     def validation_loss(self, batch):
@@ -430,49 +356,58 @@ class TokenizerStage(nn.Module):
 
     def forward(self, batch, step):
         """Loss of a batch and what to log. Keeps images for after_step."""
-        targets, kept = collages(batch.targets, self.model.config.grid_size, step) if self.config.consistency else (batch.targets, None)
+        targets, kept = batch.targets, None
+        if self.config.consistency:
+            targets, kept = collages(targets, self.model.config.grid_size, step)
         loss, reconstruction, quantizer_loss, fake, z, codes = self.reconstruct(targets, step)
         logs = {"reconstruction": reconstruction.detach(), "quantizer": quantizer_loss.detach()}
         if kept is not None:
             consistency = consistency_loss(z, kept)
             loss, logs["consistency"] = loss + self.config.consistency * consistency, consistency.detach()
-        if "disc" in self.extras and step >= self.disc_start * 1.05:  # the discriminator learns a little first
-            generator_loss = -self.extras["disc"](fake).mean()
+        if self.disc and step >= self.disc_start * 1.05:  # the discriminator learns a little first
+            generator_loss = -self.disc(fake).mean()
             d_weight = adaptive_weight(reconstruction, generator_loss, self.model.decoder.last_layer)
             loss, logs["d_weight"] = loss + self.config.disc_weight * d_weight * generator_loss, d_weight
-        self.usage.add(codes)
+        self.usage.add(self.machine.gather(codes))
         self.last = fake.detach(), targets
         return loss, logs
 
     def after_step(self, step):
         """The discriminator's step, and at a window's end new places for the codes."""
-        fake, real = self.last
         logs, done = {}, step + 1 - self.codebook_start
-        if "disc" in self.extras and step >= self.disc_start:
-            self.extras["disc_optimizer"].zero_grad()
-            with self.machine.autocast():
-                logs["disc"] = hinge_d_loss(self.extras["disc"](real).float(), self.extras["disc"](fake).float())
-            logs["disc"].backward()
-            logs["disc"] = logs["disc"].detach()
-            self.extras["disc_optimizer"].step()
+        if self.disc and step >= self.disc_start:
+            logs["disc"] = self.discriminator_step(*self.last)
         if done >= 0 and done % self.config.restart_every == 0:
-            if self.machine.world_size > 1:
-                dist.all_reduce(self.usage.counts)
             logs["usage"], logs["perplexity"] = self.usage.usage(), self.usage.perplexity()
             if step + 1 <= 0.8 * self.config.steps:  # the last codes to move need time to settle
                 logs["restarted"] = self.place_codes(step)
             self.usage.reset()
         return logs
 
+    def discriminator_step(self, fake, real):
+        """Teach the discriminator to tell the step's last pictures (B, 3, S, S) from their reconstructions. Returns its loss."""
+        self.disc.requires_grad_(True)
+        with self.machine.autocast():
+            loss = hinge_d_loss(self.disc(real).float(), self.disc(fake).float())
+        loss.backward()
+        for p in self.disc.parameters():
+            self.machine.add_up(p.grad).div_(self.machine.world_size)
+        for optimizer in self.own_optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.disc.requires_grad_(False)
+        return loss.detach()
+
     @torch.no_grad()
     def place_codes(self, step):
         """Place the whole codebook anew on what the encoder says now of the first pictures; returns how many codes were dead."""
-        dead, few = int((self.usage.counts == 0).sum()), max(1, OUTPUTS_A_CODE * len(self.usage.counts) // self.model.config.grid_size**2)
+        config, weight = self.model.config, self.model.quantize.embedding.weight
+        dead, few = int((self.usage.counts == 0).sum()), max(1, OUTPUTS_A_CODE * len(weight) // config.grid_size**2)
         z = []
         for first in range(0, few, 16):
-            targets = torch.stack([tokenizer_pixels(self.pictures[i].target, self.model.config.image_size) for i in range(first, min(first + 16, few))])
-            z.append(self.model.quant_conv(self.model.encoder(targets.to(self.machine.device))).permute(0, 2, 3, 1).flatten(0, 2))
-        weight = self.model.quantize.embedding.weight
+            pictures = [self.pictures[i].target for i in range(first, min(first + 16, few))]
+            targets = torch.stack([tokenizer_pixels(p, config.image_size) for p in pictures]).to(self.machine.device)
+            z.append(self.model.quant_conv(self.model.encoder(targets)).permute(0, 2, 3, 1).flatten(0, 2))
         weight.copy_(spread_codes(torch.cat(z), len(weight), torch.Generator(weight.device).manual_seed(step)))
         if self.machine.world_size > 1:
             dist.broadcast(weight, 0)
@@ -493,7 +428,8 @@ class ContrastiveHead(nn.Module):
     def forward(self, image, text):
         """Pooled features (B, Dv) and (B, Dt) -> scalar loss."""
         image, text = (self.machine.gather(F.normalize(x.float(), dim=-1)) for x in (self.image(image), self.text(text)))
-        logits = self.log_scale.clamp(max=math.log(100)).exp() * image @ text.T
+        with torch.autocast(image.device.type, enabled=False):  # scores of up to 100: bfloat16 would round them to halves
+            logits = self.log_scale.clamp(max=math.log(100)).exp() * image @ text.T
         own = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
@@ -526,9 +462,10 @@ class CodeCache:
     def __init__(self, run, machine, manifest):
         tokenizer_hash = sample.weights_hash(Path(run.out) / "tokenizer")
         path = Path(run.out) / "codes" / f"{tokenizer_hash}-{manifest.digest}{manifest.times}.npy"
+        shape, dtype = (len(manifest), run.vqgan.grid_size**2), np.min_scalar_type(run.vqgan.codebook_size)
         if machine.main and not path.is_file():
             path.parent.mkdir(exist_ok=True)
-            np.lib.format.open_memmap(path, "w+", np.uint16, (len(manifest), run.vqgan.grid_size**2))  # all zero, and sparse
+            mentor.write_aside(path, lambda file: np.lib.format.open_memmap(file, "w+", dtype, shape).flush())  # zeros, and sparse
         machine.wait()
         self.rows = np.lib.format.open_memmap(path, "r+")                                # code + 1, 0 where none is yet
 
@@ -543,16 +480,15 @@ class CodeCache:
         return (codes.pin_memory() if batch.targets.is_cuda else codes).to(batch.targets.device, non_blocking=True)
 
 
-class MentorStage(nn.Module):
+class MentorStage(Stage):
     """Pretraining, alignment and instruction tuning: the next-code loss (eq. 3) on the stage's mix of tasks."""
 
     def __init__(self, name, run, machine, model, vqgan):
         super().__init__()
-        self.name, self.machine, self.model = name, machine, model
+        self.machine, self.model = machine, model
         self.mix = parse_mix(name, getattr(run, name).mix)
-        self.parts = TRAINED[run.recipe][name]
         for parameter_name, parameter in model.named_parameters():
-            parameter.requires_grad_(parameter_name.startswith(self.parts))
+            parameter.requires_grad_(parameter_name.startswith(TRAINED[run.recipe][name]))
         self.contrastive = ContrastiveHead(model.config, machine) if name == "pretrain" else None
         if run.compile == "true" or run.compile == "auto" and machine.device.type == "cuda":
             compile_blocks(model.to(machine.device), machine)
@@ -561,10 +497,6 @@ class MentorStage(nn.Module):
         self.vqgan = (vqgan.requires_grad_(False),)  # in a tuple: outside the module tree, never trained or saved
         self.cache = None                            # a CodeCache, where codes are kept
 
-    def trained(self):
-        """Named parameters to train."""
-        return [(n, p) for n, p in self.named_parameters() if p.requires_grad]
-
     def code_losses(self, batch):
         """Mean next-code loss of each sample (B,), and the text encoder's hidden states (B, P, Dt)."""
         with torch.no_grad(), torch.autocast(batch.targets.device.type, enabled=False):
@@ -572,7 +504,7 @@ class MentorStage(nn.Module):
         return self.losses(batch, codes)
 
     def losses(self, batch, codes):
-        """Mean cross entropy of each sample's codes (B, N), (B,), and what the text encoder made of the prompts, (B, P, Dt)."""
+        """The same, given the codes (B, N) of the targets."""
         hidden = self.model.encoder(batch)
         prefix = self.model.projector(hidden, batch.lengths, batch.unconditional)
         states = self.model.next_code_hidden(prefix, batch.lengths, codes)               # (B, N, D)
@@ -586,8 +518,8 @@ class MentorStage(nn.Module):
         """Loss of a batch and what to log: the loss of each task, and pretraining's two more."""
         losses, hidden = self.code_losses(batch)
         loss, logs = losses.mean(), {"tokens": batch.lengths.float().mean(), "images": len(batch.pixels) / len(batch)}
-        for task in set(batch.tasks):
-            logs[task] = torch.stack([loss for loss, t in zip(losses.detach(), batch.tasks) if t == task]).mean()  # a mask would wait for the GPU
+        for task in set(batch.tasks):  # one by one: a mask would wait for the GPU
+            logs[task] = torch.stack([loss for loss, t in zip(losses.detach(), batch.tasks) if t == task]).mean()
         if self.contrastive:
             pixels = as_vision_pixels(batch.targets, self.model.config.vision.image_size)
             real = mentor.positions_below(batch.lengths, hidden.shape[1])[..., None]
@@ -598,10 +530,6 @@ class MentorStage(nn.Module):
             loss = loss + sum(more.values())
             logs.update({name: value.detach() for name, value in more.items()})
         return loss, logs
-
-    def after_step(self, step):
-        """Nothing more to do in these stages."""
-        return {}
 
 
 LOSS_VALUES = 2**26  # logits that the loss may hold at once
@@ -637,18 +565,21 @@ def compile_blocks(model, machine):
     Returns whether that worked. If not (there may be no compiler), the blocks stay as they are, and the reason is said.
     """
     text, decoder, started = model.encoder.text, model.decoder, time.perf_counter()
-    bias = text.attention_bias(torch.ones(2, 9, dtype=torch.bool, device=machine.device)).detach()
-    kinds = (text, (bias,)), (decoder, (decoder.rotary[None, None, :9], 0, None))
     try:
-        for part, inputs in kinds:
+        if machine.world_size > 1:
+            torch._dynamo.config.optimize_ddp = False  # it would cut the programs where DDP's buckets end; a block is small enough
+        for part in (text, decoder):
             program = torch.compile(type(part.blocks[0]).forward, dynamic=True)
             for block in part.blocks:
                 block.forward = partial(program, block)
-            x = torch.randn(2, 9, part.config.width, device=machine.device, requires_grad=True)
-            with machine.autocast():
-                part.blocks[0](x, *inputs).sum().backward()                              # now, not in the middle of a step
+        model.train()  # as a step runs them: programs are for one mode, and for inputs with or without gradients
+        ids = torch.zeros(7, 11, dtype=torch.long, device=machine.device)                # numbers that no other size equals
+        x = torch.randn(7, 11, decoder.config.width, device=machine.device, requires_grad=True)
+        with machine.autocast():
+            states = text(text.embedding(ids), ids == 0).sum() + decoder(x, ids).sum()
+        states.backward()                                                                # now, not in the middle of a step
         machine.say(f"blocks compiled in {time.perf_counter() - started:.0f} s")
-    except (RuntimeError, OSError, ImportError, TypeError) as error:                     # torch's own, no compiler, no Triton, no torch.compile
+    except (RuntimeError, OSError, ImportError, TypeError) as error:                     # no compiler, no Triton, no torch.compile
         for block in (*text.blocks, *decoder.blocks):
             vars(block).pop("forward", None)
         machine.say(f"blocks not compiled: torch.compile fails here ({mentor.first_line(error)[:150]})")
@@ -660,7 +591,8 @@ def as_vision_pixels(targets, size):
     """Targets (B, 3, S, S) in [-1, 1] as the vision encoder wants them, (B, 3, size, size) CLIP-normalised."""
     if targets.shape[-1] != size:
         targets = F.interpolate(targets, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
-    return torch.stack([(x - float(mean)) / float(std) for x, mean, std in zip(((targets + 1) / 2).unbind(1), CLIP_MEAN, CLIP_STD)], 1)
+    channels = zip(((targets + 1) / 2).unbind(1), CLIP_MEAN, CLIP_STD)
+    return torch.stack([(x - float(mean)) / float(std) for x, mean, std in channels], 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -679,22 +611,11 @@ def open_source(run, machine):
     spiece = Path(run.out) / "spiece.model"
     text_tokenizer = TextTokenizer.from_file(spiece) if spiece.is_file() else source.text_tokenizer()
     check_vocabulary(text_tokenizer, run)
-    if not run.data:
-        return source, text_tokenizer
-    if run.stage != "tokenizer":
-        source.check_prompts(make_collate(run, text_tokenizer))
-    for manifest in filter(None, (backgrounds, source)):
-        for message in manifest.bad:
-            machine.say(f"left out: {message}")
-        if manifest.bad:
-            machine.say(f"left out {len(manifest.bad)} of {len(manifest.bad) + sum(len(lines) for tasks in (manifest.tasks, manifest.held_out) for lines in tasks.values())} lines of {manifest.path}")
-    machine.say(f"data: {', '.join(f'{task} {len(lines)}' for task, lines in source.tasks.items())} lines of {run.data}; "
-                + (f"{source.held.sum()} more are held out for validation" if source.held.any() else "none is held out for validation: too few pictures"))
-    for stage in STAGES[1:] if run.stage == "all" else {run.stage} - {"tokenizer"}:
-        mix = getattr(run, stage).mix
-        lacking = [task for task, share in parse_mix(stage, mix).items() if share and task not in source.tasks]
-        if lacking:
-            raise ValueError(f"--{stage}.mix={mix}: {run.data} has nothing for {', '.join(lacking)}; it has {', '.join(source.tasks)}, so give for example --{stage}.mix={','.join(f'{t}:1' for t in source.tasks)}")
+    if run.data:
+        if run.stage != "tokenizer":
+            source.check_prompts(make_collate(run, text_tokenizer))
+        describe_data(run, source, machine)
+        check_tasks(run, source)
     return source, text_tokenizer
 
 
@@ -704,6 +625,50 @@ def open_manifest(path, name, run, machine, backgrounds=None):
     if Path(path).is_dir():
         root, content, path = path, manifest_of_folder(path), Path(run.out) / f"{name}.jsonl"
     return Manifest(path, root, backgrounds, run.skip_bad, run.workers, not machine.main, content)
+
+
+def describe_data(run, source, machine):
+    """Say which lines were left out, and what the others are."""
+    for manifest in dict.fromkeys((source.backgrounds, source)):
+        good = sum(len(lines) for tasks in (manifest.tasks, manifest.held_out) for lines in tasks.values())
+        for message in manifest.bad:
+            machine.say(f"left out: {message}")
+        if manifest.bad:
+            machine.say(f"left out {len(manifest.bad)} of {len(manifest.bad) + good} lines of {manifest.path}")
+    counts = ", ".join(f"{task} {len(lines)}" for task, lines in source.tasks.items())
+    held = f"{source.held.sum()} more are held out" if source.held.any() else "too few pictures to hold any out"
+    machine.say(f"data: {counts} lines of {run.data}; {held} for validation")
+
+
+def check_tasks(run, source):
+    """Raise ValueError naming the tasks that a stage of the run wants and the data has no lines for."""
+    for stage in STAGES[1:] if run.stage == "all" else {run.stage} - {"tokenizer"}:
+        mix = getattr(run, stage).mix
+        lacking = [task for task, share in parse_mix(stage, mix).items() if share and task not in source.tasks]
+        if lacking:
+            raise ValueError(f"--{stage}.mix={mix}: {run.data} has nothing for {', '.join(lacking)}; it has {', '.join(source.tasks)}, "
+                             f"so give for example --{stage}.mix={','.join(f'{task}:1' for task in source.tasks)}")
+
+
+def check_vocabulary(text_tokenizer, run):
+    """Raise ValueError if the text model's table has no row for some of the words; more rows than words are fine, as in T5."""
+    rows, words = run.model.text.vocab_size, text_tokenizer.vocab_size
+    if words > rows:
+        raise ValueError(f"--model.text.vocab_size={rows}: the text tokenizer has {words} ids; give at least as many")
+
+
+def check_words(text_tokenizer, run, source, machine):
+    """Raise ValueError naming the first word that the text model does not know, if it is the world's, or if more than half of
+    the lines of the data have such words; fewer, as rare signs make them, are counted and said."""
+    lines = [" ".join((e.text, *e.labels)) for e in source.some(10_000)] if run.data else source.sentences()
+    unknown = [word for word in map(text_tokenizer.unknown_word, lines) if word]
+    if len(unknown) > len(lines) * (0.5 if run.data else 0):
+        raise ValueError(f"{run.out}/spiece.model: this text model does not know {unknown[0]!r} and other words of "
+                         f"{run.data or 'the world ' + run.world}, so it was made for something else; choose another --out, or put "
+                         "the right spiece.model there")
+    if unknown:
+        machine.say(f"data: {len(unknown) / len(lines):.2%} of the lines have words that the text model does not know, the first is "
+                    f"{unknown[0]!r}; it reads them as <unk>")
 
 
 def make_collate(run, text_tokenizer):
@@ -765,21 +730,19 @@ class Muon(torch.optim.Optimizer):
                     p.add_(update, alpha=-group["lr"] * scale)
 
 
-def make_optimizers(stage, recipe, run):
-    """AdamW (betas 0.9, 0.95, decay on matrices) for everything, or Muon for the matrices of hidden layers.
+TABLES = re.compile("embedding|relative_bias|unconditional|queries|decoder.output|contrastive")  # their rows are separate things
 
-    Tables and the output head, whose rows are separate things, stay with AdamW.
-    """
+
+def make_optimizers(stage, recipe, run):
+    """AdamW (betas 0.9, 0.95, decay on matrices) for everything; or Muon for the matrices of hidden layers, and AdamW for the rest."""
     muon_lr, named = getattr(recipe, "muon_lr", 0.0), stage.trained()
-    tables = re.compile("embedding|relative_bias|unconditional|queries|decoder.output|contrastive")
-    matrices = [p for n, p in named if muon_lr and p.ndim == 2 and not tables.search(n)]
-    chosen = {id(p) for p in matrices}
-    rest = [p for _, p in named if id(p) not in chosen]
+    matrices = {n: p for n, p in named if muon_lr and p.ndim == 2 and not TABLES.search(n)}
+    rest = [p for n, p in named if n not in matrices]
     groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": run.weight_decay},
               {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, recipe.lr, betas=(0.9, 0.95), fused=True)]
     if matrices:
-        optimizers.append(Muon(matrices, muon_lr, weight_decay=run.weight_decay))
+        optimizers.append(Muon(matrices.values(), muon_lr, weight_decay=run.weight_decay))
     for group in (g for o in optimizers for g in o.param_groups):
         group["peak"] = group["lr"]
     return optimizers
@@ -795,162 +758,97 @@ def schedule(step, recipe, run):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# The loop, after what it tells (Log) and listens to (StopSignals)
 # ---------------------------------------------------------------------------------------------------------------
 
-NOT_OF_THE_RESULT = ("out", "stage", "device", "dtype", "workers", "save_every", "score_every", "claims_seeds", "keep", "micro_batch", "train_scale", "data_root", "skip_bad", "cache_codes", "checkpoint", "compile", "dry_run", "bench", "released.", "model.sampling.")
+
+def read_log(file):
+    """The lines of a log.jsonl as dictionaries; of a last one that a kill has cut short nothing is left."""
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-CHANGED = {"text model": " (spiece.model is another)", "contents of data": " (lines, or sizes of files, have changed: bring the old ones back)"}  # what a hash means
+class Log:
+    """Progress bar and log.jsonl: means since the last line. Notices the first step that is not finite.
 
+    Values stay on the device until a line is written; a CPU, where looking costs nothing, is looked at every step.
+    """
 
-def stage_record(name, run, source, text_tokenizer):
-    """What fixes a stage's result: its keys, and by hash its data, its text model and the weights it starts from. Stored beside its weights."""
-    others = (*NOT_OF_THE_RESULT, *(s + "." for s in STAGES if s != name), *(("model.",) if name == "tokenizer" else ()))
-    keys = {k: v for k, (v, _) in flatten(run).items() if not k.startswith(others)}
-    before = [s for s in STAGES[: STAGES.index(name)] if s == "tokenizer" or s == STAGES[STAGES.index(name) - 1]]
-    keys.update({f"weights of {s}": sample.weights_hash(Path(run.out) / s) for s in before})
-    if name != "tokenizer":
-        keys["text model"] = text_tokenizer.digest
-    if run.data:
-        keys["contents of data"] = source.digest + source.backgrounds.digest * (source.backgrounds is not source)
-    return json.loads(json.dumps(keys))
+    def __init__(self, folder, name, run, start, machine):
+        self.folder, self.name, self.run, self.recipe, self.machine = folder, name, run, getattr(run, name), machine
+        self.every, self.flops, self.lost = max(1, self.recipe.steps // 200), 0, False
+        self.values, self.since, self.started = {}, start, time.perf_counter()
+        self.recent = []  # of each step since the last check: (step, loss and gradient norm, learning rate, tasks)
+        if machine.main:
+            done = [json.dumps(line) + "\n" for line in read_log(folder / "log.jsonl") if line["step"] <= start] if start else []
+            mentor.write_aside(folder / "log.jsonl", lambda file: file.write_text("".join(done)))
+            self.bar = tqdm(total=self.recipe.steps, initial=start, desc=name.ljust(9), dynamic_ncols=True, smoothing=0.05)
 
+    def add(self, values):
+        """Note values, each a number or a scalar tensor."""
+        for key, value in values.items():
+            self.values.setdefault(key, []).append(value)
 
-def check_record(folder, record):
-    """Raise ValueError if the folder holds the same stage of another run, naming the first key that differs."""
-    file = folder / "stage.json"
-    if file.is_file() and ((folder / "model.safetensors").is_file() or checkpoints(folder)):
-        old = mentor.read_json(file)
-        if "imported from" in old:
+    def step(self, step, loss, grad_norm, lr, tasks, due=False):
+        """Count a step; every so often, and if `due`, write a line. Raises ValueError when the loss or gradient is not finite."""
+        self.recent.append((step, torch.stack([loss.float(), grad_norm.float()]), lr, tasks))
+        if self.machine.main:
+            self.bar.update()
+        due = due or (step + 1) % self.every == 0
+        if due or self.machine.device.type == "cpu":
+            self.check()
+        if due:
+            self.write(step, float(grad_norm), lr)
+
+    def check(self):
+        """Raise ValueError naming the first step, since the last check, whose loss or gradient is not finite."""
+        numbers = torch.stack([numbers for _, numbers, _, _ in self.recent]).tolist() if self.recent else []
+        for (step, _, lr, tasks), (loss, grad_norm) in zip(self.recent, numbers):
+            if not math.isfinite(loss + grad_norm):
+                raise ValueError(f"{self.name}: loss {loss:g}, gradient norm {grad_norm:g} at step {step + 1}, learning rate {lr:.2e}, "
+                                 f"tasks {', '.join(sorted(tasks))}: lower --{self.name}.lr and start the stage anew (delete "
+                                 f"{self.folder}); {last_checkpoint(self.folder)}")
+        self.recent = []
+
+    def write(self, step, grad_norm, lr):
+        """One line with the means since the last, over all processes; if the disk is full it is lost, and that is said once."""
+        means = {k: float(torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in vs]).mean()) for k, vs in self.values.items()}
+        means, now = self.machine.mean(means), time.perf_counter()
+        rate = (step + 1 - self.since) * self.recipe.global_batch / (now - self.started)
+        self.values, self.since, self.started = {}, step + 1, now
+        if not self.machine.main:
             return
-        for key in sorted(record.keys() | old.keys()):
-            if record.get(key) != old.get(key) and (key in old or key not in CHANGED):  # older runs did not note these
-                raise ValueError(f"{folder} was trained with {key}={old.get(key)}, this run has {record.get(key)}{CHANGED.get(key, '')}; choose another --out, or delete {folder}")
-
-
-def checkpoints(folder):
-    """The stage's checkpoints, state-STEP.pt, oldest first."""
-    return sorted((f for f in folder.glob("state-*.pt") if f.stem[6:].isdecimal()), key=lambda f: int(f.stem[6:]))
-
-
-def last_checkpoint(folder):
-    """A sentence on where the same command would go on."""
-    found = checkpoints(folder)
-    return f"the last good checkpoint is {found[-1]}" if found else f"{folder} holds no checkpoint yet"
-
-
-def named_tensors(state, name=""):
-    """(dotted name, tensor) of everything in nested dictionaries and lists."""
-    if torch.is_tensor(state):
-        yield name, state
-    elif isinstance(state, (dict, list)):
-        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
-            yield from named_tensors(value, f"{name}.{key}".strip("."))
-
-
-def check_finite(state, name, step, folder):
-    """Raise ValueError naming the first tensor of a state that is not finite: such a state is never saved."""
-    tensors = [(n, t) for n, t in named_tensors(state) if t.is_floating_point()]
-    finite = torch.stack([t.isfinite().all().to(tensors[0][1].device) for _, t in tensors]).tolist()
-    if not all(finite):
-        raise ValueError(f"{name}: after step {step} {tensors[finite.index(False)][0]} is not finite, so nothing was saved: lower --{name}.lr; {last_checkpoint(folder)}")
-
-
-def save_state(folder, name, stage, optimizers, step, keep, machine):
-    """Write all that is needed to go on from `step`, state-STEP.pt, and remove all but the last `keep`.
-
-    If it cannot be written, the disk being full, that is said and the run goes on: the older files are whole.
-    """
-    state = {"step": step, "processes": machine.world_size, "stage": stage.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-    if isinstance(stage, TokenizerStage):
-        state["usage"] = stage.usage.counts.clone()
-        if machine.world_size > 1:
-            dist.all_reduce(state["usage"])
-        state["extras"] = {k: getattr(v, "module", v).state_dict() for k, v in stage.extras.items() if k != "lpips" and v}
-    if not machine.main:
-        return
-    check_finite(state, name, step, folder)
-
-    def write(path):
-        with open(path, "wb") as file:  # given a path, torch hides the system's reason and holds on to the full disk's space
-            torch.save(state, file)
-
-    try:
-        mentor.write_aside(folder / f"state-{step}.pt", write)
-    except OSError as error:
-        machine.say(f"{name}: {error}: going on without it, {last_checkpoint(folder)}; make room on the disk")
-        return
-    for file in checkpoints(folder)[:-keep]:
-        file.unlink()
-
-
-def newest_state(folder, name, machine):
-    """What the newest whole checkpoint holds, {"step": 0} if there is none. A torn one is put aside, and that is said."""
-    for file in reversed(checkpoints(folder)):
+        line = {"stage": self.name, "step": step + 1, **means, "grad_norm": grad_norm, "lr": lr, "samples_per_s": rate}
+        self.bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.0f} samples/s{self.speed(means, rate)}")
         try:
-            return mentor.read_pickle(file)
-        except ValueError as error:
-            file.replace(file.with_suffix(".torn"))
-            machine.say(f"{name}: {error}: renamed to {file.with_suffix('.torn').name}, going on from the one before")
-    return {"step": 0}
-
-
-def load_state(folder, name, stage, optimizers, machine):
-    """Restore what save_state wrote last; returns the step to go on from, 0 if there is nothing."""
-    state = newest_state(folder, name, machine) if machine.main else {"step": 0}
-    step = machine.largest(state["step"])  # the first process chooses
-    if not step:
-        return 0
-    if not machine.main:
-        state = mentor.read_pickle(folder / f"state-{step}.pt")
-    if state["processes"] != machine.world_size:
-        machine.say(f"{name}: the checkpoint is from {state['processes']} processes, going on with {machine.world_size}: the same samples in the same order, other rounding and dropout")
-    stage.load_state_dict(state["stage"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    if isinstance(stage, TokenizerStage):
-        stage.usage.counts.copy_(state["usage"] * machine.main)  # the sum over processes; they are added up again
-        for key, saved in state["extras"].items():
-            getattr(stage.extras[key], "module", stage.extras[key]).load_state_dict(saved)
-    return step
-
-
-def best_so_far(folder, start):
-    """(validation loss, step) of best.safetensors, (infinity, 0) if there is none from before step `start`."""
-    try:
-        with safe_open(folder / "best.safetensors", "pt") as file:
-            loss, step = json.loads(file.metadata()["validation"])
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
-        return math.inf, 0
-    return (loss, step) if step <= start else (math.inf, 0)
-
-
-def keep_best(folder, name, stage, step, loss, best, last, machine):
-    """Put the weights apart, as best.safetensors, if their validation loss is below the best, (loss, step), so far. Returns the best.
-
-    The stage's result are its last weights: by then the learning rate has come down, and the scores are on the same held-out
-    subjects, so that choosing by them would flatter. When the last are the best, no file is left.
-    """
-    file, said = folder / "best.safetensors", f"{name}: validation loss {loss:.4f} after step {step}, the best so far"
-    if not loss < best[0]:
-        machine.say(f"{said}: {best[0]:.4f} after step {best[1]}" + f"; those weights are in {file}" * last)
-        return best
-    machine.say(said)
-    if machine.main and last:
-        file.unlink(missing_ok=True)
-    elif machine.main:
-        check_finite(stage.model.state_dict(), name, step, folder)
-        try:
-            mentor.write_aside(file, lambda path: save_file(stage.model.state_dict(), path, {"validation": json.dumps([loss, step])}))
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
         except OSError as error:
-            machine.say(f"{name}: {error}: going on without it; make room on the disk")
-            return best
-    return loss, step
+            if not self.lost:
+                self.machine.say(f"{self.name}: log.jsonl could not be written ({error.strerror}): going on; make room on the disk")
+            self.lost = True
+
+    def speed(self, means, rate):
+        """Codes a second; on a GPU that PEAK_TFLOPS knows also the share of its peak, and the most memory it needed."""
+        device, words = self.machine.device, f", {rate * self.run.vqgan.grid_size**2:.0f} codes/s"
+        if device.type == "cuda":
+            peak = peak_tflops(torch.cuda.get_device_name(device))
+            if peak and self.machine.dtype == torch.bfloat16:
+                prompts = [(means.get("tokens", 1), means.get("images", 0))] * 64
+                self.flops = self.flops or Rehearsal(self.name, self.run, self.machine.dtype).flops(prompts)
+                words += f", {self.flops * rate / self.machine.world_size / peak / 1e12:.0%} of the peak"
+            words += f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+        return words
+
+    def close(self):
+        """Finish the bar."""
+        if self.machine.main:
+            self.bar.close()
 
 
 class StopSignals:
-    """While open, Ctrl-C and SIGTERM only leave their number in `received`, for the loop to see after the step. A second one stops at once."""
+    """While open, Ctrl-C and SIGTERM only leave their number in `received`, for the loop to see after the step. A second one
+    stops at once."""
 
     def __enter__(self):
         self.received = 0
@@ -968,88 +866,9 @@ class StopSignals:
 
 
 def leave_group(worker):
-    """For data processes: a terminal's Ctrl-C goes to the whole process group, but the training needs their samples to finish its step."""
+    """For data processes: a terminal's Ctrl-C goes to the whole process group, but the step in work still needs their samples."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Released weights
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def check_vocabulary(text_tokenizer, run):
-    """Raise ValueError if the text model's table has no row for some of the words; more rows than words are fine, as in T5."""
-    if text_tokenizer.vocab_size > run.model.text.vocab_size:
-        raise ValueError(f"--model.text.vocab_size={run.model.text.vocab_size}: the text tokenizer has {text_tokenizer.vocab_size} ids; give at least as many")
-
-
-def check_words(text_tokenizer, run, source, machine):
-    """Raise ValueError naming the first word that the text model does not know, if it is the world's, or if more than half of the lines
-    of the data have such words; fewer, as rare signs make them, are counted and said."""
-    lines = [" ".join((e.text, *e.labels)) for e in source.some(10_000)] if run.data else source.sentences()
-    unknown = [word for word in map(text_tokenizer.unknown_word, lines) if word]
-    if unknown and len(unknown) > len(lines) * (0.5 if run.data else 0):
-        raise ValueError(f"{Path(run.out) / 'spiece.model'}: this text model does not know {unknown[0]!r} and other words of {run.data or 'the world ' + run.world}, so it was made for something else; choose another --out, or put the right spiece.model there")
-    if unknown:
-        machine.say(f"data: {len(unknown) / len(lines):.2%} of the lines have words that the text model does not know, the first is {unknown[0]!r}; it reads them as <unk>")
-
-
-def import_released(run, machine):
-    """Turn released files into stages of run.out that train.py and sample.py open, tensor by tensor as they are, from map to file.
-    Raises ValueError if one does not fit."""
-    released, out = run.released, Path(run.out)
-    spiece = released.spiece or released.t5 and str(Path(released.t5) / "spiece.model")
-    if not spiece or not released.vq:
-        raise ValueError("--stage=import needs --released.vq=vq_ds16_t2i.pt and T5's spiece.model (in the folder of --released.t5, or --released.spiece=FILE)")
-    text_tokenizer = TextTokenizer.from_file(spiece)
-    check_vocabulary(text_tokenizer, run)
-    with torch.device("meta"):
-        model, vqgan = Mentor(run.model), VQGAN(run.vqgan)
-    codes = mentor.released_tensors("vq", released.vq)
-    mentor.check_fit(vqgan.state_dict(), codes)
-    sources = {s: getattr(released, s) for s in ("clip", "t5", "connector", "generator", "mentor") if getattr(released, s)}
-    tensors = {}
-    for source, path in sources.items():
-        own = mentor.released_tensors(source, path)
-        if tensors.keys() & own.keys():
-            raise ValueError(f"--released.{source}={path} holds {sorted(tensors.keys() & own.keys())[0]}, which another file gave already")
-        tensors.update(own)
-        machine.say(f"import: {len(own)} tensors from {path}")
-    tensors, said = mentor.fit_unconditional(model, tensors)
-    new = tuple(p for part in released.fresh.split(",") if part for p in (part, f"encoder.{part}"))
-    names = {mentor.released_name(n): n for n, _ in model.named_parameters()}
-    mentor.check_fit(mentor.released_parameters(model), tensors, [r for r, n in names.items() if new and n.startswith(new)])
-    for line in filter(None, (said, f"new, as asked: {released.fresh}" if new else "")):
-        machine.say(f"import: {line}")
-    for stage in ("tokenizer", released.into):
-        if (out / stage / "stage.json").is_file() and "imported from" not in mentor.read_json(out / stage / "stage.json"):
-            raise ValueError(f"{out / stage} holds a stage that was trained: choose another --out, or delete it")
-    parameters = {**(Mentor(run.model).state_dict() if new else {}), **{names[r]: tensor for r, tensor in tensors.items()}}
-    mentor.save_folder(out / "tokenizer", run.vqgan, codes)
-    mentor.save_folder(out / released.into, run.model, parameters)
-    for stage, record in (("tokenizer", {}), (released.into, {"weights of tokenizer": sample.weights_hash(out / "tokenizer"), "text model": text_tokenizer.digest})):
-        mentor.write_json(out / stage / "stage.json", {"imported from": {**sources, "vq": released.vq}, **record})
-    write_run(run, text_tokenizer)
-    machine.say(f"import: wrote {out / 'tokenizer'} and {out / released.into}")
-
-
-def export_released(run, machine):
-    """Write the newest stage of run.out under the names that the released code reads, tensor by tensor as they are."""
-    if not run.released.mentor or not run.released.vq:
-        raise ValueError("--stage=export needs --released.mentor=FILE.pt and --released.vq=FILE.pt, the files to write")
-    root, folder = sample.newest_stage(run.out)
-    tensors = {mentor.released_name(n): t for n, t in mentor.read_weights(folder / "model.safetensors").items()}
-    tensors["multimodal_encoder.language_model.encoder.embed_tokens.weight"] = tensors["multimodal_encoder.language_model.shared.weight"]
-    codes = mentor.read_weights(root / "tokenizer" / "model.safetensors")
-    torch.save({"model": tensors}, run.released.mentor)
-    torch.save({"model": {**codes, "quantize.codebook_used": torch.zeros(65536)}}, run.released.vq)
-    machine.say(f"export: wrote {run.released.mentor} and {run.released.vq}")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The loop
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def micro_batches(recipe, run, machine):
@@ -1057,7 +876,9 @@ def micro_batches(recipe, run, machine):
     share, rest = divmod(recipe.global_batch, machine.world_size)
     micro = run.micro_batch or share
     if rest or share % micro:
-        raise ValueError(f"global_batch={recipe.global_batch} is not processes x micro_batch x a whole number: {machine.world_size} x {micro} x {recipe.global_batch / machine.world_size / micro:.2f}; change micro_batch or global_batch")
+        times = recipe.global_batch / machine.world_size / micro
+        raise ValueError(f"global_batch={recipe.global_batch} is not processes x micro_batch x a whole number: "
+                         f"{machine.world_size} x {micro} x {times:.2f}; change micro_batch or global_batch")
     return micro, share // micro
 
 
@@ -1070,17 +891,16 @@ def index_batches(start, steps, global_batch, micro, accumulate, rank):
 
 
 def build_stage(name, run, machine, source):
-    """The stage's module with the weights it starts from, and the folder it writes to."""
+    """The stage's module with the weights it starts from."""
     torch.manual_seed(run.seed)
     if name == "tokenizer":
         return TokenizerStage(run, machine, make_dataset(name, run, TokenizerStage.mix, source)).to(machine.device)
-    before = STAGES[STAGES.index(name) - 1]
     vqgan = VQGAN.from_pretrained(Path(run.out) / "tokenizer").to(machine.device)
     if name == "pretrain":
         model = Mentor(run.model).to(machine.device)
         mentor.start_from_codebook(model.decoder, vqgan.quantize.codebook())
     else:
-        model = Mentor.from_pretrained(Path(run.out) / before, run.model)
+        model = Mentor.from_pretrained(Path(run.out) / STARTS_FROM[name][-1], run.model)
     stage = MentorStage(name, run, machine, model, vqgan).to(machine.device)
     stage.cache = CodeCache(run, machine, source) if run.cache_codes else None
     return stage
@@ -1097,17 +917,18 @@ def train_stage(name, run, machine, source, text_tokenizer):
     micro, accumulate = micro_batches(recipe, run, machine)
     stage = build_stage(name, run, machine, source)
     optimizers = make_optimizers(stage, recipe, run)
-    start = load_state(folder, name, stage, optimizers, machine)
+    saved = [*optimizers, *stage.own_optimizers]
+    start = load_state(folder, name, stage, saved, machine)
     if machine.main:
         folder.mkdir(parents=True, exist_ok=True)
         mentor.write_json(folder / "stage.json", record)
     describe_stage(name, stage, recipe, machine, micro, accumulate, start)
 
     collate, validation = make_collate(run, text_tokenizer), make_dataset(name, run, stage.mix, source, held_out=True)
-    best = best_so_far(folder, start)
     batches = iter(torch.utils.data.DataLoader(
-        make_dataset(name, run, stage.mix, source), batch_sampler=index_batches(start, recipe.steps, recipe.global_batch, micro, accumulate, machine.rank),
-        collate_fn=collate, num_workers=run.workers, worker_init_fn=leave_group, pin_memory=machine.device.type == "cuda"))
+        make_dataset(name, run, stage.mix, source), collate_fn=collate, num_workers=run.workers, worker_init_fn=leave_group,
+        batch_sampler=index_batches(start, recipe.steps, recipe.global_batch, micro, accumulate, machine.rank),
+        pin_memory=machine.device.type == "cuda"))
     wrapped = machine.wrap(stage.train())
     log = Log(folder, name, run, start, machine)
     with StopSignals() as signals:
@@ -1116,61 +937,62 @@ def train_stage(name, run, machine, source, text_tokenizer):
             factor = schedule(step, recipe, run)
             for group in (g for o in optimizers for g in o.param_groups):
                 group["lr"] = group["peak"] * factor
-            loss, tasks = add_gradients(step, name, stage, wrapped, batches, micro, accumulate, machine, log)
+            loss, tasks = add_gradients(step, wrapped, batches, micro, accumulate, log)
             grad_norm = nn.utils.clip_grad_norm_([p for _, p in stage.trained()], run.clip)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             log.add(stage.after_step(step))
+
             if run.score_every and name in STAGES[2:] and (step + 1) % run.score_every == 0 and machine.main:
                 log.add(score_now(stage, run, source, text_tokenizer, machine))
             last = step + 1 == recipe.steps
             due = last or (step + 1) % run.save_every == 0
             seen = held_out_loss(stage, validation, collate, micro, machine, log) if due else None
             log.step(step, loss, grad_norm, recipe.lr * factor, tasks, due)
-            if seen is not None:  # before the checkpoint: a run that is killed between them comes by here again
-                best = keep_best(folder, name, stage, step + 1, seen, best, last, machine)
+            if seen is not None and machine.main:  # before the checkpoint: a run that is killed between them comes by here again
+                keep_best(folder, name, stage, step + 1, seen, last, machine)
             stop = machine.largest(signals.received)
             if not last and (stop or due):
                 log.check()
-                save_state(folder, name, stage, optimizers, step + 1, run.keep, machine)
+                save_state(folder, name, stage, saved, step + 1, run.keep, machine)
             if stop:
                 break
     log.close()
-    if step + 1 == recipe.steps:
+    if last:
         save_weights(folder, name, stage, machine)
     if stop:
         machine.say(f"{name}: stopped by {signal.Signals(stop).name} after step {step + 1}; the same command goes on from there")
         raise SystemExit(128 + stop)
 
 
-def score_now(stage, run, world, text_tokenizer, machine):
-    """CP, PF and their product of a stage in training, on a few held-out prompts."""
-    pipeline = sample.Pipeline(stage.model, stage.vqgan[0], text_tokenizer, asdict(run), machine.device)
-    prompts = sample.held_out_samples(world, "subject_driven", sample.FEWER_PROMPTS)
-    scores = sample.judge_pictures(sample.JUDGES[world.name](world), pipeline.draw(prompts)[0], prompts)
-    stage.train()
-    return {key: scores[key] for key in ("cp", "pf", "cp_pf")}
+def add_gradients(step, wrapped, batches, micro, accumulate, log):
+    """Forward and backward through the step's micro-batches. Returns their mean loss, on the device, and the tasks seen.
 
-
-def add_gradients(step, name, stage, wrapped, batches, micro, accumulate, machine, log):
-    """Forward and backward through the step's micro-batches. Returns their mean loss, on the device, and the tasks seen."""
-    losses, tasks = [], set()
+    Raises ValueError when the memory is not enough: set the largest micro-batch up to half of this one that divides the share.
+    """
+    losses, tasks, machine = [], set(), log.machine
     try:
         for m in range(accumulate):
             batch = next(batches).to(machine.device)
             tasks.update(batch.tasks)
-            last = m == accumulate - 1
-            with nullcontext() if last or wrapped is stage else wrapped.no_sync():  # gradients travel once a step
+            wait = machine.world_size > 1 and m < accumulate - 1  # gradients travel once a step
+            with wrapped.no_sync() if wait else nullcontext():
                 with machine.autocast():
                     loss, logs = wrapped(batch, step)
                 (loss / accumulate).backward()
             losses.append(loss.detach())
             log.add({"loss": losses[-1], **logs})
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise ValueError(out_of_memory(name, micro, accumulate, machine, error)) from None
-        raise
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        what = f"{log.name}: out of memory on {machine.device} with micro_batch={micro} ({mentor.first_line(error)[:120]})"
+        if micro == 1:
+            raise ValueError(f"{what}; it is as small as can be: choose a smaller preset or model, or a device with more memory") from None
+        share = micro * accumulate
+        less = max(d for d in range(1, micro // 2 + 1) if share % d == 0)
+        raise ValueError(f"{what}; set --micro_batch={less}: global_batch stays {share * machine.world_size}, a step takes {share // less} "
+                         f"micro-batches in place of {accumulate}") from None
     return torch.stack(losses).mean(), tasks
 
 
@@ -1191,22 +1013,149 @@ def held_out_loss(stage, dataset, collate, micro, machine, log):
         with machine.autocast():
             total += stage.validation_loss(batch) * len(batch)
     stage.train()
-    if machine.world_size > 1:
-        dist.all_reduce(total)
-    loss = float(total) / count
+    loss = float(machine.add_up(total)) / count
     log.add({"validation": loss})
     log.started += time.perf_counter() - began  # no samples were trained on
     return loss
 
 
-def out_of_memory(name, micro, accumulate, machine, error):
-    """What to do when the memory is not enough: the largest micro-batch up to half of this one that divides the share."""
-    share = micro * accumulate
-    said = f"{name}: out of memory on {machine.device} with micro_batch={micro} ({mentor.first_line(error)[:120]})"
-    if micro == 1:
-        return f"{said}; micro_batch is as small as can be: choose a smaller preset or model, or a device with more memory"
-    smaller = max(d for d in range(1, micro // 2 + 1) if share % d == 0)
-    return f"{said}; set --micro_batch={smaller}: global_batch stays {share * machine.world_size}, a step takes {share // smaller} micro-batches in place of {accumulate}"
+def score_now(stage, run, world, text_tokenizer, machine):
+    """CP, PF and their product of a stage in training, on a few held-out prompts."""
+    model, vqgan = Mentor(run.model), VQGAN.from_pretrained(Path(run.out) / "tokenizer")
+    model.load_state_dict(stage.model.state_dict())  # a copy: what draws fast has its weights in bfloat16, or in other layouts
+    pipeline = sample.Pipeline(model, vqgan, text_tokenizer, asdict(run), machine.device)
+    prompts = sample.held_out_samples(world, "subject_driven", sample.FEWER_PROMPTS)
+    scores = sample.judge_pictures(sample.JUDGES[world.name](world), pipeline.draw(prompts)[0], prompts)
+    return {key: scores[key] for key in MEASURES}
+
+
+def describe_stage(name, stage, recipe, machine, micro, accumulate, start):
+    """Say what will be trained, on how much, and what the first loss should be."""
+    parts, trained = {"vqgan": stage.model}, {id(p) for _, p in stage.trained()}
+    if name != "tokenizer":
+        encoder = stage.model.encoder
+        parts = {"vision": encoder.vision, "connector": encoder.connector, "text": encoder.text,
+                 "projector": stage.model.projector, "decoder": stage.model.decoder, "vqgan": stage.vqgan[0]}
+    counts = []
+    for part, module in parts.items():
+        total, learning = (sum(p.numel() for p in module.parameters() if every or id(p) in trained) for every in (True, False))
+        state = " frozen" if not learning else "" if learning == total else f" ({learning / 1e6:.2f}M trained)"
+        counts.append(f"{part} {total / 1e6:.2f}M{state}")
+    machine.say(f"{name}: {', '.join(counts)}")
+    machine.say(f"{name}: {recipe.steps} steps of {recipe.global_batch} = {machine.world_size} processes x {accumulate} micro-batches "
+                f"x {micro}" + f", from step {start}" * (start > 0))
+    if name == "pretrain":
+        codes = stage.model.config.decoder.codebook_size
+        machine.say(f"{name}: guessing codes costs ln({codes}) = {math.log(codes):.2f}; contrastive and fill-in losses come on top")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def checkpoints(folder):
+    """The stage's checkpoints, state-STEP.pt, oldest first."""
+    return sorted((f for f in folder.glob("state-*.pt") if f.stem[6:].isdecimal()), key=lambda f: int(f.stem[6:]))
+
+
+def last_checkpoint(folder):
+    """A sentence on where the same command would go on."""
+    found = checkpoints(folder)
+    return f"the last good checkpoint is {found[-1]}" if found else f"{folder} holds no checkpoint yet"
+
+
+def check_finite(state, name, step, folder):
+    """Raise ValueError naming the first tensor in nested dictionaries and lists that is not finite: such a state is never saved."""
+    for path, value in tree_flatten_with_path(state)[0]:
+        if torch.is_tensor(value) and not value.isfinite().all():
+            tensor = re.sub(r"\W+", ".", keystr(path)).strip(".")
+            raise ValueError(f"{name}: after step {step} {tensor} is not finite, so nothing was saved: lower --{name}.lr; "
+                             f"{last_checkpoint(folder)}")
+
+
+def write_if_room(path, write, name, machine):
+    """write_aside; if it cannot be written, the disk being full, that is said and the run goes on. Returns whether it was."""
+    try:
+        mentor.write_aside(path, write)
+    except OSError as error:
+        machine.say(f"{name}: {error}: going on without it, {last_checkpoint(path.parent)}; make room on the disk")
+        return False
+    return True
+
+
+def save_state(folder, name, stage, optimizers, step, keep, machine):
+    """Write all that is needed to go on from `step`, state-STEP.pt, and remove all but the last `keep`."""
+    if not machine.main:
+        return
+    state = {"step": step, "processes": machine.world_size, "stage": stage.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+    check_finite(state, name, step, folder)
+
+    def write(path):
+        with open(path, "wb") as file:  # given a path, torch hides the system's reason and holds on to the full disk's space
+            torch.save(state, file)
+
+    if write_if_room(folder / f"state-{step}.pt", write, name, machine):
+        for file in checkpoints(folder)[:-keep]:
+            file.unlink()
+
+
+def newest_state(folder, name, machine):
+    """What the newest whole checkpoint holds, {"step": 0} if there is none. A torn one is put aside, and that is said."""
+    for file in reversed(checkpoints(folder)):
+        try:
+            return mentor.read_pickle(file)
+        except ValueError as error:
+            torn = file.replace(file.with_suffix(".torn"))
+            machine.say(f"{name}: {error}: renamed to {torn.name}, going on from the one before")
+    return {"step": 0}
+
+
+def load_state(folder, name, stage, optimizers, machine):
+    """Restore what save_state wrote last; returns the step to go on from, 0 if there is nothing."""
+    state = newest_state(folder, name, machine) if machine.main else {"step": 0}
+    step = machine.largest(state["step"])  # the first process chooses
+    if not step:
+        return 0
+    if not machine.main:
+        state = mentor.read_pickle(folder / f"state-{step}.pt")
+    if state["processes"] != machine.world_size:
+        machine.say(f"{name}: the checkpoint is from {state['processes']} processes, going on with {machine.world_size}: "
+                    "the same samples in the same order, other rounding and dropout")
+    stage.load_state_dict(state["stage"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return step
+
+
+def best_so_far(folder, step):
+    """(validation loss, step) of best.safetensors, (infinity, 0) if there is none from `step` or before."""
+    try:
+        with safe_open(folder / "best.safetensors", "pt") as file:
+            best = json.loads(file.metadata()["validation"])
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+        return math.inf, 0
+    return tuple(best) if best[1] <= step else (math.inf, 0)
+
+
+def keep_best(folder, name, stage, step, loss, last, machine):
+    """Put the weights apart, as best.safetensors, if their validation loss is below that of all before.
+
+    The stage's result are its last weights: by then the learning rate has come down, and the scores are on the same held-out
+    subjects, so that choosing by them would flatter. When the last are the best, no file is left.
+    """
+    file, (best, best_step) = folder / "best.safetensors", best_so_far(folder, step - 1)
+    said = f"{name}: validation loss {loss:.4f} after step {step}, the best so far"
+    if not loss < best:
+        machine.say(f"{said}: {best:.4f} after step {best_step}" + f"; those weights are in {file}" * last)
+        return
+    machine.say(said)
+    if last:
+        file.unlink(missing_ok=True)
+    else:
+        weights = stage.model.state_dict()
+        check_finite(weights, name, step, folder)
+        write_if_room(file, lambda path: save_file(weights, path, {"validation": json.dumps([loss, step])}), name, machine)
 
 
 def save_weights(folder, name, stage, machine):
@@ -1216,130 +1165,276 @@ def save_weights(folder, name, stage, machine):
         try:
             stage.model.save_pretrained(folder)
         except OSError as error:
-            raise ValueError(f"{name}: {error}: make room on the disk and give the same command again; {last_checkpoint(folder)}") from None
+            raise ValueError(f"{name}: {error}: make room on the disk, then the same command again; {last_checkpoint(folder)}") from None
         for file in folder.glob("state-*"):
             file.unlink()
     machine.wait()
 
 
-def describe_stage(name, stage, recipe, machine, micro, accumulate, start):
-    """Say what will be trained, on how much, and what the first loss should be."""
-    trained = {id(p) for _, p in stage.trained()}
-    parts = {"vqgan": stage.model} if name == "tokenizer" else {
-        "vision": stage.model.encoder.vision, "connector": stage.model.encoder.connector, "text": stage.model.encoder.text,
-        "projector": stage.model.projector, "decoder": stage.model.decoder, "vqgan": stage.vqgan[0]}
-    counts = []
-    for part, module in parts.items():
-        total, learning = sum(p.numel() for p in module.parameters()), sum(p.numel() for p in module.parameters() if id(p) in trained)
-        counts.append(f"{part} {total / 1e6:.2f}M" + (" frozen" if not learning else "" if learning == total else f" ({learning / 1e6:.2f}M trained)"))
-    machine.say(f"{name}: {', '.join(counts)}")
-    machine.say(f"{name}: {recipe.steps} steps of {recipe.global_batch} = {machine.world_size} processes x {accumulate} micro-batches x {micro}"
-                + (f", from step {start}" if start else ""))
-    if name == "pretrain":
-        machine.say(f"{name}: guessing codes costs ln({stage.model.config.decoder.codebook_size}) = {math.log(stage.model.config.decoder.codebook_size):.2f}, the right loss to start at (contrastive and fill-in losses come on top)")
+# ---------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------
 
 
-def read_log(file):
-    """The lines of a log.jsonl as dictionaries, up to the first that is not whole: a kill may leave half a line at the end."""
-    lines = []
-    for line in file.read_text().splitlines() if file.is_file() else []:
+@cache
+def comments(config_class):
+    """{field: the comment behind it} of a dataclass."""
+    return dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", getsource(config_class), re.M))
+
+
+def flatten(config, prefix=""):
+    """{dotted key: (value, meaning)} of a nested config."""
+    keys = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            keys.update(flatten(value, f"{prefix}{f.name}."))
+        else:
+            keys[prefix + f.name] = (value, comments(type(config)).get(f.name, ""))
+    return keys
+
+
+def read_value(key, text, default):
+    """A key's value from text, by the type of its default."""
+    readers = {tuple: lambda text: tuple(int(part) for part in text.strip("()").split(",") if part),
+               bool: lambda text: {"true": True, "false": False}[text.lower()]}
+    try:
+        return readers.get(type(default), type(default))(text)
+    except (ValueError, KeyError):
+        wanted = "a list of int" if isinstance(default, tuple) else f"of type {type(default).__name__}"
+        raise ValueError(f"--{key}={text}: not {wanted}; the default is {default!r}") from None
+
+
+def with_values(config, values):
+    """The config with {dotted key: value} set, all at once: it is checked when it has all of them, whatever their order."""
+    parts = {}
+    for key, value in values.items():
+        head, _, rest = key.partition(".")
+        parts.setdefault(head, {})[rest] = value
+    return replace(config, **{head: part[""] if "" in part else with_values(getattr(config, head), part) for head, part in parts.items()})
+
+
+def parse(arguments):
+    """Command line -> (preset name, RunConfig). Raises ValueError naming the argument and the nearest legal one."""
+    preset, *arguments = arguments or ["nothing"]
+    if preset not in PRESETS:
+        raise ValueError(f"the first argument must be a preset, one of {', '.join(PRESETS)}; got {preset!r}")
+    known, values = flatten(PRESETS[preset]), {}
+    for argument in arguments:
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if not equals and known.get(key, ("",))[0] is False:
+            equals, text = "=", "true"
+        if not argument.startswith("--") or not equals or key not in known:
+            near = get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{argument}: {'no such key' if equals else 'want --key=value'}; the nearest is --{near}={known[near][0]}. "
+                             "`python train.py --help` lists all")
+        values[key] = read_value(key, text, known[key][0])
+    return preset, validate(with_values(PRESETS[preset], values))
+
+
+LIMITS = {  # of this file's numbers, as in mentor.LIMITS
+    "steps": (1, 2**30), "seed": (0, 2**32), "micro_batch": (0, 2**20), "workers": (0, 1024), "save_every": (1, 2**30),
+    "score_every": (0, 2**30), "restart_every": (1, 2**30),
+    "final_lr": (0, 1), "disc_start": (0, 1), "warmup": (0, 1), "prefix_drop": (0, 1)}
+CHOICES = {"stage": ("all", *STAGES, "claims", "import", "export"), "world": tuple(WORLDS), "recipe": tuple(TRAINED),
+           "dtype": ("auto", "bfloat16", "float32"), "compile": ("auto", "true", "false")}
+
+
+def validate(run):
+    """The run itself, if its keys are legal together; else a ValueError that says which are not."""
+    mentor.check_fields(run, "--", {**mentor.LIMITS, **LIMITS})
+    for key, legal in CHOICES.items():
+        if getattr(run, key) not in legal:
+            raise ValueError(f"--{key}={getattr(run, key)}: must be one of {', '.join(legal)}")
+    for stage in STAGES[1:]:
+        parse_mix(stage, getattr(run, stage).mix)
+    if run.cache_codes and not run.data:
+        raise ValueError("--cache_codes=true: a built-in world draws every sample anew, so there is nothing to keep; use it with --data")
+    if run.data and run.score_every:
+        raise ValueError(f"--score_every={run.score_every}: only a built-in world can be scored; leave out this or --data")
+    if run.stage == "claims" and (run.data or run.world != "shapes"):
+        raise ValueError("--stage=claims: the claims are told with shapes; give --world=shapes and no --data")
+    if run.dry_run and run.stage in ("claims", "import", "export"):
+        raise ValueError(f"--dry_run=true plans the training of stages; it has nothing for --stage={run.stage}: leave one of them out")
+    codes, decoder = run.vqgan, run.model.decoder
+    if (codes.grid_size, codes.codebook_size) != (decoder.grid_size, decoder.codebook_size):
+        raise ValueError(f"the tokenizer gives {codes.grid_size}x{codes.grid_size} codes of {codes.codebook_size}, but model.decoder."
+                         f"grid_size={decoder.grid_size} and model.decoder.codebook_size={decoder.codebook_size}: make them equal")
+    return run
+
+
+def parse_mix(stage, mix):
+    """"task:share,task:share" -> {task: share}. Raises ValueError naming the part that is wrong."""
+    shares = {}
+    for part in mix.split(","):
+        task, _, share = part.partition(":")
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+            shares[task] = float(share)
+        except ValueError:
+            raise ValueError(f"--{stage}.mix: {part!r} is not task:share") from None
+        if task not in TASKS or not 0 <= shares[task] < math.inf:
+            raise ValueError(f"--{stage}.mix: {part!r}: the task must be one of {', '.join(TASKS)} and the share at least 0")
+    if not sum(shares.values()):
+        raise ValueError(f"--{stage}.mix={mix}: all shares are 0")
+    return shares
 
 
-class Log:
-    """Progress bar and log.jsonl: means since the last line. Notices the first step that is not finite.
-
-    Values stay on the device until a line is written; a CPU, where looking costs nothing, is looked at every step.
-    """
-
-    def __init__(self, folder, name, run, start, machine):
-        self.folder, self.name, self.run, self.recipe, self.machine, self.flops = folder, name, run, getattr(run, name), machine, 0
-        self.every = max(1, self.recipe.steps // 200)
-        self.values, self.since, self.started = {}, start, time.perf_counter()
-        self.first_bad = torch.full((3,), -1.0, device=machine.device)  # step, loss, gradient norm
-        self.recent, self.lost = {}, False  # {step: (learning rate, tasks)} since the last check
-        if machine.main:
-            done = [json.dumps(line) + "\n" for line in read_log(folder / "log.jsonl") if line["step"] <= start] if start else []
-            mentor.write_aside(folder / "log.jsonl", lambda file: file.write_text("".join(done)))
-            self.file = open(folder / "log.jsonl", "a")
-            self.bar = tqdm(total=self.recipe.steps, initial=start, desc=name.ljust(9), dynamic_ncols=True, smoothing=0.05)
-
-    def add(self, values):
-        """Note values, each a number or a scalar tensor."""
-        for key, value in values.items():
-            self.values.setdefault(key, []).append(value)
-
-    def step(self, step, loss, grad_norm, lr, tasks, due=False):
-        """Count a step; every so often, and if `due`, write a line. Raises ValueError when the loss or gradient is not finite."""
-        now = torch.stack([torch.full((), step, dtype=torch.float32, device=loss.device), loss.float(), grad_norm.float()])
-        self.first_bad = torch.where((self.first_bad[0] < 0) & ~now.isfinite().all(), now, self.first_bad)
-        self.recent[step] = lr, tasks
-        if self.machine.main:
-            self.bar.update()
-        due = due or (step + 1) % self.every == 0
-        if due or self.machine.device.type == "cpu":
-            self.check()
-        if due:
-            self.write(step, float(grad_norm), lr)
-
-    def check(self):
-        """Raise ValueError naming the first step, since the last check, whose loss or gradient is not finite."""
-        step, loss, grad_norm = self.first_bad.tolist()
-        if step >= 0:
-            lr, tasks = self.recent[int(step)]
-            raise ValueError(f"{self.name}: loss {loss:g}, gradient norm {grad_norm:g} at step {int(step) + 1}, learning rate {lr:.2e}, tasks {', '.join(sorted(tasks))}: "
-                             f"lower --{self.name}.lr and start the stage anew (delete {self.folder}); {last_checkpoint(self.folder)}")
-        self.recent.clear()
-
-    def write(self, step, grad_norm, lr):
-        """One line with the means since the last, over all processes; on a full disk they wait in memory for the next, and that is said once."""
-        means = self.machine.mean({k: float(torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in vs]).mean()) for k, vs in self.values.items()})
-        now = time.perf_counter()
-        rate = (step + 1 - self.since) * self.recipe.global_batch / (now - self.started)
-        self.values, self.since, self.started = {}, step + 1, now
-        if not self.machine.main:
-            return
-        line = {"stage": self.name, "step": step + 1, **means, "grad_norm": grad_norm, "lr": lr, "samples_per_s": rate}
-        self.bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.0f} samples/s{self.speed(means, rate)}")
-        try:
-            self.file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
-            self.file.flush()
-        except OSError as error:
-            if not self.lost:
-                self.machine.say(f"{self.name}: {self.folder / 'log.jsonl'} could not be written ({error.strerror}): going on; make room on the disk")
-            self.lost = True
-
-    def speed(self, means, rate):
-        """Codes a second; on a GPU that PEAK_TFLOPS knows also the share of its peak, and the most memory it needed."""
-        device, grid = self.machine.device, self.run.vqgan.grid_size
-        words = f", {rate * grid**2:.0f} codes/s"
-        if device.type == "cuda":
-            peak = peak_tflops(torch.cuda.get_device_name(device))
-            if peak and self.machine.dtype == torch.bfloat16:
-                self.flops = self.flops or Rehearsal(self.name, self.run, self.machine.dtype).flops([(means.get("tokens", 1), means.get("images", 0))] * 64)
-                words += f", {self.flops * rate / self.machine.world_size / peak / 1e12:.0%} of the peak"
-            words += f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
-        return words
-
-    def close(self):
-        """Finish the bar and the file."""
-        if self.machine.main:
-            self.bar.close()
-            try:
-                self.file.close()
-            except OSError as error:
-                self.machine.say(f"{self.name}: the end of {self.folder / 'log.jsonl'} is lost ({error.strerror})")
+def print_help():
+    """Every key with the default of `full` and its meaning."""
+    print(f"python train.py {{{','.join(PRESETS)}}} [--key=value ...]\n\nKeys, with the defaults of full:\n")
+    for key, (value, meaning) in flatten(PRESETS["full"]).items():
+        print(f"  --{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}".ljust(44), meaning)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What a step costs, before any is paid for: the stages' own code, run on tensors that have shapes but no memory
+# Before a run starts: everything it needs is there, fits, and belongs to it. Until then nothing is written.
+# ---------------------------------------------------------------------------------------------------------------
+
+NOT_OF_THE_RESULT = (  # keys that another run in the same folder may set otherwise
+    "out", "stage", "device", "dtype", "workers", "save_every", "score_every", "claims_seeds", "keep", "micro_batch", "train_scale",
+    "data_root", "skip_bad", "cache_codes", "checkpoint", "compile", "dry_run", "bench", "released.", "model.sampling.")
+CHANGED = {  # what another hash means
+    "text model": " (spiece.model is another)",
+    "contents of data": " (lines, or sizes of files, have changed: bring the old ones back)"}
+
+
+def stage_record(name, run, source, text_tokenizer):
+    """What fixes a stage's result, stored beside its weights: its keys, and by hash its data, text model and the weights it
+    starts from."""
+    others = (*NOT_OF_THE_RESULT, *(s + "." for s in STAGES if s != name), *(("model.",) if name == "tokenizer" else ()))
+    keys = {k: v for k, (v, _) in flatten(run).items() if not k.startswith(others)}
+    keys.update({f"weights of {s}": sample.weights_hash(Path(run.out) / s) for s in STARTS_FROM[name]})
+    if name != "tokenizer":
+        keys["text model"] = text_tokenizer.digest
+    if run.data:
+        keys["contents of data"] = source.digest + source.backgrounds.digest * (source.backgrounds is not source)
+    return json.loads(json.dumps(keys))
+
+
+def check_record(folder, record):
+    """Raise ValueError if the folder holds the same stage of another run, naming the first key that differs."""
+    file = folder / "stage.json"
+    if not file.is_file() or not ((folder / "model.safetensors").is_file() or checkpoints(folder)):
+        return
+    old = mentor.read_json(file)
+    for key in sorted(record.keys() | old.keys()) if "imported from" not in old else ():
+        if record.get(key) != old.get(key) and (key in old or key not in CHANGED):  # older runs did not note these
+            raise ValueError(f"{folder} was trained with {key}={old.get(key)}, this run has {record.get(key)}{CHANGED.get(key, '')}; "
+                             f"choose another --out, or delete {folder}")
+
+
+def check_shapes(run, folder, text_tokenizer):
+    """Raise ValueError if the folder's stage is not of this run's model and text model; reads its config, names and shapes alone.
+
+    Dropout and sampling may differ.
+    """
+    key, config, module = ("vqgan", run.vqgan, VQGAN) if folder.name == "tokenizer" else ("model", run.model, Mentor)
+    stored = flatten(mentor.from_dict(type(config), mentor.read_json(folder / "config.json")))
+    for name, (value, _) in flatten(config).items():
+        if value != stored[name][0] and not name.startswith("sampling.") and not name.endswith(".dropout"):
+            raise ValueError(f"--{key}.{name}={value}, but {folder} was trained with {stored[name][0]}: leave the key out, or choose "
+                             "another --out")
+    if folder.name != "tokenizer":
+        sample.check_text_model(folder, text_tokenizer)
+    with torch.device("meta"):
+        model = module(config)
+    try:
+        mentor.check_fit(model.state_dict(), mentor.read_weights(folder / "model.safetensors"))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}; make the stage {folder.name} again") from None
+
+
+def missing(name, run, machine, source, text_tokenizer):
+    """What keeps a stage from starting, as a list of sentences; what the same run makes before it counts as there."""
+    out, problems, before = Path(run.out), [], STARTS_FROM[name]
+    absent = [str(out / s / file) for s in before for file in ("config.json", "model.safetensors") if not (out / s / file).is_file()]
+    if absent and run.stage in STAGES:
+        problems.append(f"{name} needs {', '.join(absent)}: {' and '.join(f'--stage={s}' for s in before)} make them from nothing, "
+                        "--stage=import of released weights")
+    checks = [lambda: micro_batches(getattr(run, name), run, machine)]
+    if name == "tokenizer" and run.tokenizer.lpips:
+        checks.append(lambda: LPIPS(run.tokenizer.lpips))
+    if not absent:
+        checks += [partial(check_shapes, run, out / s, text_tokenizer) for s in before]
+        checks.append(lambda: check_record(out / name, stage_record(name, run, source, text_tokenizer)))
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Released weights
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def import_released(run, machine):
+    """Turn released files into stages of run.out that train.py and sample.py open, tensor by tensor as they are, from map to
+    file. Raises ValueError if one does not fit."""
+    released, folders = run.released, {"tokenizer": Path(run.out) / "tokenizer", "model": Path(run.out) / run.released.into}
+    spiece = released.spiece or released.t5 and str(Path(released.t5) / "spiece.model")
+    if not spiece or not released.vq:
+        raise ValueError("--stage=import needs --released.vq=vq_ds16_t2i.pt and T5's spiece.model (in the folder of --released.t5, or "
+                         "--released.spiece=FILE)")
+    text_tokenizer = TextTokenizer.from_file(spiece)
+    check_vocabulary(text_tokenizer, run)
+    with torch.device("meta"):
+        model, vqgan = Mentor(run.model), VQGAN(run.vqgan)
+    codes = mentor.released_tensors("vq", released.vq)
+    mentor.check_fit(vqgan.state_dict(), codes)
+    sources = {s: getattr(released, s) for s in ("clip", "t5", "connector", "generator", "mentor") if getattr(released, s)}
+    tensors = {}
+    for source, path in sources.items():
+        own = mentor.released_tensors(source, path)
+        if twice := sorted(tensors.keys() & own.keys()):
+            raise ValueError(f"--released.{source}={path} holds {twice[0]}, which another file gave already")
+        tensors.update(own)
+        machine.say(f"import: {len(own)} tensors from {path}")
+    tensors, said = mentor.fit_unconditional(model, tensors)
+    new = tuple(p for part in released.fresh.split(",") if part for p in (part, f"encoder.{part}"))
+    names = {mentor.released_name(n): n for n, _ in model.named_parameters()}
+    mentor.check_fit(mentor.released_parameters(model), tensors, [r for r, n in names.items() if new and n.startswith(new)])
+    for line in filter(None, (said, new and f"new, as asked: {released.fresh}")):
+        machine.say(f"import: {line}")
+    for record in (folder / "stage.json" for folder in folders.values()):
+        if record.is_file() and "imported from" not in mentor.read_json(record):
+            raise ValueError(f"{record.parent} holds a stage that was trained: choose another --out, or delete it")
+    parameters = {**(Mentor(run.model).state_dict() if new else {}), **{names[r]: tensor for r, tensor in tensors.items()}}
+    mentor.save_folder(folders["tokenizer"], run.vqgan, codes)
+    mentor.save_folder(folders["model"], run.model, parameters)
+    origin = {"imported from": {**sources, "vq": released.vq}}
+    mentor.write_json(folders["tokenizer"] / "stage.json", origin)
+    mentor.write_json(folders["model"] / "stage.json",
+                      {**origin, "weights of tokenizer": sample.weights_hash(folders["tokenizer"]), "text model": text_tokenizer.digest})
+    write_run(run, text_tokenizer)
+    machine.say(f"import: wrote {folders['tokenizer']} and {folders['model']}")
+
+
+def export_released(run, machine):
+    """Write the newest stage of run.out under the names that the released code reads, tensor by tensor as they are."""
+    if not run.released.mentor or not run.released.vq:
+        raise ValueError("--stage=export needs --released.mentor=FILE.pt and --released.vq=FILE.pt, the files to write")
+    root, folder = sample.newest_stage(run.out)
+    tensors = {mentor.released_name(n): t for n, t in mentor.read_weights(folder / "model.safetensors").items()}
+    words = "multimodal_encoder.language_model.{}.weight"  # there twice
+    tensors[words.format("encoder.embed_tokens")] = tensors[words.format("shared")]
+    codes = mentor.read_weights(root / "tokenizer" / "model.safetensors")
+    torch.save({"model": tensors}, run.released.mentor)
+    torch.save({"model": {**codes, "quantize.codebook_used": torch.zeros(65536)}}, run.released.vq)
+    machine.say(f"export: wrote {run.released.mentor} and {run.released.vq}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a stage costs, before any is paid for (--dry_run=true): its own code, on tensors that have shapes but no memory
 # ---------------------------------------------------------------------------------------------------------------
 
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "L4": 121, "4090": 165}           # dense bfloat16, without sparsity
+UTILISATION = 0.4                  # of a card's peak
+CARDS = (24, 40, 80, 141)          # GiB
+SPARE = 0.06                       # of a card: what CUDA itself takes, and holes between tensors
+PROBES = (1, 8, 16)                # micro-batches to rehearse: between and beyond them memory grows evenly
 NAME_TOKENS = 4                    # of a subject's name, which the query connector reads
 
 
@@ -1360,7 +1455,8 @@ class PeakMemory(TorchDispatchMode):
         result = operation(*args, **(kwargs or {}))
         if operation is torch.ops.prim.device.default:                                   # asked of every tensor, and makes none
             return result
-        given, made = ({t.untyped_storage()._cdata: t.untyped_storage() for t in tree_leaves(tree) if torch.is_tensor(t)} for tree in ((args, kwargs), result))
+        given, made = ({t.untyped_storage()._cdata: t.untyped_storage() for t in tree_leaves(tree) if torch.is_tensor(t)}
+                       for tree in ((args, kwargs), result))
         for key in made.keys() - given.keys() - self.living:                             # no views, nothing changed in place
             self.living.add(key)
             self.now += made[key].nbytes()
@@ -1389,21 +1485,24 @@ class Rehearsal:
     """A stage without memory for its tensors (torch's FakeTensorMode), to count what a forward and backward pass takes."""
 
     def __init__(self, name, run, dtype):
-        self.name, self.run, self.fake = name, replace(run, checkpoint=False), FakeTensorMode(allow_non_fake_inputs=True)
+        self.name, self.run, self.fake = name, replace(run, checkpoint=False, compile="false"), FakeTensorMode(allow_non_fake_inputs=True)
         machine = Machine(-1, 1, torch.device("cpu"), dtype)                             # not the first process: says nothing
         with self.fake:
-            self.stage = (TokenizerStage(run, machine) if name == "tokenizer" else MentorStage(name, self.run, machine, Mentor(run.model), VQGAN(run.vqgan))).train()
-        for _, parameter in self.stage.trained():
+            stage = TokenizerStage(self.run, machine) if name == "tokenizer" else MentorStage(
+                name, self.run, machine, Mentor(run.model), VQGAN(run.vqgan))
+        self.stage = stage.train()
+        for _, parameter in stage.trained():
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
     def step(self, observer, count, tokens, images):
         """Pass a batch forth and back while `observer` looks on: count samples of `tokens` tokens, `images` images in all."""
-        model, zeros, side = self.run.model, torch.zeros, self.run.model.vision.image_size
+        model, zeros, side, target = self.run.model, torch.zeros, self.run.model.vision.image_size, self.run.vqgan.image_size
         with self.fake:
-            whole = zeros(count, tokens, dtype=torch.long)
-            batch = Batch(text_ids=whole, lengths=whole[:, 0] + tokens, pixels=zeros(images, 3, side, side), image_slots=torch.arange(images * model.image_tokens),
-                          name_ids=zeros(images, NAME_TOKENS, dtype=torch.long), name_mask=zeros(images, NAME_TOKENS) == 0, unconditional=zeros(count) == 1, hidden=whole == 0,
-                          targets=zeros(count, 3, self.run.vqgan.image_size, self.run.vqgan.image_size), tasks=["text_to_image"] * count)
+            ids = zeros(count, tokens, dtype=torch.long)
+            batch = Batch(text_ids=ids, lengths=ids[:, 0] + tokens, hidden=ids == 0, unconditional=zeros(count) == 1,
+                          pixels=zeros(images, 3, side, side), image_slots=torch.arange(images * model.image_tokens),
+                          name_ids=zeros(images, NAME_TOKENS, dtype=torch.long), name_mask=zeros(images, NAME_TOKENS) == 0,
+                          targets=zeros(count, 3, target, target), tasks=["text_to_image"] * count)
             with observer:
                 with self.stage.machine.autocast():
                     loss, _ = self.stage(batch, 0)
@@ -1411,9 +1510,10 @@ class Rehearsal:
 
     def flops(self, prompts):
         """FLOPs of one sample, mean over prompts given as (tokens, images); a causal attention counts half of its square.
-        Codes that are kept in a cache cost nothing; LPIPS and the discriminator are not counted."""
+        Codes that are kept in a cache cost nothing; the discriminator is not counted."""
         if self.run.cache_codes and self.name != "tokenizer":
-            self.stage.cache = SimpleNamespace(encode=lambda vqgan, batch: torch.zeros(len(batch), self.run.model.decoder.n_code, dtype=torch.long))
+            codes = self.run.model.decoder.n_code
+            self.stage.cache = SimpleNamespace(encode=lambda vqgan, batch: torch.zeros(len(batch), codes, dtype=torch.long))
         counter, (tokens, images) = FlopCounterMode(display=False, custom_mapping=FUSED_FLOPS), map(sum, zip(*prompts))
         self.step(counter, len(prompts), round(tokens / len(prompts)), round(images))
         self.stage.cache = None
@@ -1426,101 +1526,6 @@ class Rehearsal:
         return peak.most
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The plan: what a stage needs, before it runs (--dry_run=true)
-# ---------------------------------------------------------------------------------------------------------------
-
-CARDS = (24, 40, 80, 141)          # GiB
-SPARE = 0.06                       # of a card: what CUDA itself takes, and holes between tensors
-UTILISATION = 0.4                  # of a card's peak
-PROBES = (1, 8, 16)                # micro-batches to rehearse: between and beyond them memory grows evenly
-
-
-def dry_run(run, machine, source, text_tokenizer, problems):
-    """Print what the stages would cost. Raises ValueError naming the problems, all that keeps the run from starting."""
-    dtype = machine.dtype if machine.device.type == "cuda" else getattr(torch, run.dtype, torch.bfloat16)
-    machine.say(f"a plan, nothing is trained; memory and hours are for GPUs in {str(dtype)[6:]}, {machine.world_size} of them (torchrun sets how many)")
-    for name in STAGES if run.stage == "all" else (run.stage,):
-        plan_stage(name, run, machine, dtype, [(1, 0)] if name == "tokenizer" else first_prompts(name, run, source, text_tokenizer))
-    problems += source.check_files(run.vqgan.image_size, run.workers) if run.data else []
-    if problems:
-        raise ValueError("this run could not start: " + "; ".join(problems))
-    machine.say("everything needed is there")
-
-
-def missing(name, run, machine, source, text_tokenizer):
-    """What keeps a stage from starting, as a list of sentences; what the same run makes before it counts as there."""
-    out, problems = Path(run.out), []
-    before = [s for s in STAGES[: STAGES.index(name)] if s == "tokenizer" or s == STAGES[STAGES.index(name) - 1]]
-    absent = [str(out / s / file) for s in before for file in ("config.json", "model.safetensors") if not (out / s / file).is_file()]
-    if absent and run.stage in STAGES:
-        problems.append(f"{name} needs {', '.join(absent)}: {' and '.join(f'--stage={s}' for s in before)} make them from nothing, --stage=import of released weights")
-    checks = [lambda: micro_batches(getattr(run, name), run, machine), lambda: LPIPS(run.tokenizer.lpips) if run.tokenizer.lpips and name == "tokenizer" else None]
-    if not absent:
-        checks += [lambda s=s: check_shapes(run, out / s, text_tokenizer) for s in before]
-        checks.append(lambda: check_record(out / name, stage_record(name, run, source, text_tokenizer)))
-    for check in checks:
-        try:
-            check()
-        except ValueError as error:
-            problems.append(str(error))
-    return problems
-
-
-def check_shapes(run, folder, text_tokenizer):
-    """Raise ValueError if the folder's stage is not of this run's model and text model; reads its config, names and shapes alone.
-
-    Dropout and sampling may differ.
-    """
-    key, config, module = ("vqgan", run.vqgan, VQGAN) if folder.name == "tokenizer" else ("model", run.model, Mentor)
-    stored = flatten(mentor.from_dict(type(config), mentor.read_json(folder / "config.json")))
-    for name, (value, _) in flatten(config).items():
-        if value != stored[name][0] and not name.startswith("sampling.") and not name.endswith(".dropout"):
-            raise ValueError(f"--{key}.{name}={value}, but {folder} was trained with {stored[name][0]}: leave the key out, or choose another --out")
-    if folder.name != "tokenizer":
-        sample.check_text_model(folder, text_tokenizer)
-    with torch.device("meta"):
-        model = module(config)
-    try:
-        mentor.check_fit(model.state_dict(), mentor.read_weights(folder / "model.safetensors"))
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}; make the stage {folder.name} again") from None
-
-
-def first_prompts(name, run, source, text_tokenizer, count=64):
-    """(tokens, images) of the prompts that a stage draws first."""
-    dataset, collate = make_dataset(name, run, parse_mix(name, getattr(run, name).mix), source), make_collate(run, text_tokenizer)
-    if run.data:
-        prompts = [(entry_prompt(entry), entry.images) for entry in (source[dataset.line(i)] for i in range(count))]
-    else:
-        prompts = [(sample.prompt, len(sample.images)) for sample in map(dataset.__getitem__, range(count))]
-    return [(len(collate.encode(prompt, images)), images) for prompt, images in prompts]
-
-
-def plan_stage(name, run, machine, dtype, prompts):
-    """Print a stage's parameters, steps, FLOPs, hours and memory, given the (tokens, images) of some of its prompts."""
-    rehearsal, recipe, say = Rehearsal(name, run, dtype), getattr(run, name), lambda *words: machine.say(f"{name}:", *words)
-    share = max(1, recipe.global_batch // machine.world_size)
-    micro = run.micro_batch or share
-    describe_stage(name, rehearsal.stage, recipe, machine, micro, share // micro, 0)
-    flops, samples = rehearsal.flops(prompts), recipe.steps * recipe.global_batch
-    tokens, images = (sum(numbers) / len(prompts) for numbers in zip(*prompts))
-    prompt = f"{tokens:.0f} prompt tokens, those of {images:.2f} images among them (at most {max(prompts)[0]}), and " if name != "tokenizer" else ""
-    say(f"a sample is {prompt}{run.vqgan.grid_size**2} codes, {flops / 1e12:.4g} TFLOPs; {samples / 1e6:.4g}M samples are {samples * flops:.3g} FLOPs")
-    for card in ("A100", "H200"):
-        hours = samples * flops / (UTILISATION * PEAK_TFLOPS[card] * 1e12) / 3600
-        say(f"at {UTILISATION:.0%} of an {card}'s {PEAK_TFLOPS[card]} TFLOPS: {hours:.3g} h on one, {hours / 8:.3g} h on 8")
-    for recompute in (False, True)[: 1 + (name != "tokenizer")]:
-        if recompute:
-            recompute_activations(rehearsal.stage.model)
-        fixed, needs = memory_of(rehearsal, machine, max(prompts))
-        if recompute == run.checkpoint or name == "tokenizer":
-            amounts = {**fixed, f"activations of {micro}": needs(micro)}
-            say(f"memory a GPU, micro-batch {micro}: {sum(amounts.values()) / 2**30:.1f} GiB = " + " + ".join(f"{b / 2**30:.1f} {what}" for what, b in amounts.items()))
-        fits = {card: max((m for m in range(1, share + 1) if share % m == 0 and sum(fixed.values()) + needs(m) <= card * 2**30 * (1 - SPARE)), default=0) for card in CARDS}
-        say(f"largest micro_batch{' with --checkpoint=true' * recompute}: " + ", ".join(f"{f'{m} in' if m else 'none fits'} {card} GiB" for card, m in fits.items()))
-
-
 def memory_of(rehearsal, machine, prompt):
     """({what: bytes} that a GPU holds whatever the micro-batch, a function from micro-batch to the bytes of its pass), for prompts
     all as long as this one, (tokens, images). Weights, gradients and AdamW's two moments are float32; several processes put
@@ -1531,6 +1536,60 @@ def memory_of(rehearsal, machine, prompt):
     each = (found[-1] - found[-2]) / (PROBES[-1] - PROBES[-2])
     return ({"weights": 4 * every, "gradients": (4 if machine.world_size == 1 else 8) * learning, "optimizer": 8 * learning},
             lambda micro: float(np.interp(micro, PROBES, found)) + each * max(0, micro - PROBES[-1]))
+
+
+def first_prompts(name, run, source, text_tokenizer, count=64):
+    """(tokens, images) of the prompts that a stage draws first; the tokenizer reads none."""
+    if name == "tokenizer":
+        return [(1, 0)]
+    dataset, collate = make_dataset(name, run, parse_mix(name, getattr(run, name).mix), source), make_collate(run, text_tokenizer)
+    if run.data:
+        prompts = [(entry_prompt(entry), entry.images) for entry in (source[dataset.line(i)] for i in range(count))]
+    else:
+        prompts = [(sample.prompt, len(sample.images)) for sample in map(dataset.__getitem__, range(count))]
+    return [(len(collate.encode(prompt, images)), images) for prompt, images in prompts]
+
+
+def plan_stage(name, run, machine, dtype, prompts):
+    """Print a stage's parameters, steps, FLOPs, hours and memory, given the (tokens, images) of some of its prompts."""
+    rehearsal, recipe = Rehearsal(name, run, dtype), getattr(run, name)
+    share = max(1, recipe.global_batch // machine.world_size)
+    micro = run.micro_batch or share
+    describe_stage(name, rehearsal.stage, recipe, machine, micro, share // micro, 0)
+    flops, samples = rehearsal.flops(prompts), recipe.steps * recipe.global_batch
+    tokens, images = np.mean(prompts, 0)
+    prompt = f"{tokens:.0f} prompt tokens, those of {images:.2f} images among them (at most {max(prompts)[0]}), and "
+    machine.say(f"{name}: a sample is {prompt * (name != 'tokenizer')}{run.vqgan.grid_size**2} codes, {flops / 1e12:.4g} TFLOPs; "
+                f"{samples / 1e6:.4g}M samples are {samples * flops:.3g} FLOPs")
+    for card in ("A100", "H200"):
+        hours = samples * flops / (UTILISATION * PEAK_TFLOPS[card] * 1e12) / 3600
+        machine.say(f"{name}: at {UTILISATION:.0%} of an {card}'s {PEAK_TFLOPS[card]} TFLOPS: {hours:.3g} h on one, {hours / 8:.3g} h on 8")
+    for recompute in (False,) if name == "tokenizer" else (False, True):
+        if recompute:
+            recompute_activations(rehearsal.stage.model)
+        fixed, needs = memory_of(rehearsal, machine, max(prompts))
+        if recompute == run.checkpoint or name == "tokenizer":
+            amounts = {**fixed, f"activations of {micro}": needs(micro)}
+            parts = " + ".join(f"{size / 2**30:.1f} {what}" for what, size in amounts.items())
+            machine.say(f"{name}: memory a GPU, micro-batch {micro}: {sum(amounts.values()) / 2**30:.1f} GiB = {parts}")
+        fits = []
+        for card in CARDS:
+            room = card * 2**30 * (1 - SPARE) - sum(fixed.values())
+            largest = max((m for m in range(1, share + 1) if share % m == 0 and needs(m) <= room), default=0)
+            fits.append(f"{largest} in {card} GiB" if largest else f"none fits {card} GiB")
+        machine.say(f"{name}: largest micro_batch{' with --checkpoint=true' * recompute}: {', '.join(fits)}")
+
+
+def dry_run(run, machine, source, text_tokenizer, stages, problems):
+    """Print what the stages would cost. Raises ValueError naming the problems, all that keeps the run from starting."""
+    dtype = machine.dtype if machine.device.type == "cuda" else getattr(torch, run.dtype, torch.bfloat16)
+    machine.say(f"a plan, nothing is trained: for {machine.world_size} GPUs (torchrun sets how many) in {str(dtype)[6:]}")
+    for name in stages:
+        plan_stage(name, run, machine, dtype, first_prompts(name, run, source, text_tokenizer))
+    problems += source.check_files(run.vqgan.image_size, run.workers) if run.data else []
+    if problems:
+        raise ValueError("this run could not start: " + "; ".join(problems))
+    machine.say("everything needed is there")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1562,40 +1621,31 @@ def tuning(task, share):
 ROWS = {  # all with the same number of samples: without stage 1 its steps go to stage 2
     "full": Row("instruct", (), paper=(0.555, 0.839, 0.466)),
     "stage 1 alone": Row("align", ()),
-    "without stage 1": Row("pretrain", keys=lambda run: {"instruct.steps": run.align.steps + run.instruct.steps}, paper=(0.179, 0.673, 0.120)),
+    "without stage 1": Row("pretrain", keys=lambda run: {"instruct.steps": run.align.steps + run.instruct.steps},
+                           paper=(0.179, 0.673, 0.120)),
     "without segmentation in stage 1": Row("pretrain", ("align", "instruct"), without("align", "segmentation"), (0.252, 0.479, 0.121)),
     "without recovery": Row("align", keys=without("instruct", "recovery"), paper=(0.661, 0.284, 0.188)),
     "without segmentation in stage 2": Row("align", keys=without("instruct", "segmentation"), paper=(0.412, 0.918, 0.378)),
     "without subject-driven": Row("align", keys=without("instruct", "subject_driven"), paper=(0.407, 0.910, 0.370)),
-    "query connector": Row("tokenizer", ("pretrain", "align", "instruct"), lambda run: {"model.connector.kind": "query"}, (0.421, 0.882, 0.371)),
-    "with multi-image": Row("align", keys=lambda run: {"instruct.mix": f"{run.instruct.mix},multi_image:1500"}, paper=(0.586, 0.829, 0.486)),
+    "query connector": Row("tokenizer", STAGES[1:], lambda run: {"model.connector.kind": "query"}, (0.421, 0.882, 0.371)),
+    "with multi-image": Row("align", keys=lambda run: {"instruct.mix": f"{run.instruct.mix},multi_image:1500"},
+                            paper=(0.586, 0.829, 0.486)),
     "reconstruction tuning": Row("instruct", keys=tuning("reconstruction", 0.25)),
     "in-context tuning": Row("instruct", keys=tuning("in_context", 0.5)),
 }
+MEASURES = {"cp": "CP", "pf": "PF", "cp_pf": "CP*PF"}
 
 
-def link(folder, name, target):
-    """Let folder/name be another folder, if there is nothing yet."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / name).exists():
-        (folder / name).symlink_to(os.path.relpath(target, folder), target_is_directory=True)
-
-
-def train_row(name, run, machine, world, text_tokenizer):
-    """Train what a row does not share with the full run. Returns the run that it is, and the folder of its weights."""
-    row, full = ROWS[name], Path(run.out)
-    if not row.stages:
-        return run, full / row.start
-    new, before = replace(run, score_every=0, out=str(full / "claims" / name.replace(" ", "_"))), STAGES[STAGES.index(row.stages[0]) - 1]
-    new = with_values(new, row.keys(run))
-    folder = Path(new.out)
-    machine.say(f"claims: {name}, in {folder}")
-    if machine.main:
-        link(folder, "tokenizer", full / "tokenizer")
-        link(folder, before, full / row.start)
+def branch(run, out, before, machine, source, text_tokenizer, stages):
+    """Train some stages of a run into a folder of its own, where those before are links: {stage there: the folder it is}."""
+    run = replace(run, out=str(out), score_every=0)
+    for stage, folder in before.items() if machine.main else ():
+        Path(out).mkdir(parents=True, exist_ok=True)
+        if not (Path(out) / stage).exists():
+            (Path(out) / stage).symlink_to(os.path.relpath(folder, out), target_is_directory=True)
     machine.wait()
-    train_stages(row.stages, new, machine, world, text_tokenizer)
-    return new, folder / row.stages[-1]
+    train_stages(stages, run, machine, source, text_tokenizer)
+    return run
 
 
 def remembered(file, folder, compute, machine):
@@ -1609,46 +1659,51 @@ def remembered(file, folder, compute, machine):
     return old["scores"]
 
 
+def samples_of(run, stages):
+    """How many samples stages 1 and 2 of a run take, as far as they are among `stages`."""
+    return sum(getattr(run, stage).steps * getattr(run, stage).global_batch for stage in STAGES[2:] if stage in stages)
+
+
 def train_rows(run, machine, world, text_tokenizer):
-    """Train the full run and every row, and score them: {row: scores} and {row: folder of its weights}."""
-    align, instruct = (getattr(run, stage).steps * getattr(run, stage).global_batch for stage in STAGES[2:])
-    before, scores, folders = {"tokenizer": 0, "pretrain": 0, "align": align, "instruct": align + instruct}, {}, {}
+    """Train and score every row beside the full run: {row: scores} and {row: folder of its weights}."""
+    full, scores, folders = Path(run.out), {}, {}
     for name, row in ROWS.items():
-        own, folders[name] = train_row(name, run, machine, world, text_tokenizer)
+        out, own = full / "claims" / name.replace(" ", "_"), run
+        if row.stages:
+            machine.say(f"claims: {name}, in {out}")
+            before = {"tokenizer": full / "tokenizer", STARTS_FROM[row.stages[0]][-1]: full / row.start}
+            own = branch(with_values(run, row.keys(run)), out, before, machine, world, text_tokenizer, row.stages)
+        folders[name] = folder = out / row.stages[-1] if row.stages else full / row.start
         if machine.main:
-            rates = [line["samples_per_s"] for line in read_log(folders[name] / "log.jsonl")]
-            scores[name] = {**remembered(Path(run.out) / "claims" / f"{name.replace(' ', '_')}.json", folders[name], sample.claim_scores, machine),
-                            "samples": before[row.start] + sum(getattr(own, stage).steps * getattr(own, stage).global_batch for stage in row.stages if stage in STAGES[2:]),
+            rates = [line["samples_per_s"] for line in read_log(folder / "log.jsonl")]
+            scores[name] = {**remembered(out.with_name(out.name + ".json"), folder, sample.claim_scores, machine),
+                            "samples": samples_of(run, STAGES[: STAGES.index(row.start) + 1]) + samples_of(own, row.stages),
                             "image_tokens": own.model.image_tokens, "samples_per_s": float(np.median(rates or [0]))}
     return scores, folders
 
 
 def claims(run, machine, world, text_tokenizer):
     """Train and score the table's rows and write claims.json, claims.md and claims.png into run.out. What is done is kept."""
-    run = replace(run, stage="all", score_every=run.score_every or max(1, run.instruct.steps // 10))
+    run, out = replace(run, stage="all", score_every=run.score_every or max(1, run.instruct.steps // 10)), Path(run.out)
     train_stages(STAGES, run, machine, world, text_tokenizer)
-    out, (rows, folders) = Path(run.out), train_rows(run, machine, world, text_tokenizer)
-    rows = [rows]
+    scores, folders = train_rows(run, machine, world, text_tokenizer)
+    rows, before = [scores], {stage: out / stage for stage in STAGES[:2]}
     for seed in range(run.seed + 1, run.seed + run.claims_seeds):  # of stages 1 and 2; tokenizer and pretraining stay
-        other = replace(run, seed=seed, score_every=0, out=str(out / "claims" / f"seed_{seed}"))
-        for stage in STAGES[:2] if machine.main else ():
-            link(Path(other.out), stage, out / stage)
-        machine.wait()
-        train_stages(STAGES[2:], other, machine, world, text_tokenizer)
+        other = branch(replace(run, seed=seed), out / "claims" / f"seed_{seed}", before, machine, world, text_tokenizer, STAGES[2:])
         rows.append(train_rows(other, machine, world, text_tokenizer)[0])
     if not machine.main:
         return
-    before = {"align": 0, "instruct": run.align.steps * run.align.global_batch}
-    result = {"seeds": run.claims_seeds, "rows": averaged(rows), "balance": remembered(out / "claims" / "balance.json", folders["full"], sample.balance_scores, machine),
-              "efficiency": [[before[stage] + line["step"] * getattr(run, stage).global_batch, *(line[key] for key in MEASURES)]
-                             for stage in before for line in read_log(out / stage / "log.jsonl") if "cp" in line]}
+    curve = [[samples_of(run, STAGES[:i]) + line["step"] * getattr(run, STAGES[i]).global_batch, *(line[key] for key in MEASURES)]
+             for i in (2, 3) for line in read_log(out / STAGES[i] / "log.jsonl") if "cp" in line]
+    balance = remembered(out / "claims" / "balance.json", folders["full"], sample.balance_scores, machine)
+    result = {"seeds": run.claims_seeds, "rows": averaged(rows), "balance": balance, "efficiency": curve}
     text = claims_text(result)
     mentor.write_json(out / "claims.json", result)
     mentor.write_aside(out / "claims.md", lambda file: file.write_text(text, encoding="utf-8"))
     prompts = sample.held_out_samples(world, "subject_driven", 8)
     drawn = {name: sample.Pipeline.open(folder, machine.device).draw(prompts)[0] for name, folder in folders.items()}
-    Image.fromarray(sample.titled_rows({"reference": [s.images[0] for s in prompts], **drawn, "ideal": [s.target for s in prompts]},
-                                       [s.prompt.replace("\n", " ") for s in prompts])).save(out / "claims.png")
+    pictures = {"reference": [s.images[0] for s in prompts], **drawn, "ideal": [s.target for s in prompts]}
+    Image.fromarray(sample.titled_rows(pictures, [s.prompt.replace("\n", " ") for s in prompts])).save(out / "claims.png")
     machine.say(f"{text}\nthe same in {out}/claims.md and claims.json; look at {out}/claims.png")
 
 
@@ -1660,9 +1715,6 @@ def averaged(scores):
     for key in mean.keys() & {f"{measure}_se" for measure in MEASURES}:
         mean[key] = math.sqrt(np.mean([s[key] ** 2 for s in scores]) + np.var([s[key[:-3]] for s in scores]) / max(1, len(scores) - 1))
     return mean
-
-
-MEASURES = {"cp": "CP", "pf": "PF", "cp_pf": "CP*PF"}
 
 
 def against_full(name, rows):
@@ -1677,29 +1729,46 @@ def against_full(name, rows):
 
 def claims_text(result):
     """The claims in markdown: the table, then for each claim what the numbers say."""
-    rows, balance, curve = result["rows"], result["balance"], result["efficiency"]
-    full, one, multi, rebuilt, tuned, query = (rows[n] for n in ("full", "stage 1 alone", "with multi-image", "reconstruction tuning", "in-context tuning", "query connector"))
-    marks = lambda row: [f"{row[key]:.3f} ± {row[f'{key}_se']:.3f}" for key in MEASURES]  # noqa: E731
-    reached = lambda share: next(line[0] for line in curve if line[3] >= share * curve[-1][3])  # noqa: E731
+    rows, curve = result["rows"], result["efficiency"]
+    full, one, multi, query = (rows[n] for n in ("full", "stage 1 alone", "with multi-image", "query connector"))
+    rebuilt, tuned = rows["reconstruction tuning"], rows["in-context tuning"]
+    seeds = f" and {result['seeds']} seeds" if result["seeds"] > 1 else ""
+    outcomes = len(rules("shapes") + rules("shapes", True)) + 1
+
+    def marks(row):
+        return [f"{row[key]:.3f} ± {row[f'{key}_se']:.3f}" for key in MEASURES]
+
+    def reached(share):
+        return next(line[0] for line in curve if line[3] >= share * curve[-1][3])
+
     return "\n\n".join([
-        f"± is one standard error over {sample.PROMPTS} prompts{f' and {seeds} seeds' if (seeds := result['seeds']) > 1 else ''}.",
+        f"± is one standard error over {sample.PROMPTS} prompts{seeds}.",
         sample.table(["row", "samples", *MEASURES.values(), *(f"the paper's {label}" for label in MEASURES.values())],
                      [[name, row["samples"], *marks(row), *(ROWS[name].paper or ("", "", ""))] for name, row in rows.items()]),
         "**1. Both stages matter, and each task has its role.** Against the full run:",
         "\n".join(against_full(name, rows) for name in ROWS if name.startswith("without")),
-        f"**2. MLP or query connector.** {full['image_tokens']} tokens an image at {full['samples_per_s']:.0f} samples/s with the MLP, {query['image_tokens']} at {query['samples_per_s']:.0f} with the queries.",
+        f"**2. MLP or query connector.** {full['image_tokens']} tokens an image at {full['samples_per_s']:.0f} samples/s with the MLP, "
+        f"{query['image_tokens']} at {query['samples_per_s']:.0f} with the queries.",
         against_full("query connector", rows),
-        f"**3. Multi-image training.** Two subjects from two images: CP {multi['two subjects']['cp']:.3f}, PF {multi['two subjects']['pf']:.3f} with it, {full['two subjects']['cp']:.3f} and {full['two subjects']['pf']:.3f} without.",
+        "**3. Multi-image training.** Two subjects from two images: CP {cp:.3f}, PF {pf:.3f} with it, ".format(**multi["two subjects"])
+        + "{cp:.3f} and {pf:.3f} without.".format(**full["two subjects"]),
         against_full("with multi-image", rows),
-        f"**4. Deterministic control.** The same prompt and seed drew the same picture twice: {'yes' if full['repeats'] == 1 else 'no'}. Reconstruction L2 (the paper: 0.1008 on COCO after tuning):",
-        sample.table(["after stage 1", "after stage 2", "after reconstruction tuning", "the tokenizer alone"], [[row["reconstruction_l2"] for row in (one, full, rebuilt)] + [full["tokenizer_l2"]]]),
+        f"**4. Deterministic control.** The same prompt and seed drew the same picture twice: {'yes' if full['repeats'] == 1 else 'no'}. "
+        "Reconstruction L2 (the paper: 0.1008 on COCO after tuning):",
+        sample.table(["after stage 1", "after stage 2", "after reconstruction tuning", "the tokenizer alone"],
+                     [[*(row["reconstruction_l2"] for row in (one, full, rebuilt)), full["tokenizer_l2"]]]),
         f"**5. Balance.** The full run on {sample.FEWER_PROMPTS} prompts; the loss is that of the true picture's codes.",
-        sample.table(["full run", "loss", *MEASURES.values()], [[name, row["loss"], *marks(row)] for name, row in balance.items()]),
-        f"**6. Versatile without new parts.** Segmentation straight after stage 1: IoU {one['segmentation_iou']:.3f}; of two subjects, {one['named_iou']:.3f} with the one that is named and {one['other_iou']:.3f} with the other. "
-        f"In context, from two examples, the rule (paint, move, cut out) whose outcome is nearest of all {len(rules('shapes') + rules('shapes', True)) + 1}:",
+        sample.table(["full run", "loss", *MEASURES.values()],
+                     [[name, row["loss"], *marks(row)] for name, row in result["balance"].items()]),
+        f"**6. Versatile without new parts.** Segmentation straight after stage 1: IoU {one['segmentation_iou']:.3f}; of two subjects, "
+        f"{one['named_iou']:.3f} with the one that is named and {one['other_iou']:.3f} with the other. In context, from two examples, "
+        f"the rule (paint, move, cut out) whose outcome is nearest of all {outcomes}:",
         sample.table(["tuned in context", "known rules", "their parts", "new combinations", "their parts"],
-                     [[said, *(row[kind][part] for kind in ("known_rules", "new_rules") for part in ("whole", "parts"))] for said, row in (("before", full), ("after", tuned))]),
-        "**7. Training efficiency.** " + (f"Half of the last CP*PF after {reached(0.5)} samples, nine tenths after {reached(0.9)}." if curve else "The full run was trained without --score_every, so its logs hold no scores."),
+                     [[said, *(row[kind][part] for kind in ("known_rules", "new_rules") for part in ("whole", "parts"))]
+                      for said, row in (("before", full), ("after", tuned))]),
+        "**7. Training efficiency.** " + (
+            f"Half of the last CP*PF after {reached(0.5)} samples, nine tenths after {reached(0.9)}." if curve
+            else "The full run was trained without --score_every, so its logs hold no scores."),
         *([sample.table(["samples", *MEASURES.values()], curve)] if curve else [])]) + "\n"
 
 
@@ -1710,8 +1779,9 @@ def claims_text(result):
 
 def widen(batch, width):
     """The batch with its prompts padded to a window of `width` tokens."""
-    length = batch.text_ids.shape[1]
-    return replace(batch, text_ids=F.pad(batch.text_ids, (0, width - length)), hidden=F.pad(batch.hidden, (0, width - length)), image_slots=batch.image_slots // length * width + batch.image_slots % length)
+    slots, more = batch.image_slots, width - batch.text_ids.shape[1]
+    return replace(batch, text_ids=F.pad(batch.text_ids, (0, more)), hidden=F.pad(batch.hidden, (0, more)),
+                   image_slots=slots + slots // batch.text_ids.shape[1] * more)
 
 
 def straightforward_losses(model, batch, codes, everywhere=True):
@@ -1736,44 +1806,48 @@ def bench(run, machine, source, text_tokenizer):
 
     def new():
         torch.manual_seed(run.seed)
-        return MentorStage("instruct", replace(run, compile="false"), machine, Mentor(run.model), VQGAN(run.vqgan).to(device)).to(device).train()
+        vqgan = VQGAN(run.vqgan).to(device)
+        stage = MentorStage("instruct", replace(run, compile="false"), machine, Mentor(run.model), vqgan).to(device).train()
+        return stage, make_optimizers(stage, run.instruct, run)
 
-    def stepping(losses, stage=None, dtype=machine.dtype):
+    (plain, own), (compiled, others) = new(), new()
+
+    def stepping(losses, optimizers=own, dtype=machine.dtype):
         """A function that makes one step on the mean of losses()."""
-        stage = stage or plain
-        optimizers, parameters = make_optimizers(stage, run.instruct, run), [p for _, p in stage.trained()]
-
         def step():
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = losses().mean()
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters, run.clip)
+            nn.utils.clip_grad_norm_([p for o in optimizers for group in o.param_groups for p in group["params"]], run.clip)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
 
         return step
 
-    plain, compiled = new(), new()
-    collate = make_collate(run, text_tokenizer)
-    dataset = make_dataset("instruct", run, plain.mix, source)
+    dataset, collate = make_dataset("instruct", run, plain.mix, source), make_collate(run, text_tokenizer)
     batch = collate([dataset[i] for i in range(micro)]).to(device)
     wide, codes = widen(batch, run.model.context), plain.vqgan[0].encode(batch.targets)
     lean = stepping(lambda: plain.losses(batch, codes)[0])
     pairs = {
-        ("all of it", "dense mask, left padding, whole window, head everywhere"): (lean, stepping(lambda: straightforward_losses(plain.model, wide, codes))),
-        ("no mask", "dense mask, left padding"): (lean, stepping(lambda: straightforward_losses(plain.model, batch, codes, everywhere=False))),
+        ("all of it", "dense mask, left padding, whole window, head everywhere"):
+            (lean, stepping(lambda: straightforward_losses(plain.model, wide, codes))),
+        ("no mask", "dense mask, left padding"):
+            (lean, stepping(lambda: straightforward_losses(plain.model, batch, codes, everywhere=False))),
         ("prefixes as long as the batch's longest", "as the whole window"): (lean, stepping(lambda: plain.losses(wide, codes)[0])),
-        ("cached codes", "encoding the targets"): (lean, stepping(lambda: plain.losses(batch, plain.vqgan[0].encode(batch.targets))[0])),
-        ("autocast to bfloat16", "float32"): [stepping(lambda: plain.losses(batch, codes)[0], dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]}
+        ("cached codes", "encoding the targets"): (lean, stepping(lambda: plain.code_losses(batch)[0])),
+        ("autocast to bfloat16", "float32"):
+            [stepping(lambda: plain.losses(batch, codes)[0], dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]}
     if compile_blocks(compiled.model, machine):
-        pairs["compiled blocks", "as they are"] = stepping(lambda: compiled.losses(batch, codes)[0], compiled), lean
+        pairs["compiled blocks", "as they are"] = stepping(lambda: compiled.losses(batch, codes)[0], others), lean
 
     copied, multiplied = sample.measure_limits(device, machine.dtype)
     tokens, images = batch.lengths.float().mean().item(), len(batch.pixels) / micro
     flops = Rehearsal("instruct", replace(run, cache_codes=True), machine.dtype).flops([(tokens, images)] * 8)
-    print(f"steps of {micro} samples: {tokens:.0f} prompt tokens (longest {batch.text_ids.shape[1]}, window {run.model.context}), {codes.shape[1]} codes, {flops / 1e9:.3g} GFLOPs each; "
-          f"{torch.get_num_threads()} threads; {torch.cuda.get_device_name() if device.type == 'cuda' else device} copies {copied / 1e9:.3g} GB/s and multiplies {multiplied / 1e12:.3g} TFLOPS")
+    print(f"steps of {micro} samples: {tokens:.0f} prompt tokens (longest {batch.text_ids.shape[1]}, window {run.model.context}), "
+          f"{codes.shape[1]} codes, {flops / 1e9:.3g} GFLOPs each; {torch.get_num_threads()} threads; "
+          f"{torch.cuda.get_device_name() if device.type == 'cuda' else device} copies {copied / 1e9:.3g} GB/s and multiplies "
+          f"{multiplied / 1e12:.3g} TFLOPS")
     rows = []
     for (name, baseline), both in pairs.items():
         fast, slow = (micro / seconds for seconds in sample.median_seconds(dict(zip((name, baseline), both)), device).values())
@@ -1796,11 +1870,12 @@ def draw_curves(out, path):
         left, right, top, bottom = i * width + pad, (i + 1) * width - 12, 24, height - 24
         losses, dots = ([(line["step"], line[key]) for line in lines if key in line] for key in ("loss", "validation"))
         last, low, high = lines[-1]["step"], *(f(loss for _, loss in losses + dots) for f in (min, max))
-        points, dots = ([(left + (right - left) * step / last, bottom - (bottom - top) * (loss - low) / max(high - low, 1e-9)) for step, loss in pairs] for pairs in (losses, dots))
+        x = partial(np.interp, xp=(0, last), fp=(left, right))
+        y = partial(np.interp, xp=(low, max(high, low + 1e-9)), fp=(bottom, top))
         pen.rectangle((left, top, right, bottom), outline="#bbbbbb")
-        pen.line(points, fill="#2060c0", width=2)
-        for x, y in dots:
-            pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill="#c03020")
+        pen.line([(x(step), y(loss)) for step, loss in losses], fill="#2060c0", width=2)
+        for step, loss in dots:
+            pen.circle((x(step), y(loss)), 3, fill="#c03020")
         pen.text((left, 6), f"{name}: loss {losses[0][1]:.3g} to {losses[-1][1]:.3g}", fill="black")
         pen.text((left, bottom + 6), f"0 to {last} steps", fill="#666666")
     canvas.save(path)
@@ -1827,17 +1902,12 @@ def train_stages(names, run, machine, source, text_tokenizer):
 
 
 def main(arguments):
-    """Train what the command line asks for, then score and show the result."""
+    """Do what the command line asks for: train, then score and show the result."""
     if not arguments or arguments[0] in ("-h", "--help"):
         return print_help()
-    preset, run = parse(arguments)
-    for name in STAGES:  # train_scale stretches every stage
-        recipe = getattr(run, name)
-        run = replace(run, **{name: replace(recipe, steps=max(1, round(recipe.steps * run.train_scale)))})
-    started = time.perf_counter()
+    run, started = parse(arguments)[1], time.perf_counter()
+    run = with_values(run, {f"{s}.steps": max(1, round(getattr(run, s).steps * run.train_scale)) for s in STAGES})
     machine = start_machine(run)
-    if run.dry_run and run.stage in ("claims", "import", "export"):
-        raise ValueError(f"--dry_run=true plans the training of stages; it has nothing for --stage={run.stage}: leave one of them out")
     if run.stage in ("import", "export"):
         return import_released(run, machine) if run.stage == "import" else export_released(run, machine)
     source, text_tokenizer = open_source(run, machine)
@@ -1847,23 +1917,23 @@ def main(arguments):
     stages = (run.stage,) if run.stage in STAGES else STAGES
     problems = [problem for name in stages for problem in missing(name, run, machine, source, text_tokenizer)]
     if run.dry_run:
-        return dry_run(run, machine, source, text_tokenizer, problems)
+        return dry_run(run, machine, source, text_tokenizer, stages, problems)
     if problems:  # until here nothing is written
         raise ValueError(problems[0])
     if run.stage == "claims":
         claims(run, machine, source, text_tokenizer)
     else:
         train_stages(stages, run, machine, source, text_tokenizer)
+    if machine.world_size > 1:
+        dist.destroy_process_group()  # the others need not wait for the scores
     if machine.main and run.stage != "claims":
         draw_curves(run.out, Path(run.out) / "curves.png")
-        if run.data:
-            machine.say(f"no scores: they need a built-in world. Everything took {time.perf_counter() - started:.0f} s; look at {run.out}/curves.png")
-        elif run.stage in ("all", "instruct"):
+        if not run.data and "instruct" in stages:
             sample.score(sample.Pipeline.open(run.out, machine.device), Path(run.out))
-            machine.say(f"everything took {time.perf_counter() - started:.0f} s; look at {run.out}/sheet.png and {run.out}/curves.png, then try\n"
-                        f'    python sample.py {run.out} "A big red star at the top left on a green striped background"')
-    if machine.world_size > 1:
-        dist.destroy_process_group()
+            prompt = "A big red star at the top left on a green striped background"
+            machine.say(f'look at {run.out}/sheet.png, then try\n    python sample.py {run.out} "{prompt}"')
+        machine.say(f"everything took {time.perf_counter() - started:.0f} s; the losses are drawn in {run.out}/curves.png"
+                    + "; there are no scores, which need a built-in world" * bool(run.data))
 
 
 def cli():
@@ -1872,14 +1942,15 @@ def cli():
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
-        print(f"{who}{error}", file=sys.stderr)
-        sys.exit(2)
+        message, code = str(error), 2
     except torch.OutOfMemoryError as error:
-        print(f"{who}the device's memory is too small for the model ({mentor.first_line(error)}): choose a smaller preset or model", file=sys.stderr)
-        sys.exit(2)
+        message, code = f"the device's memory is too small for the model ({mentor.first_line(error)}): choose a smaller preset or model", 2
     except KeyboardInterrupt:
-        print(f"{who}stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        message, code = "stopped; the same command goes on from the last checkpoint", 130
+    else:
+        return
+    print(who + message, file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -172,6 +172,26 @@ def test_a_stage_that_was_stopped_goes_on_bit_for_bit(stage, trained, tmp_path, 
     assert not train.checkpoints(tmp_path / stage)
 
 
+def test_a_discriminator_goes_on_bit_for_bit_too(tmp_path, monkeypatch):
+    keys, step = ("--tokenizer.disc_start=0.3", "--save_every=2", "--seed=1"), train.Log.step
+    run_stage(tmp_path / "straight", "tokenizer", *keys)
+
+    def stop(self, done, *arguments):
+        step(self, done, *arguments)
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.Log, "step", stop)
+        run_stage(tmp_path / "stopped", "tokenizer", *keys)
+    state = mentor.read_pickle(train.checkpoints(tmp_path / "stopped" / "tokenizer")[-1])
+    assert state["step"] == 4 and state["stage"]["counts"].any() and any(k.startswith("disc.") for k in state["stage"]) and state["optimizers"][1]["state"]
+    run_stage(tmp_path / "stopped", "tokenizer", *keys)
+    assert equal(weights(tmp_path / "straight", "tokenizer"), weights(tmp_path / "stopped", "tokenizer"))
+    logs = [[{k: v for k, v in line.items() if k != "samples_per_s"} for line in train.read_log(tmp_path / name / "tokenizer" / "log.jsonl")] for name in ("straight", "stopped")]
+    assert logs[0] == logs[1] and [line["step"] for line in logs[0] if "disc" in line] == [3, 4, 5, 6] and "d_weight" in logs[0][-1]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("name", train.STAGES)
 def test_a_gpu_agrees_with_the_cpu(name, world, text_tokenizer):

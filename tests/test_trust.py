@@ -236,7 +236,7 @@ def test_the_first_number_that_is_not_finite_stops_the_run_and_is_never_saved(tr
     with pytest.raises(ValueError, match=r"align: loss nan, gradient norm nan at step 4, learning rate 2.48e-03, tasks .*(segmentation|text_to_image).*lower --align.lr.*the last good checkpoint is .*state-3.pt"):
         run_stage(tmp_path, "align", "--save_every=1")
     for file in train.checkpoints(tmp_path / "align"):
-        assert all(t.isfinite().all() for _, t in train.named_tensors(train.mentor.read_pickle(file)))
+        assert all(t.isfinite().all() for t in train.tree_leaves(train.mentor.read_pickle(file)) if torch.is_tensor(t))
     monkeypatch.setattr(train.MentorStage, "forward", forward)
     run_stage(tmp_path, "align", "--save_every=1")
     assert equal(weights(tmp_path, "align"), weights(trained, "align"))
