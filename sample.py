@@ -413,12 +413,12 @@ def newest_stage(folder):
 
 
 class Pipeline:
-    """Model, image tokenizer and text tokenizer: from the folder that train.py writes, or as they are in the middle of training."""
+    """Model, image tokenizer and text tokenizer, opened from the folder that train.py writes."""
 
-    def __init__(self, model, vqgan, text_tokenizer, run, device, decoder=None):
-        """decoder: what prefills and steps; by default the model as it is, which may go on training."""
+    def __init__(self, model, vqgan, text_tokenizer, run, device):
+        """The model is made ready to draw, after which it must not train."""
         self.model, self.vqgan, self.text_tokenizer, self.run, self.device = model, vqgan, text_tokenizer, run, torch.device(device)
-        self.decoder = decoder or model.to(self.device).eval()
+        self.decoder = make_ready(model, self.device)
         self.vqgan.to(self.device, memory_format=torch.channels_last).eval()
         config = model.config
         self.collate = Collate(text_tokenizer, config.vision.image_size, config.image_tokens, config.context,
@@ -432,7 +432,7 @@ class Pipeline:
         model, vqgan = Mentor.from_pretrained(stage), VQGAN.from_pretrained(root / "tokenizer")
         text_tokenizer = TextTokenizer.from_file(root / "spiece.model")
         check_text_model(stage, text_tokenizer)
-        return cls(model, vqgan, text_tokenizer, read_json(root / "run.json"), device, make_ready(model, device))
+        return cls(model, vqgan, text_tokenizer, read_json(root / "run.json"), device)
 
     def world(self):
         """The built-in world of the run. Raises ValueError if it was trained on own pictures, or if its run.json names none."""
