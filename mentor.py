@@ -223,7 +223,11 @@ class Attention(nn.Module):
         context = x if context is None else context
         q, k, v = (linear(y).unflatten(-1, (self.n_head, -1)).transpose(1, 2)             # (B, H, L, D/H)
                    for linear, y in ((self.q, x), (self.k, context), (self.v, context)))
-        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        if len(x) == 0:  # prompts without images: on CUDA torch before 2.10 refuses; the sum keeps all weights in the graph
+            y = q + k.sum(2, keepdim=True) + v.sum(2, keepdim=True)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                  # (B, H, L, D/H)
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 def quick_gelu(x):

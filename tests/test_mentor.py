@@ -183,3 +183,18 @@ def test_illegal_configs_name_the_key():
         from_dict(MentorConfig, {"connector": {"kind": "resampler"}})
     with pytest.raises(ValueError, match="no key 'heads'"):
         from_dict(MentorConfig, {"decoder": {"heads": 4}})
+
+
+def test_prompts_without_images_attend_to_nothing_and_still_reach_every_weight(model, make_batch, monkeypatch):
+    """CUDA's kernels of torch 2.9 refuse an empty batch, and several processes wait for the gradient of every weight."""
+    attend = F.scaled_dot_product_attention
+
+    def refuse_nothing(q, *arguments, **options):
+        assert len(q), "batch size must be positive"
+        return attend(q, *arguments, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", refuse_nothing)
+    batch = make_batch(model.config, 2, text_to_image=1.0)
+    model(batch, some_codes(model, 2), nobody(2)).sum().backward()
+    used = [n for n, _ in model.named_parameters() if not n.startswith(("encoder.vision", "projector.unconditional"))]
+    assert len(batch.pixels) == 0 and [n for n, p in model.named_parameters() if p.grad is None and n in used] == []
