@@ -198,7 +198,7 @@ PATTERNS = ("solid", "striped", "dotted", "split")
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 SIZES = ("small", "big")
 WHOLE = "whole image"  # the query connector's words where no subject is meant (section 3.1)
-SAID = ["The in", ".", "The image is", WHOLE]  # what the tasks' prompts say besides captions and labels
+PROMPT_WORDS = ["The in", ".", "The image is", WHOLE]  # what the tasks' prompts say besides captions and labels
 SUPERSAMPLE = 8  # masks are drawn this many times larger and averaged: the antialiasing
 
 Placed = namedtuple("Placed", "subject place size")        # a subject, an index into PLACES, an index into SIZES
@@ -349,7 +349,7 @@ class World:
         grounds = [f"on an on a {c} {p} background" for c in COLORS for p in PATTERNS[1:]]
         places = [f"a {s} at the {p} and" for s in SIZES for p in PLACES]
         things = [" ".join(self.describe(s)) for kind in self.subjects.values() for s in kind]
-        return grounds + places + things + [self.label(s) for s in self.all_subjects()] + SAID
+        return grounds + places + things + [self.label(s) for s in self.all_subjects()] + PROMPT_WORDS
 
 
 ShapeSubject = namedtuple("ShapeSubject", "shape color color2 pattern")  # indices; color2 == color when solid
@@ -490,9 +490,9 @@ class Sample:
     names: list[str]                                    # what each reference is there for: the query connector's words
     target: np.ndarray                                  # the picture to draw
     scene: Scene                                        # the target's scene, for whoever judges the drawing
-    unconditional: bool = False                         # train this one without its prompt (for guidance)
+    drop: bool = False                                  # train this one without its prompt (for guidance)
     line: int = -1                                      # the manifest's line that it was made of
-    chance: int = 0                                     # random bits of its own, for what pretraining hides
+    mask_seed: int = 0                                  # random bits of its own, for what pretraining hides
 
 
 TWO_SUBJECTS = 0.1  # share of scenes with two subjects, where the task allows them
@@ -958,7 +958,7 @@ class Manifest:
     def text_tokenizer(self):
         """A word model of the texts and labels, those of 100,000 lines evenly spaced if there are more."""
         texts = (text.replace("<image>", " ") for entry in self.some(100_000) for text in (entry.text, *entry.labels) if text)
-        return TextTokenizer.train(itertools.chain(SAID, texts))
+        return TextTokenizer.train(itertools.chain(PROMPT_WORDS, texts))
 
 
 def square_of_object(picture, mask, size):
@@ -1172,9 +1172,9 @@ class WorldDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         rng = random.Random(f"{self.seed} {index}")
         task, = rng.choices(self.tasks, self.shares)
-        unconditional = rng.random() < self.prefix_drop
+        drop = rng.random() < self.prefix_drop
         sample = TASKS[task](self.world, rng, self.held_out)
-        return replace(sample, unconditional=unconditional, chance=rng.getrandbits(63))
+        return replace(sample, drop=drop, mask_seed=rng.getrandbits(63))
 
 
 @functools.lru_cache(maxsize=16)
@@ -1214,12 +1214,12 @@ class ManifestDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         rng, line = random.Random(f"{self.seed} {index}"), self.line(index)
-        entry, unconditional = self.manifest[line], rng.random() < self.prefix_drop
+        entry, drop = self.manifest[line], rng.random() < self.prefix_drop
         try:
             if self.targets_only:
                 return Sample(entry.task, "", [], [], entry_target(self.manifest, entry, self.size), None)
             sample = entry_sample(self.manifest, entry, self.size, rng)
-            return replace(sample, unconditional=unconditional, line=line, chance=rng.getrandbits(63))
+            return replace(sample, drop=drop, line=line, mask_seed=rng.getrandbits(63))
         except ValueError as error:
             raise ValueError(f"{self.manifest.path} line {self.manifest.places[line][1]}: {error}") from None
 
@@ -1235,20 +1235,20 @@ class Batch:
     name_ids: torch.Tensor          # (M, Q) int64: the words of each image's subject, for the query connector
     name_mask: torch.Tensor         # (M, Q) bool
     targets: torch.Tensor           # (B, 3, S, S) float32 in [-1, 1], the tokenizer's; empty when there are none
-    unconditional: torch.Tensor     # (B,) bool: samples trained without their prompt
-    hidden: torch.Tensor            # (B, L) bool: about half of the real words, which pretraining hides
+    drop: torch.Tensor              # (B,) bool: samples trained without their prompt
+    masked: torch.Tensor            # (B, L) bool: about half of the real tokens, which pretraining replaces by <unk>
     tasks: list[str]
     lines: list[int] = field(default_factory=list)  # the manifest's lines that the samples were made of
 
     def to(self, device):
         """The same batch with its tensors on the device."""
-        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self):
         """The same batch in memory that a GPU can fetch from by itself; the DataLoader calls it."""
-        return self.each(torch.Tensor.pin_memory)
+        return self.map(torch.Tensor.pin_memory)
 
-    def each(self, change):
+    def map(self, change):
         """The same batch with every tensor changed."""
         return Batch(**{k: change(v) if torch.is_tensor(v) else v for k, v in vars(self).items()})
 
@@ -1293,14 +1293,14 @@ class Collate:
             image_slots=(text_ids.flatten() == self.text_tokenizer.image_id).nonzero().flatten(),
             name_ids=names, name_mask=names != self.text_tokenizer.PAD,
             targets=torch.stack(targets) if targets else torch.zeros(1, 0),
-            unconditional=torch.tensor([s.unconditional for s in samples]),
-            hidden=self.half_of(samples, real),
+            drop=torch.tensor([s.drop for s in samples]),
+            masked=self.choose_masked(samples, real),
             tasks=[s.task for s in samples],
             lines=[s.line for s in samples])
 
-    def half_of(self, samples, real):
+    def choose_masked(self, samples, real):
         """About half of the positions real (B, L) bool, by each sample's own bits, whatever it is batched with."""
-        chances = [torch.rand(real.shape[1], generator=torch.Generator().manual_seed(s.chance)) for s in samples]
+        chances = [torch.rand(real.shape[1], generator=torch.Generator().manual_seed(s.mask_seed)) for s in samples]
         return real & (torch.stack(chances) < 0.5)
 
 

@@ -440,14 +440,14 @@ class MultimodalEncoder(nn.Module):
         self.connector = {"mlp": MLPConnector, "query": QueryConnector}[config.connector.kind](config)
         self.text = TextEncoder(config.text)
 
-    def image_tokens(self, batch):
+    def encode_images(self, batch):
         """All images of the batch, in order, as tokens of the text encoder: (M, image_tokens, D)."""
         return self.connector(self.vision(batch.pixels), self.text.embedding(batch.name_ids), batch.name_mask)
 
     def forward(self, batch):
         """batch: a data.Batch (text_ids, lengths, pixels, image_slots, name_ids, name_mask) -> (B, L, D)."""
-        embeddings = splice(self.text.embedding(batch.text_ids), batch.image_slots, self.image_tokens(batch))
-        return self.text(embeddings, positions_below(batch.lengths, batch.text_ids.shape[1]))
+        embeddings = splice(self.text.embedding(batch.text_ids), batch.image_slots, self.encode_images(batch))
+        return self.text(embeddings, length_mask(batch.lengths, batch.text_ids.shape[1]))
 
 
 def splice(embeddings, slots, tokens):
@@ -461,7 +461,7 @@ def splice(embeddings, slots, tokens):
     return flat.index_copy(0, slots, tokens.flatten(0, 1).to(flat.dtype)).view_as(embeddings)
 
 
-def positions_below(lengths, size):
+def length_mask(lengths, size):
     """lengths (B,) -> (B, size) bool, True at the first lengths[b] positions."""
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
@@ -516,10 +516,10 @@ def rotary_table(grid_size, head_width, prefix_rotation="identity", base=10000.0
     return table
 
 
-def rotate(x, turns):
-    """Turn the interleaved pairs (2i, 2i + 1) of x (..., hd), as complex numbers, by turns (..., hd / 2) complex."""
+def apply_rotary(x, rotations):
+    """Turn the interleaved pairs (2i, 2i + 1) of x (..., hd), as complex numbers, by rotations (..., hd / 2) complex."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))                      # (..., hd / 2)
-    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
 
 
 class KVCache:
@@ -550,16 +550,16 @@ class KVCache:
         self.used = 0
         self.slot.copy_(lengths.view_as(self.slot) - 1)
         self.position.zero_()
-        self.mask.fill_(-torch.inf).masked_fill_(positions_below(lengths, self.mask.shape[-1])[:, None, None], 0)
+        self.mask.fill_(-torch.inf).masked_fill_(length_mask(lengths, self.mask.shape[-1])[:, None, None], 0)
 
-    def next(self):
+    def advance(self):
         """Go on to the next code: its slot may be read from now on. Returns its position (B, 1)."""
         self.used += 1
         self.mask.scatter_(3, self.slot.add_(1), 0)
         return self.position.add_(1)
 
     def append(self, layer, k, v):
-        """Store k and v (B, H, T, hd) in a layer: the prefix, or the code that next() made room for.
+        """Store k and v (B, H, T, hd) in a layer: the prefix, or the code that advance() made room for.
 
         Returns the keys, the values and the mask that attention needs, no mask for the prefix, where it is causal.
         """
@@ -581,9 +581,9 @@ class DecoderAttention(nn.Module):
         self.wqkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x, turns, layer, cache):
+    def forward(self, x, rotations, layer, cache):
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).transpose(1, 3).unbind(2)  # (B, H, T, hd) each
-        q, k, mask = rotate(q, turns), rotate(k, turns), None
+        q, k, mask = apply_rotary(q, rotations), apply_rotary(k, rotations), None
         if cache is not None:
             k, v, mask = cache.append(layer, k, v)
         # Without a cache, and when it is filled: plain causal attention, no mask tensor, so the flash kernel runs.
@@ -596,10 +596,10 @@ class DecoderMLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        hidden = -(-int(8 * config.width / 3) // config.multiple_of) * config.multiple_of  # rounded up
-        self.w1 = nn.Linear(config.width, hidden, bias=False)
-        self.w3 = nn.Linear(config.width, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, config.width, bias=False)
+        width = -(-int(8 * config.width / 3) // config.multiple_of) * config.multiple_of  # rounded up
+        self.w1 = nn.Linear(config.width, width, bias=False)
+        self.w3 = nn.Linear(config.width, width, bias=False)
+        self.w2 = nn.Linear(width, config.width, bias=False)
 
     def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -616,8 +616,8 @@ class DecoderBlock(nn.Module):
         self.mlp = DecoderMLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, turns, layer, cache):
-        x = x + self.dropout(self.attention(self.norm1(x), turns, layer, cache))
+    def forward(self, x, rotations, layer, cache):
+        x = x + self.dropout(self.attention(self.norm1(x), rotations, layer, cache))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
@@ -640,9 +640,9 @@ class ImageDecoder(nn.Module):
 
         With a cache, x follows what the cache holds and is added to it: first the whole prefix, then code by code.
         """
-        x, turns = self.dropout(x), self.rotary[positions][:, None]                      # (B, 1, T, hd / 2)
+        x, rotations = self.dropout(x), self.rotary[positions][:, None]                  # (B, 1, T, hd / 2)
         for layer, block in enumerate(self.blocks):
-            x = block(x, turns, layer, cache)
+            x = block(x, rotations, layer, cache)
         return self.norm(x)
 
 
@@ -667,7 +667,7 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def write_aside(path, write):
+def write_atomically(path, write):
     """Call write(temporary file), then move that to `path`: a kill or a full disk leaves the old file, never half a new one.
 
     Raises OSError naming the file if it cannot be written; nothing is left of it then.
@@ -687,7 +687,7 @@ def write_aside(path, write):
 
 def write_json(path, values):
     """Write values as JSON, whole or not at all."""
-    write_aside(path, lambda file: file.write_text(json.dumps(values, indent=2) + "\n"))
+    write_atomically(path, lambda file: file.write_text(json.dumps(values, indent=2) + "\n"))
 
 
 def read_json(path):
@@ -705,7 +705,7 @@ def save_folder(folder, config, tensors):
     """Write a config, then a model's {name: tensor}; the folder is whole when `model.safetensors` is there."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_json(Path(folder) / "config.json", asdict(config))
-    write_aside(Path(folder) / "model.safetensors", lambda file: save_file(tensors, file))
+    write_atomically(Path(folder) / "model.safetensors", lambda file: save_file(tensors, file))
 
 
 def load_folder(cls, config_class, folder, command, config=None):
@@ -788,7 +788,7 @@ class Mentor(nn.Module):
 
     def decode_step(self, codes, cache):
         """Read one more code of every sample, codes (B,) int64; returns the next code's logits (B, V) float32."""
-        positions = cache.next()
+        positions = cache.advance()
         hidden = self.decoder(self.decoder.code_embedding(codes)[:, None], positions, cache)
         return self.decoder.output(hidden[:, 0]).float()
 

@@ -569,7 +569,7 @@ def next_code_loss(pipeline, samples):
     """Mean cross entropy of the targets' codes given the prompts and the codes before, nats a code."""
     batch = pipeline.collate(samples).to(pipeline.device)
     codes = pipeline.vqgan.encode(batch.targets)
-    return F.cross_entropy(pipeline.model(batch, codes, batch.unconditional).transpose(1, 2), codes).item()
+    return F.cross_entropy(pipeline.model(batch, codes, batch.drop).transpose(1, 2), codes).item()
 
 
 def balance_scores(pipeline):
@@ -578,7 +578,7 @@ def balance_scores(pipeline):
     judge, whole = JUDGES[world.name](world), held_out_samples(world, "subject_driven", FEWER_PROMPTS)
     only_text = [replace(s, prompt=s.prompt.split("\n")[1], images=[], names=[]) for s in whole]
     only_image = [replace(s, prompt="<image>", names=[data.WHOLE]) for s in whole]
-    nothing = [replace(s, unconditional=True) for s in whole]
+    nothing = [replace(s, drop=True) for s in whole]
     cases = {"image and text": (whole, default.cfg_scale), "image dropped": (only_text, default.cfg_scale),
              "text dropped": (only_image, default.cfg_scale), "both dropped": (nothing, 0.0),
              **{f"guidance {scale:g}": (whole, scale) for scale in SCALES}}

@@ -136,7 +136,7 @@ class RunConfig:
     recipe: str = "scratch"        # which parts train in which stage, a row of TRAINED: scratch, paper or released
     micro_batch: int = 0           # samples a process takes at once; 0: all of its share of global_batch
     weight_decay: float = 0.05     # AdamW's and Muon's, on matrices
-    clip: float = 1.0              # largest gradient norm
+    grad_clip: float = 1.0         # largest gradient norm
     warmup: float = 0.05           # fraction of a stage's steps with rising learning rate
     prefix_drop: float = 0.1       # share of samples trained without their prompt, for guidance
     device: str = "auto"           # auto (cuda, then mps, then cpu) or a torch device
@@ -227,12 +227,12 @@ class Machine:
         devices = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(module, devices, broadcast_buffers=False)  # tables, the same everywhere
 
-    def wait(self):
+    def barrier(self):
         """Wait for all processes."""
         if self.world_size > 1:
             dist.barrier()
 
-    def add_up(self, tensor):
+    def sum(self, tensor):
         """Turn a tensor into the sum of all processes' ones, in place, and return it."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
@@ -242,7 +242,7 @@ class Machine:
         """All processes' tensors, one after the other along the first dimension, in rank order; gradients flow back."""
         return tensor if self.world_size == 1 else torch.cat(all_gather(tensor.contiguous()))
 
-    def largest(self, number):
+    def max(self, number):
         """The largest of all processes' whole numbers, so that all decide alike. Waits for no GPU."""
         if self.world_size == 1:
             return number
@@ -391,7 +391,7 @@ class TokenizerStage(Stage):
             loss = hinge_d_loss(self.disc(real).float(), self.disc(fake).float())
         loss.backward()
         for p in self.disc.parameters():
-            self.machine.add_up(p.grad).div_(self.machine.world_size)
+            self.machine.sum(p.grad).div_(self.machine.world_size)
         for optimizer in self.own_optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -434,7 +434,7 @@ class ContrastiveHead(nn.Module):
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
-def fill_in_loss(model, batch, patches):
+def masked_token_loss(model, batch, patches):
     """T5's own pretraining, with the picture: the prompt is `<image>{caption}` with every second word hidden, the loss is
     that of the hidden words, read off the table of word embeddings (T5, arXiv 1910.10683, section 2.1).
 
@@ -442,15 +442,15 @@ def fill_in_loss(model, batch, patches):
     (B, n_patch, Dv): the vision encoder's features of the pictures. Returns a scalar, the mean over samples.
     """
     encoder, n, (B, L), device = model.encoder, model.config.image_tokens, batch.text_ids.shape, batch.text_ids.device
-    ids = F.pad(batch.text_ids.masked_fill(batch.hidden, TextTokenizer.UNKNOWN), (n, 0))  # (B, n + L)
+    ids = F.pad(batch.text_ids.masked_fill(batch.masked, TextTokenizer.UNKNOWN), (n, 0))  # (B, n + L)
     slots = (torch.arange(B, device=device)[:, None] * (n + L) + torch.arange(n, device=device)).flatten()
     nameless = torch.full((B, 1), TextTokenizer.EOS, device=device)
     tokens = encoder.connector(patches, encoder.text.embedding(nameless), nameless > 0)   # (B, n, Dt)
     embeddings = mentor.splice(encoder.text.embedding(ids), slots, tokens)               # (B, n + L, Dt)
-    states = encoder.text(embeddings, mentor.positions_below(batch.lengths + n, n + L))[:, n:] * model.config.text.width**-0.5
+    states = encoder.text(embeddings, mentor.length_mask(batch.lengths + n, n + L))[:, n:] * model.config.text.width**-0.5
     logits = F.linear(states, encoder.text.embedding.weight).float()                     # (B, L, vocabulary)
-    losses = F.cross_entropy(logits.transpose(1, 2), batch.text_ids, reduction="none") * batch.hidden
-    return (losses.sum(1) / batch.hidden.sum(1).clamp(min=1)).mean()                     # each sample counts alike
+    losses = F.cross_entropy(logits.transpose(1, 2), batch.text_ids, reduction="none") * batch.masked
+    return (losses.sum(1) / batch.masked.sum(1).clamp(min=1)).mean()                     # each sample counts alike
 
 
 class CodeCache:
@@ -465,8 +465,8 @@ class CodeCache:
         shape, dtype = (len(manifest), run.vqgan.grid_size**2), np.min_scalar_type(run.vqgan.codebook_size)
         if machine.main and not path.is_file():
             path.parent.mkdir(exist_ok=True)
-            mentor.write_aside(path, lambda file: np.lib.format.open_memmap(file, "w+", dtype, shape).flush())  # zeros, and sparse
-        machine.wait()
+            mentor.write_atomically(path, lambda file: np.lib.format.open_memmap(file, "w+", dtype, shape).flush())  # zeros, and sparse
+        machine.barrier()
         self.rows = np.lib.format.open_memmap(path, "r+")                                # code + 1, 0 where none is yet
 
     def encode(self, vqgan, batch):
@@ -506,7 +506,7 @@ class MentorStage(Stage):
     def losses(self, batch, codes):
         """The same, given the codes (B, N) of the targets."""
         hidden = self.model.encoder(batch)
-        prefix = self.model.projector(hidden, batch.lengths, batch.unconditional)
+        prefix = self.model.projector(hidden, batch.lengths, batch.drop)
         states = self.model.next_code_hidden(prefix, batch.lengths, codes)               # (B, N, D)
         return next_code_losses(self.model.decoder.output, states, codes), hidden
 
@@ -522,11 +522,11 @@ class MentorStage(Stage):
             logs[task] = torch.stack([loss for loss, t in zip(losses.detach(), batch.tasks) if t == task]).mean()
         if self.contrastive:
             pixels = as_vision_pixels(batch.targets, self.model.config.vision.image_size)
-            real = mentor.positions_below(batch.lengths, hidden.shape[1])[..., None]
+            real = mentor.length_mask(batch.lengths, hidden.shape[1])[..., None]
             text = (hidden * real).sum(1) / batch.lengths[:, None]                       # (B, Dt), mean over real positions
             features = self.model.encoder.vision.before_last(pixels)                     # (B, 1 + n_patch, Dv)
             more = {"contrastive": self.contrastive(self.model.encoder.vision.pool(features), text),
-                    "fill_in": fill_in_loss(self.model, batch, features[:, 1:])}
+                    "fill_in": masked_token_loss(self.model, batch, features[:, 1:])}
             loss = loss + sum(more.values())
             logs.update({name: value.detach() for name, value in more.items()})
         return loss, logs
@@ -657,7 +657,7 @@ def check_vocabulary(text_tokenizer, run):
         raise ValueError(f"--model.text.vocab_size={rows}: the text tokenizer has {words} ids; give at least as many")
 
 
-def check_words(text_tokenizer, run, source, machine):
+def check_text_tokenizer(text_tokenizer, run, source, machine):
     """Raise ValueError naming the first word that the text model does not know, if it is the world's, or if more than half of
     the lines of the data have such words; fewer, as rare signs make them, are counted and said."""
     lines = [" ".join((e.text, *e.labels)) for e in source.some(10_000)] if run.data else source.sentences()
@@ -733,14 +733,14 @@ class Muon(torch.optim.Optimizer):
 TABLES = re.compile("embedding|relative_bias|unconditional|queries|decoder.output|contrastive")  # their rows are separate things
 
 
-def make_optimizers(stage, recipe, run):
+def make_optimizers(stage, config, run):
     """AdamW (betas 0.9, 0.95, decay on matrices) for everything; or Muon for the matrices of hidden layers, and AdamW for the rest."""
-    muon_lr, named = getattr(recipe, "muon_lr", 0.0), stage.trained()
+    muon_lr, named = getattr(config, "muon_lr", 0.0), stage.trained()
     matrices = {n: p for n, p in named if muon_lr and p.ndim == 2 and not TABLES.search(n)}
     rest = [p for n, p in named if n not in matrices]
     groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": run.weight_decay},
               {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(groups, recipe.lr, betas=(0.9, 0.95), fused=True)]
+    optimizers = [torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95), fused=True)]
     if matrices:
         optimizers.append(Muon(matrices.values(), muon_lr, weight_decay=run.weight_decay))
     for group in (g for o in optimizers for g in o.param_groups):
@@ -748,13 +748,13 @@ def make_optimizers(stage, recipe, run):
     return optimizers
 
 
-def schedule(step, recipe, run):
+def schedule(step, config, run):
     """Factor on the peak learning rate: linear warm-up, then a cosine down to final_lr."""
-    warmup = max(1, round(run.warmup * recipe.steps))
+    warmup = max(1, round(run.warmup * config.steps))
     if step < warmup:
         return (step + 1) / warmup
-    done = (step - warmup) / max(1, recipe.steps - warmup)
-    return recipe.final_lr + (1 - recipe.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    done = (step - warmup) / max(1, config.steps - warmup)
+    return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -775,14 +775,14 @@ class Log:
     """
 
     def __init__(self, folder, name, run, start, machine):
-        self.folder, self.name, self.run, self.recipe, self.machine = folder, name, run, getattr(run, name), machine
-        self.every, self.flops, self.lost = max(1, self.recipe.steps // 200), 0, False
+        self.folder, self.name, self.run, self.config, self.machine = folder, name, run, getattr(run, name), machine
+        self.every, self.flops, self.lost = max(1, self.config.steps // 200), 0, False
         self.values, self.since, self.started = {}, start, time.perf_counter()
         self.recent = []  # of each step since the last check: (step, loss and gradient norm, learning rate, tasks)
         if machine.main:
             done = [json.dumps(line) + "\n" for line in read_log(folder / "log.jsonl") if line["step"] <= start] if start else []
-            mentor.write_aside(folder / "log.jsonl", lambda file: file.write_text("".join(done)))
-            self.bar = tqdm(total=self.recipe.steps, initial=start, desc=name.ljust(9), dynamic_ncols=True, smoothing=0.05)
+            mentor.write_atomically(folder / "log.jsonl", lambda file: file.write_text("".join(done)))
+            self.bar = tqdm(total=self.config.steps, initial=start, desc=name.ljust(9), dynamic_ncols=True, smoothing=0.05)
 
     def add(self, values):
         """Note values, each a number or a scalar tensor."""
@@ -814,7 +814,7 @@ class Log:
         """One line with the means since the last, over all processes; if the disk is full it is lost, and that is said once."""
         means = {k: float(torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in vs]).mean()) for k, vs in self.values.items()}
         means, now = self.machine.mean(means), time.perf_counter()
-        rate = (step + 1 - self.since) * self.recipe.global_batch / (now - self.started)
+        rate = (step + 1 - self.since) * self.config.global_batch / (now - self.started)
         self.values, self.since, self.started = {}, step + 1, now
         if not self.machine.main:
             return
@@ -871,13 +871,13 @@ def leave_group(worker):
         os.setpgrp()
 
 
-def micro_batches(recipe, run, machine):
+def micro_batches(config, run, machine):
     """(micro-batch, micro-batches a step) of one process. Raises ValueError with the arithmetic if it does not divide."""
-    share, rest = divmod(recipe.global_batch, machine.world_size)
+    share, rest = divmod(config.global_batch, machine.world_size)
     micro = run.micro_batch or share
     if rest or share % micro:
-        times = recipe.global_batch / machine.world_size / micro
-        raise ValueError(f"global_batch={recipe.global_batch} is not processes x micro_batch x a whole number: "
+        times = config.global_batch / machine.world_size / micro
+        raise ValueError(f"global_batch={config.global_batch} is not processes x micro_batch x a whole number: "
                          f"{machine.world_size} x {micro} x {times:.2f}; change micro_batch or global_batch")
     return micro, share // micro
 
@@ -908,37 +908,37 @@ def build_stage(name, run, machine, source):
 
 def train_stage(name, run, machine, source, text_tokenizer):
     """Train one stage from its last checkpoint, or from the stage before, and save its weights."""
-    folder, recipe = Path(run.out) / name, getattr(run, name)
+    folder, config = Path(run.out) / name, getattr(run, name)
     record = stage_record(name, run, source, text_tokenizer)
     check_record(folder, record)
     if (folder / "model.safetensors").is_file():
         machine.say(f"{name}: done already, {folder} holds its weights")
         return
-    micro, accumulate = micro_batches(recipe, run, machine)
+    micro, accumulate = micro_batches(config, run, machine)
     stage = build_stage(name, run, machine, source)
-    optimizers = make_optimizers(stage, recipe, run)
+    optimizers = make_optimizers(stage, config, run)
     saved = [*optimizers, *stage.own_optimizers]
     start = load_state(folder, name, stage, saved, machine)
     if machine.main:
         folder.mkdir(parents=True, exist_ok=True)
         mentor.write_json(folder / "stage.json", record)
-    describe_stage(name, stage, recipe, machine, micro, accumulate, start)
+    describe_stage(name, stage, config, machine, micro, accumulate, start)
 
     collate, validation = make_collate(run, text_tokenizer), make_dataset(name, run, stage.mix, source, held_out=True)
     batches = iter(torch.utils.data.DataLoader(
         make_dataset(name, run, stage.mix, source), collate_fn=collate, num_workers=run.workers, worker_init_fn=leave_group,
-        batch_sampler=index_batches(start, recipe.steps, recipe.global_batch, micro, accumulate, machine.rank),
+        batch_sampler=index_batches(start, config.steps, config.global_batch, micro, accumulate, machine.rank),
         pin_memory=machine.device.type == "cuda"))
     wrapped = machine.wrap(stage.train())
     log = Log(folder, name, run, start, machine)
     with StopSignals() as signals:
-        for step in range(start, recipe.steps):
+        for step in range(start, config.steps):
             torch.manual_seed(run.seed * 1_000_003 + step * machine.world_size + machine.rank)  # dropout is a function of the step
-            factor = schedule(step, recipe, run)
+            factor = schedule(step, config, run)
             for group in (g for o in optimizers for g in o.param_groups):
                 group["lr"] = group["peak"] * factor
             loss, tasks = add_gradients(step, wrapped, batches, micro, accumulate, log)
-            grad_norm = nn.utils.clip_grad_norm_([p for _, p in stage.trained()], run.clip)
+            grad_norm = nn.utils.clip_grad_norm_([p for _, p in stage.trained()], run.grad_clip)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -946,13 +946,13 @@ def train_stage(name, run, machine, source, text_tokenizer):
 
             if run.score_every and name in STAGES[2:] and (step + 1) % run.score_every == 0 and machine.main:
                 log.add(score_now(stage, run, source, text_tokenizer, machine))
-            last = step + 1 == recipe.steps
+            last = step + 1 == config.steps
             due = last or (step + 1) % run.save_every == 0
             seen = held_out_loss(stage, validation, collate, micro, machine, log) if due else None
-            log.step(step, loss, grad_norm, recipe.lr * factor, tasks, due)
+            log.step(step, loss, grad_norm, config.lr * factor, tasks, due)
             if seen is not None and machine.main:  # before the checkpoint: a run that is killed between them comes by here again
                 keep_best(folder, name, stage, step + 1, seen, last, machine)
-            stop = machine.largest(signals.received)
+            stop = machine.max(signals.received)
             if not last and (stop or due):
                 log.check()
                 save_state(folder, name, stage, saved, step + 1, run.keep, machine)
@@ -1013,7 +1013,7 @@ def held_out_loss(stage, dataset, collate, micro, machine, log):
         with machine.autocast():
             total += stage.validation_loss(batch) * len(batch)
     stage.train()
-    loss = float(machine.add_up(total)) / count
+    loss = float(machine.sum(total)) / count
     log.add({"validation": loss})
     log.started += time.perf_counter() - began  # no samples were trained on
     return loss
@@ -1029,7 +1029,7 @@ def score_now(stage, run, world, text_tokenizer, machine):
     return {key: scores[key] for key in MEASURES}
 
 
-def describe_stage(name, stage, recipe, machine, micro, accumulate, start):
+def describe_stage(name, stage, config, machine, micro, accumulate, start):
     """Say what will be trained, on how much, and what the first loss should be."""
     parts, trained = {"vqgan": stage.model}, {id(p) for _, p in stage.trained()}
     if name != "tokenizer":
@@ -1042,7 +1042,7 @@ def describe_stage(name, stage, recipe, machine, micro, accumulate, start):
         state = " frozen" if not learning else "" if learning == total else f" ({learning / 1e6:.2f}M trained)"
         counts.append(f"{part} {total / 1e6:.2f}M{state}")
     machine.say(f"{name}: {', '.join(counts)}")
-    machine.say(f"{name}: {recipe.steps} steps of {recipe.global_batch} = {machine.world_size} processes x {accumulate} micro-batches "
+    machine.say(f"{name}: {config.steps} steps of {config.global_batch} = {machine.world_size} processes x {accumulate} micro-batches "
                 f"x {micro}" + f", from step {start}" * (start > 0))
     if name == "pretrain":
         codes = stage.model.config.decoder.codebook_size
@@ -1075,9 +1075,9 @@ def check_finite(state, name, step, folder):
 
 
 def write_if_room(path, write, name, machine):
-    """write_aside; if it cannot be written, the disk being full, that is said and the run goes on. Returns whether it was."""
+    """write_atomically; if it cannot be written, the disk being full, that is said and the run goes on. Returns whether it was."""
     try:
-        mentor.write_aside(path, write)
+        mentor.write_atomically(path, write)
     except OSError as error:
         machine.say(f"{name}: {error}: going on without it, {last_checkpoint(path.parent)}; make room on the disk")
         return False
@@ -1114,7 +1114,7 @@ def newest_state(folder, name, machine):
 def load_state(folder, name, stage, optimizers, machine):
     """Restore what save_state wrote last; returns the step to go on from, 0 if there is nothing."""
     state = newest_state(folder, name, machine) if machine.main else {"step": 0}
-    step = machine.largest(state["step"])  # the first process chooses
+    step = machine.max(state["step"])  # the first process chooses
     if not step:
         return 0
     if not machine.main:
@@ -1168,7 +1168,7 @@ def save_weights(folder, name, stage, machine):
             raise ValueError(f"{name}: {error}: make room on the disk, then the same command again; {last_checkpoint(folder)}") from None
         for file in folder.glob("state-*"):
             file.unlink()
-    machine.wait()
+    machine.barrier()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1344,7 +1344,7 @@ def check_shapes(run, folder, text_tokenizer):
         raise ValueError(f"{folder}: {error}; make the stage {folder.name} again") from None
 
 
-def missing(name, run, machine, source, text_tokenizer):
+def start_problems(name, run, machine, source, text_tokenizer):
     """What keeps a stage from starting, as a list of sentences; what the same run makes before it counts as there."""
     out, problems, before = Path(run.out), [], STARTS_FROM[name]
     absent = [str(out / s / file) for s in before for file in ("config.json", "model.safetensors") if not (out / s / file).is_file()]
@@ -1499,7 +1499,7 @@ class Rehearsal:
         model, zeros, side, target = self.run.model, torch.zeros, self.run.model.vision.image_size, self.run.vqgan.image_size
         with self.fake:
             ids = zeros(count, tokens, dtype=torch.long)
-            batch = Batch(text_ids=ids, lengths=ids[:, 0] + tokens, hidden=ids == 0, unconditional=zeros(count) == 1,
+            batch = Batch(text_ids=ids, lengths=ids[:, 0] + tokens, masked=ids == 0, drop=zeros(count) == 1,
                           pixels=zeros(images, 3, side, side), image_slots=torch.arange(images * model.image_tokens),
                           name_ids=zeros(images, NAME_TOKENS, dtype=torch.long), name_mask=zeros(images, NAME_TOKENS) == 0,
                           targets=zeros(count, 3, target, target), tasks=["text_to_image"] * count)
@@ -1546,17 +1546,17 @@ def first_prompts(name, run, source, text_tokenizer, count=64):
     if run.data:
         prompts = [(entry_prompt(entry), entry.images) for entry in (source[dataset.line(i)] for i in range(count))]
     else:
-        prompts = [(sample.prompt, len(sample.images)) for sample in map(dataset.__getitem__, range(count))]
+        prompts = [(s.prompt, len(s.images)) for s in map(dataset.__getitem__, range(count))]
     return [(len(collate.encode(prompt, images)), images) for prompt, images in prompts]
 
 
 def plan_stage(name, run, machine, dtype, prompts):
     """Print a stage's parameters, steps, FLOPs, hours and memory, given the (tokens, images) of some of its prompts."""
-    rehearsal, recipe = Rehearsal(name, run, dtype), getattr(run, name)
-    share = max(1, recipe.global_batch // machine.world_size)
+    rehearsal, config = Rehearsal(name, run, dtype), getattr(run, name)
+    share = max(1, config.global_batch // machine.world_size)
     micro = run.micro_batch or share
-    describe_stage(name, rehearsal.stage, recipe, machine, micro, share // micro, 0)
-    flops, samples = rehearsal.flops(prompts), recipe.steps * recipe.global_batch
+    describe_stage(name, rehearsal.stage, config, machine, micro, share // micro, 0)
+    flops, samples = rehearsal.flops(prompts), config.steps * config.global_batch
     tokens, images = np.mean(prompts, 0)
     prompt = f"{tokens:.0f} prompt tokens, those of {images:.2f} images among them (at most {max(prompts)[0]}), and "
     machine.say(f"{name}: a sample is {prompt * (name != 'tokenizer')}{run.vqgan.grid_size**2} codes, {flops / 1e12:.4g} TFLOPs; "
@@ -1643,7 +1643,7 @@ def branch(run, out, before, machine, source, text_tokenizer, stages):
         Path(out).mkdir(parents=True, exist_ok=True)
         if not (Path(out) / stage).exists():
             (Path(out) / stage).symlink_to(os.path.relpath(folder, out), target_is_directory=True)
-    machine.wait()
+    machine.barrier()
     train_stages(stages, run, machine, source, text_tokenizer)
     return run
 
@@ -1699,7 +1699,7 @@ def claims(run, machine, world, text_tokenizer):
     result = {"seeds": run.claims_seeds, "rows": averaged(rows), "balance": balance, "efficiency": curve}
     text = claims_text(result)
     mentor.write_json(out / "claims.json", result)
-    mentor.write_aside(out / "claims.md", lambda file: file.write_text(text, encoding="utf-8"))
+    mentor.write_atomically(out / "claims.md", lambda file: file.write_text(text, encoding="utf-8"))
     prompts = sample.held_out_samples(world, "subject_driven", 8)
     drawn = {name: sample.Pipeline.open(folder, machine.device).draw(prompts)[0] for name, folder in folders.items()}
     pictures = {"reference": [s.images[0] for s in prompts], **drawn, "ideal": [s.target for s in prompts]}
@@ -1780,7 +1780,7 @@ def claims_text(result):
 def widen(batch, width):
     """The batch with its prompts padded to a window of `width` tokens."""
     slots, more = batch.image_slots, width - batch.text_ids.shape[1]
-    return replace(batch, text_ids=F.pad(batch.text_ids, (0, more)), hidden=F.pad(batch.hidden, (0, more)),
+    return replace(batch, text_ids=F.pad(batch.text_ids, (0, more)), masked=F.pad(batch.masked, (0, more)),
                    image_slots=slots + slots // batch.text_ids.shape[1] * more)
 
 
@@ -1789,7 +1789,7 @@ def straightforward_losses(model, batch, codes, everywhere=True):
     dense mask over the padding before them, and the output head at all positions (everywhere) though only N count."""
     (B, T), N = batch.text_ids.shape, codes.shape[1]
     padding = T - batch.lengths[:, None]                                                 # (B, 1)
-    prefix = model.projector(model.encoder(batch), batch.lengths, batch.unconditional)
+    prefix = model.projector(model.encoder(batch), batch.lengths, batch.drop)
     prefix = prefix.gather(1, ((torch.arange(T, device=codes.device) - padding) % T)[..., None].expand_as(prefix))
     x = torch.cat([prefix, model.decoder.code_embedding(codes[:, :-1]).to(prefix.dtype)], dim=1)
     at = torch.arange(T + N - 1, device=codes.device)
@@ -1818,7 +1818,7 @@ def bench(run, machine, source, text_tokenizer):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = losses().mean()
             loss.backward()
-            nn.utils.clip_grad_norm_([p for o in optimizers for group in o.param_groups for p in group["params"]], run.clip)
+            nn.utils.clip_grad_norm_([p for o in optimizers for group in o.param_groups for p in group["params"]], run.grad_clip)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -1884,10 +1884,10 @@ def draw_curves(out, path):
 def write_run(run, text_tokenizer, manifests=()):
     """What lies in a run's folder beside its stages: text model, keys, manifests that were made of folders."""
     Path(run.out).mkdir(parents=True, exist_ok=True)
-    mentor.write_aside(Path(run.out) / "spiece.model", lambda file: file.write_bytes(text_tokenizer.proto))
+    mentor.write_atomically(Path(run.out) / "spiece.model", lambda file: file.write_bytes(text_tokenizer.proto))
     mentor.write_json(Path(run.out) / "run.json", asdict(run))
     for manifest in (m for m in manifests if m.content is not None):
-        mentor.write_aside(manifest.path, lambda file: file.write_bytes(manifest.content))
+        mentor.write_atomically(manifest.path, lambda file: file.write_bytes(manifest.content))
         manifest.content = None
 
 
@@ -1911,11 +1911,11 @@ def main(arguments):
     if run.stage in ("import", "export"):
         return import_released(run, machine) if run.stage == "import" else export_released(run, machine)
     source, text_tokenizer = open_source(run, machine)
-    check_words(text_tokenizer, run, source, machine)
+    check_text_tokenizer(text_tokenizer, run, source, machine)
     if run.bench:
         return bench(run, machine, source, text_tokenizer)
     stages = (run.stage,) if run.stage in STAGES else STAGES
-    problems = [problem for name in stages for problem in missing(name, run, machine, source, text_tokenizer)]
+    problems = [problem for name in stages for problem in start_problems(name, run, machine, source, text_tokenizer)]
     if run.dry_run:
         return dry_run(run, machine, source, text_tokenizer, stages, problems)
     if problems:  # until here nothing is written

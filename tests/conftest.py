@@ -90,7 +90,7 @@ def only(batch, i):
     slots = batch.image_slots[batch.image_slots // batch.text_ids.shape[1] == i] - i * batch.text_ids.shape[1]
     return replace(batch, text_ids=batch.text_ids[i : i + 1, :length], lengths=batch.lengths[i : i + 1], pixels=batch.pixels[images],
                    image_slots=slots, name_ids=batch.name_ids[images], name_mask=batch.name_mask[images],
-                   targets=batch.targets[i : i + 1], unconditional=batch.unconditional[i : i + 1], tasks=batch.tasks[i : i + 1])
+                   targets=batch.targets[i : i + 1], drop=batch.drop[i : i + 1], tasks=batch.tasks[i : i + 1])
 
 
 def image_owner(batch):

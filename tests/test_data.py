@@ -134,7 +134,7 @@ def test_tasks_come_in_their_shares(world):
     dataset = WorldDataset(world, {"text_to_image": 3.0, "segmentation": 1.0}, 0, prefix_drop=0.1)
     samples = [dataset[i] for i in range(1000)]
     assert abs(sum(s.task == "segmentation" for s in samples) / 1000 - 0.25) < 0.05
-    assert abs(sum(s.unconditional for s in samples) / 1000 - 0.1) < 0.03
+    assert abs(sum(s.drop for s in samples) / 1000 - 0.1) < 0.03
 
 
 def test_wrong_prompts_are_refused_with_a_reason(world, text_tokenizer):

@@ -56,7 +56,7 @@ def test_the_straightforward_forward_gives_the_same_losses_and_gradients(text_to
     """Left padding, a dense mask and the head everywhere, on the batch's longest prompt or the whole window: the same function."""
     stage = small_stage(text_tokenizer)
     batch = make_batch(stage.model.config, 6)
-    batch = replace(batch, unconditional=torch.arange(6) % 3 == 0)
+    batch = replace(batch, drop=torch.arange(6) % 3 == 0)
     codes = torch.randint(64, (6, 64), generator=torch.Generator().manual_seed(0))
     results = []
     for losses in (lambda: stage.losses(batch, codes)[0], lambda: train.straightforward_losses(stage.model, train.widen(batch, window) if window else batch, codes),

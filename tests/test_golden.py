@@ -83,9 +83,9 @@ def end_to_end():
 
 def prompts(ids, mask, pixels):
     """A Batch of the released code's inputs; 98 is their image placeholder."""
-    return Batch(hidden=torch.zeros_like(ids, dtype=torch.bool), text_ids=ids, lengths=mask.sum(1), pixels=pixels, image_slots=(ids == 98).flatten().nonzero().flatten(),
+    return Batch(masked=torch.zeros_like(ids, dtype=torch.bool), text_ids=ids, lengths=mask.sum(1), pixels=pixels, image_slots=(ids == 98).flatten().nonzero().flatten(),
                  name_ids=torch.zeros(len(pixels), 1, dtype=torch.long), name_mask=torch.ones(len(pixels), 1, dtype=torch.bool),
-                 targets=torch.zeros(0), unconditional=torch.zeros(len(ids), dtype=torch.bool), tasks=["golden"] * len(ids))
+                 targets=torch.zeros(0), drop=torch.zeros(len(ids), dtype=torch.bool), tasks=["golden"] * len(ids))
 
 
 def test_joint_model_training():

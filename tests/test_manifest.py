@@ -159,7 +159,7 @@ def test_samples_of_all_tasks_make_a_batch(folder):
     tokenizer = dataset.manifest.text_tokenizer()
     batch = Collate(tokenizer, 32, 16, 96, 32)([dataset[i] for i in range(14)])
     assert set(batch.tasks) == set(TASKS) and batch.targets.shape == (14, 3, 32, 32) and not (batch.text_ids == tokenizer.UNKNOWN).any()
-    assert 0 < batch.unconditional.sum() < 14
+    assert 0 < batch.drop.sum() < 14
 
 
 def test_samples_are_a_function_of_seed_and_index(folder):
@@ -496,10 +496,10 @@ def test_words_that_the_text_model_does_not_know_are_counted_and_too_many_refuse
     run = train.replace(train.PRESETS["tiny"], data="m.jsonl", out="out")
     lines, known = manifest(folder, [{**T2I, "input_text": f"a {'b' * (i // 2 + 1)} box"} for i in range(20)]), "a box "
     for count, said in ((10, ""), (9, "data: 10.00% of the lines have words that the text model does not know, the first is 'bbbbbbbbbb'"), (5, "data: 50.00% of the lines")):
-        train.check_words(TextTokenizer.train([known + " ".join("b" * (i + 1) for i in range(count))]), run, lines, CPU)
+        train.check_text_tokenizer(TextTokenizer.train([known + " ".join("b" * (i + 1) for i in range(count))]), run, lines, CPU)
         assert capsys.readouterr().out.startswith(said)
     with pytest.raises(ValueError, match="out/spiece.model: this text model does not know 'bbbbb' and other words of m.jsonl, so it was made for something else; choose another --out"):
-        train.check_words(TextTokenizer.train([known + "b bb bbb bbbb"]), run, lines, CPU)
+        train.check_text_tokenizer(TextTokenizer.train([known + "b bb bbb bbbb"]), run, lines, CPU)
 
 
 def test_a_run_lists_the_lines_it_leaves_out(folder, capsys):

@@ -41,11 +41,11 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def stage_and_batch(name, recipe, world, text_tokenizer, unconditional=0.0):
+def stage_and_batch(name, recipe, world, text_tokenizer, drop=0.0):
     run = small_run(f"--recipe={recipe}")
     torch.manual_seed(0)
     stage = TokenizerStage(run, CPU) if name == "tokenizer" else MentorStage(name, run, CPU, Mentor(run.model), VQGAN(run.vqgan))
-    dataset = WorldDataset(world, stage.mix, 0, prefix_drop=unconditional)
+    dataset = WorldDataset(world, stage.mix, 0, prefix_drop=drop)
     collate = Collate(text_tokenizer, 32, run.model.image_tokens, run.model.context, 32)
     return run, stage, collate([dataset[i] for i in range(8)])
 
@@ -53,7 +53,7 @@ def stage_and_batch(name, recipe, world, text_tokenizer, unconditional=0.0):
 @pytest.mark.parametrize("recipe", train.TRAINED)
 @pytest.mark.parametrize("name", train.STAGES[1:])
 def test_frozen_parts_stay_bit_equal_and_trained_parts_move(name, recipe, world, text_tokenizer):
-    run, stage, batch = stage_and_batch(name, recipe, world, text_tokenizer, unconditional=0.5)
+    run, stage, batch = stage_and_batch(name, recipe, world, text_tokenizer, drop=0.5)
     with torch.no_grad():
         stage.model.decoder.output.weight.normal_()  # a zero head would keep everything before it from learning
     before = {k: v.clone() for k, v in stage.model.state_dict().items()}
@@ -74,21 +74,21 @@ def test_frozen_parts_stay_bit_equal_and_trained_parts_move(name, recipe, world,
     assert not any("vqgan" in n for n, _ in stage.named_parameters())
 
 
-def test_hidden_words_are_told_from_the_picture_and_the_other_words(world, text_tokenizer):
-    """Against each sample alone, without padding: the mean loss of its hidden words, which the text encoder does not see."""
+def test_masked_tokens_are_predicted_from_the_picture_and_the_other_tokens(world, text_tokenizer):
+    """Against each sample alone, without padding: the mean loss of its masked tokens, which the text encoder does not see."""
     run, stage, batch = stage_and_batch("pretrain", "scratch", world, text_tokenizer)
     model = randomize(stage.model).eval()
     encoder, patches = model.encoder, model.encoder.vision(train.as_vision_pixels(batch.targets, 32))
-    assert len(set(batch.lengths.tolist())) > 1 and batch.hidden.any(1).all() and not batch.hidden.all(1).any()
+    assert len(set(batch.lengths.tolist())) > 1 and batch.masked.any(1).all() and not batch.masked.all(1).any()
     losses = []
     for i, length in enumerate(batch.lengths):
-        words, hidden = batch.text_ids[i, :length], batch.hidden[i, :length]
-        seen = encoder.text.embedding(torch.where(hidden, torch.tensor(text_tokenizer.UNKNOWN), words))
+        words, masked = batch.text_ids[i, :length], batch.masked[i, :length]
+        seen = encoder.text.embedding(torch.where(masked, torch.tensor(text_tokenizer.UNKNOWN), words))
         tokens = encoder.connector(patches[i : i + 1], encoder.text.embedding(torch.tensor([[text_tokenizer.EOS]])), torch.tensor([[True]]))[0]
         states = encoder.text(torch.cat([tokens, seen])[None], torch.ones(1, len(tokens) + length, dtype=torch.bool))[0, len(tokens) :]
         logits = states @ encoder.text.embedding.weight.T / model.config.text.width**0.5
-        losses.append(torch.nn.functional.cross_entropy(logits[hidden], words[hidden]))
-    torch.testing.assert_close(train.fill_in_loss(model, batch, patches), torch.stack(losses).mean(), rtol=1e-4, atol=1e-4)
+        losses.append(torch.nn.functional.cross_entropy(logits[masked], words[masked]))
+    torch.testing.assert_close(train.masked_token_loss(model, batch, patches), torch.stack(losses).mean(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_new_decoder_starts_along_the_codebook(tmp_path, trained, world):
@@ -124,12 +124,12 @@ def test_one_batch_can_be_overfitted(world, text_tokenizer):
 
 def test_dropping_the_prompt_hides_it(world, text_tokenizer):
     """With every sample unconditional the loss does not depend on the words."""
-    run, stage, batch = stage_and_batch("instruct", "scratch", world, text_tokenizer, unconditional=1.0)
+    run, stage, batch = stage_and_batch("instruct", "scratch", world, text_tokenizer, drop=1.0)
     torch.nn.init.normal_(stage.model.decoder.output.weight)
     stage.eval()
     other = train.replace(batch, text_ids=torch.where(batch.text_ids == text_tokenizer.image_id, batch.text_ids, 5), pixels=batch.pixels + 1)
-    assert batch.unconditional.all() and torch.equal(stage(batch, 0)[0], stage(other, 0)[0])
-    seen = train.replace(batch, unconditional=~batch.unconditional)
+    assert batch.drop.all() and torch.equal(stage(batch, 0)[0], stage(other, 0)[0])
+    seen = train.replace(batch, drop=~batch.drop)
     assert not torch.equal(stage(seen, 0)[0], stage(train.replace(seen, text_ids=other.text_ids), 0)[0])
 
 
@@ -257,7 +257,7 @@ def test_muon_is_torchs_muon():
 def test_published_recipe_is_the_default_of_full():
     run = train.PRESETS["full"]
     assert (run.align.lr, run.align.global_batch, run.align.muon_lr) == (5e-4, 128, 0) and (run.instruct.lr, run.instruct.global_batch, run.instruct.muon_lr) == (1e-4, 128, 0)
-    assert (run.clip, run.warmup, run.align.final_lr, run.weight_decay, run.prefix_drop, run.recipe) == (1.0, 0.05, 0.1, 0.05, 0.1, "paper")
+    assert (run.grad_clip, run.warmup, run.align.final_lr, run.weight_decay, run.prefix_drop, run.recipe) == (1.0, 0.05, 0.1, 0.05, 0.1, "paper")
     assert run.align.steps == 2_480_000 // 128 and run.instruct.steps == 2 * 1_300_000 // 128
 
 

@@ -145,7 +145,7 @@ def test_validation_is_on_held_out_subjects_and_leaves_no_trace(world, text_toke
         run, stage, batch = stage_and_batch(name, "scratch", world, text_tokenizer)
         first, again = (train.make_dataset(name, train.replace(run, seed=seed), stage.mix, world, held_out=True) for seed in (0, 1))
         samples = [first[i] for i in range(20)]
-        assert all(world.held_out(placed.subject) for s in samples for placed in s.scene.subjects) and not any(s.unconditional for s in samples)
+        assert all(world.held_out(placed.subject) for s in samples for placed in s.scene.subjects) and not any(s.drop for s in samples)
         assert all((s.target == again[i].target).all() and s.prompt == again[i].prompt for i, s in enumerate(samples))
         collate, log = train.Collate(text_tokenizer, 32, run.model.image_tokens, run.model.context, 32), SimpleNamespace(started=0, add=lambda values: None)
         state, before = torch.get_rng_state(), {k: v.clone() for k, v in stage.state_dict().items()}
@@ -225,7 +225,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="a.json could not be written .*No space left"):
-        train.mentor.write_aside(file, fail_half_way)
+        train.mentor.write_atomically(file, fail_half_way)
     assert train.mentor.read_json(file) == {"a": 1} and list(tmp_path.iterdir()) == [file]
 
 
