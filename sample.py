@@ -386,6 +386,15 @@ def check_text_model(folder, text_tokenizer):
                          f"({text_tokenizer.digest}): its words would mean nothing; put the right one there")
 
 
+def check_tokenizer(folder):
+    """Raise ValueError if the folder's stage was trained with another tokenizer than lies beside it."""
+    beside = folder.parent / "tokenizer"
+    trained_with, there = read_json(folder / "stage.json").get("weights of tokenizer"), weights_hash(beside)
+    if trained_with != there:
+        raise ValueError(f"{folder} was trained with another tokenizer (weights {trained_with}) than {beside} holds ({there}): "
+                         f"its codes would mean nothing; put the right one there, or make {folder.name} again")
+
+
 def usable_device(name):
     """A torch.device. Raises ValueError if torch does not know it or this machine has none."""
     try:
@@ -405,10 +414,7 @@ def newest_stage(folder):
     found = [folder] if root != folder else [root / s for s in stages if (root / s / "model.safetensors").is_file()]
     if not found or not (root / "run.json").is_file():
         raise ValueError(f"{folder} holds no trained model; `python train.py tiny --out={folder}` makes one")
-    trained_with, there = read_json(found[0] / "stage.json").get("weights of tokenizer"), weights_hash(root / "tokenizer")
-    if trained_with != there:
-        raise ValueError(f"{found[0]} was trained with another tokenizer (weights {trained_with}) than {root / 'tokenizer'} "
-                         f"holds ({there}): its codes would mean nothing")
+    check_tokenizer(found[0])
     return root, found[0]
 
 

@@ -238,6 +238,10 @@ class Machine:
             dist.all_reduce(tensor)
         return tensor
 
+    def average(self, tensor):
+        """Turn a tensor into the mean of all processes' ones, in place, and return it."""
+        return self.sum(tensor).div_(self.world_size)
+
     def gather(self, tensor):
         """All processes' tensors, one after the other along the first dimension, in rank order; gradients flow back."""
         return tensor if self.world_size == 1 else torch.cat(all_gather(tensor.contiguous()))
@@ -328,6 +332,7 @@ class TokenizerStage(Stage):
         self.usage = CodebookUsage(run.vqgan.codebook_size, machine.device)
         self.register_buffer("counts", self.usage.counts)  # so that checkpoints hold them
         self.perceptual = self.disc = None
+        self.seen = []  # of each micro-batch of a step: reconstructions and pictures, for the discriminator
         if self.config.lpips:
             self.perceptual = LPIPS(self.config.lpips).to(machine.device).forward  # the method alone: no part of this module
         else:
@@ -355,7 +360,7 @@ class TokenizerStage(Stage):
         return self.reconstruct(batch.targets, self.config.steps)[0]
 
     def forward(self, batch, step):
-        """Loss of a batch and what to log. Keeps images for after_step."""
+        """Loss of a batch and what to log. Keeps images for after_step. The adaptive weight is one a micro-batch."""
         targets, kept = batch.targets, None
         if self.config.consistency:
             targets, kept = collages(targets, self.model.config.grid_size, step)
@@ -366,17 +371,18 @@ class TokenizerStage(Stage):
             loss, logs["consistency"] = loss + self.config.consistency * consistency, consistency.detach()
         if self.disc and step >= self.disc_start * 1.05:  # the discriminator learns a little first
             generator_loss = -self.disc(fake).mean()
-            d_weight = adaptive_weight(reconstruction, generator_loss, self.model.decoder.last_layer)
+            d_weight = adaptive_weight(reconstruction, generator_loss, self.model.decoder.last_layer, self.machine.average)
             loss, logs["d_weight"] = loss + self.config.disc_weight * d_weight * generator_loss, d_weight
         self.usage.add(self.machine.gather(codes))
-        self.last = fake.detach(), targets
+        if self.disc and step >= self.disc_start:
+            self.seen.append((fake.detach(), targets))
         return loss, logs
 
     def after_step(self, step):
         """The discriminator's step, and at a window's end new places for the codes."""
         logs, done = {}, step + 1 - self.codebook_start
-        if self.disc and step >= self.disc_start:
-            logs["disc"] = self.discriminator_step(*self.last)
+        if self.seen:
+            logs["disc"], self.seen = self.discriminator_step(self.seen), []
         if done >= 0 and done % self.config.restart_every == 0:
             logs["usage"], logs["perplexity"] = self.usage.usage(), self.usage.perplexity()
             if step + 1 <= 0.8 * self.config.steps:  # the last codes to move need time to settle
@@ -384,19 +390,21 @@ class TokenizerStage(Stage):
             self.usage.reset()
         return logs
 
-    def discriminator_step(self, fake, real):
-        """Teach the discriminator to tell the step's last pictures (B, 3, S, S) from their reconstructions. Returns its loss."""
+    def discriminator_step(self, seen):
+        """Teach the discriminator to tell reconstructions from pictures, [(fake, real)] of (B, 3, S, S). Returns its mean loss."""
+        losses = []
         self.disc.requires_grad_(True)
-        with self.machine.autocast():
-            loss = hinge_d_loss(self.disc(real).float(), self.disc(fake).float())
-        loss.backward()
+        for fake, real in seen:
+            with self.machine.autocast():
+                losses.append(hinge_d_loss(self.disc(real).float(), self.disc(fake).float()))
+            (losses[-1] / len(seen)).backward()
         for p in self.disc.parameters():
-            self.machine.sum(p.grad).div_(self.machine.world_size)
+            self.machine.average(p.grad)
         for optimizer in self.own_optimizers:
             optimizer.step()
             optimizer.zero_grad()
         self.disc.requires_grad_(False)
-        return loss.detach()
+        return torch.stack(losses).detach().mean()
 
     @torch.no_grad()
     def place_codes(self, step):
@@ -871,14 +879,26 @@ def leave_group(worker):
         os.setpgrp()
 
 
+def least_micro_batch(config):
+    """What a micro-batch must be a multiple of: a tokenizer's consistency loss pairs neighbours (tokenizer.collages)."""
+    return 2 if getattr(config, "consistency", 0) else 1
+
+
 def micro_batches(config, run, machine):
-    """(micro-batch, micro-batches a step) of one process. Raises ValueError with the arithmetic if it does not divide."""
+    """(micro-batch, micro-batches a step) of one process. Raises ValueError with the arithmetic if it does not divide.
+
+    The split changes a result by rounding only, but for dropout and two things that see no more than a micro-batch: the contrastive
+    loss, which has so many fewer others to tell apart, and the discriminator's adaptive weight.
+    """
     share, rest = divmod(config.global_batch, machine.world_size)
     micro = run.micro_batch or share
     if rest or share % micro:
         times = config.global_batch / machine.world_size / micro
         raise ValueError(f"global_batch={config.global_batch} is not processes x micro_batch x a whole number: "
                          f"{machine.world_size} x {micro} x {times:.2f}; change micro_batch or global_batch")
+    if micro % least_micro_batch(config):
+        raise ValueError(f"micro_batch={micro}: --tokenizer.consistency pairs the pictures of a micro-batch, and one would be left over; "
+                         "make --micro_batch even (it must divide global_batch / processes), or set --tokenizer.consistency=0")
     return micro, share // micro
 
 
@@ -1324,7 +1344,8 @@ def check_record(folder, record):
 
 
 def check_shapes(run, folder, text_tokenizer):
-    """Raise ValueError if the folder's stage is not of this run's model and text model; reads its config, names and shapes alone.
+    """Raise ValueError if the folder's stage is not of this run's model, text model and tokenizer; of its weights it reads names
+    and shapes alone.
 
     Dropout and sampling may differ.
     """
@@ -1336,6 +1357,7 @@ def check_shapes(run, folder, text_tokenizer):
                              "another --out")
     if folder.name != "tokenizer":
         sample.check_text_model(folder, text_tokenizer)
+        sample.check_tokenizer(folder)
     with torch.device("meta"):
         model = module(config)
     try:
@@ -1575,7 +1597,7 @@ def plan_stage(name, run, machine, dtype, prompts):
         fits = []
         for card in CARDS:
             room = card * 2**30 * (1 - SPARE) - sum(fixed.values())
-            largest = max((m for m in range(1, share + 1) if share % m == 0 and needs(m) <= room), default=0)
+            largest = max((m for m in range(least_micro_batch(config), share + 1, least_micro_batch(config)) if share % m == 0 and needs(m) <= room), default=0)
             fits.append(f"{largest} in {card} GiB" if largest else f"none fits {card} GiB")
         machine.say(f"{name}: largest micro_batch{' with --checkpoint=true' * recompute}: {', '.join(fits)}")
 

@@ -147,7 +147,24 @@ def test_adversarial_parts():
     assert hinge_d_loss(torch.tensor([0.0]), torch.tensor([0.0])) == 1
     weight = torch.nn.Parameter(torch.ones(3))
     torch.testing.assert_close(adaptive_weight((3 * weight).sum(), weight.sum(), weight), torch.tensor(3.0), atol=1e-3, rtol=1e-3)
-    assert adaptive_weight(weight.sum(), (1e-9 * weight).sum(), weight, limit=100.0) == 100.0
+    assert adaptive_weight(weight.sum(), (1e-9 * weight).sum(), weight) == tokenizer.WEIGHT_LIMIT
+
+
+def test_the_discriminator_sees_every_micro_batch():
+    """Its step after two halves of a batch is its step after the whole."""
+    keys = ["--tokenizer.disc_start=0", "--tokenizer.consistency=0", "--tokenizer.codebook_start=0"]
+    run, images = train.parse(["tiny", *keys])[1], torch.rand(4, 3, 32, 32) * 2 - 1
+    learnt = []
+    for batches in ((images,), images.split(2)):
+        torch.manual_seed(0)
+        stage = train.TokenizerStage(run, train.Machine(0, 1, torch.device("cpu"), torch.float32))
+        stage.own_optimizers = [torch.optim.SGD(stage.disc.parameters(), 0.1)]
+        for batch in batches:
+            stage(SimpleNamespace(targets=batch), 0)
+        loss = stage.after_step(0)["disc"]
+        learnt.append(torch.cat([loss[None], *(p.flatten() for p in stage.disc.parameters())]))
+    torch.testing.assert_close(*learnt, atol=1e-6, rtol=1e-4)
+    assert not stage.seen
 
 
 def test_one_batch_can_be_overfitted():

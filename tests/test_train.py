@@ -232,6 +232,10 @@ def test_batches_cover_every_sample_once():
     assert micro_batches(train.StageConfig(global_batch=8), small_run("--micro_batch=2"), CPU) == (2, 4)
     with pytest.raises(ValueError, match="global_batch=8 .* 1 x 3 x 2.67"):
         micro_batches(train.StageConfig(global_batch=8), small_run("--micro_batch=3"), CPU)
+    run = small_run("--tokenizer.global_batch=6", "--micro_batch=3")
+    with pytest.raises(ValueError, match="micro_batch=3: --tokenizer.consistency pairs .* even"):
+        micro_batches(run.tokenizer, run, CPU)
+    assert micro_batches(train.replace(run.tokenizer, consistency=0.0), run, CPU) == (3, 2)
 
 
 def test_schedule_warms_up_and_ends_at_its_fraction():

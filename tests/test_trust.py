@@ -310,6 +310,15 @@ def test_a_refused_run_makes_no_folder_and_another_text_model_does_not_open(trai
             train.sample.Pipeline.open(folder, "cpu")
 
 
+def test_a_stage_goes_on_only_with_the_tokenizer_of_the_one_before(trained, tmp_path):
+    """Pretrained with one tokenizer, whose place another of the same shape has taken."""
+    link_stages(trained, tmp_path, "pretrain")
+    run_stage(tmp_path, "tokenizer", "--seed=1")
+    hashes = [train.sample.weights_hash(out / "tokenizer") for out in (trained, tmp_path)]
+    with pytest.raises(ValueError, match=rf"pretrain was trained with another tokenizer \(weights {hashes[0]}\) than .*tokenizer holds \({hashes[1]}\)"):
+        run_stage(tmp_path, "align")
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_out_of_memory_says_what_to_set(error, tmp_path, monkeypatch):
     def fail(self, images):
@@ -343,14 +352,15 @@ def free_ports(count):
 
 
 def test_two_processes_equal_one(trained, tmp_path, monkeypatch):
-    """Every stage, restarts of codes and validation included; and a stage that one process began and two go on with."""
+    """Every stage, restarts of codes and validation included; a tokenizer with discriminator; a stage that one process began and two
+    go on with."""
     monkeypatch.setattr(train.sample, "score", lambda *arguments: None)
     runs = {}
-    for case in (*train.STAGES, "resumed"):
-        stage = "instruct" if case == "resumed" else case
+    stage_of = {**dict(zip(train.STAGES, train.STAGES)), "resumed": "instruct", "gan": "tokenizer"}
+    for case, stage in stage_of.items():
         for name in ("one", "two"):
             link_stages(trained, tmp_path / name / case, *train.STAGES[: train.STAGES.index(stage)])
-        runs[case] = ["tiny", *SMALL, "--model.decoder.dropout=0", f"--stage={stage}", "--save_every=3"]
+        runs[case] = ["tiny", *SMALL, "--model.decoder.dropout=0", f"--stage={stage}", "--save_every=3", *["--tokenizer.disc_start=0"] * (case == "gan")]
         train.main([*runs[case], f"--out={tmp_path / 'one' / case}"])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # dies with a checkpoint at step 3
         stop_after(patch, 5)
@@ -362,8 +372,7 @@ def test_two_processes_equal_one(trained, tmp_path, monkeypatch):
     for process in processes:
         process.join(120)
         assert process.exitcode == 0
-    for case in runs:
-        stage = "instruct" if case == "resumed" else case
+    for case, stage in stage_of.items():
         one, two = (weights(tmp_path / name / case, stage) for name in ("one", "two"))
         # Softmax does not see a bias of the keys: its gradient is rounding noise, and AdamW makes steps of that.
         differences = {k: (one[k] - two[k]).abs().max().item() for k in one if not k.endswith(".k.bias")}
