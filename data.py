@@ -454,7 +454,7 @@ class Emoji(World):
     def describe(self, subject):
         return self.label(subject), ""
 
-    @functools.lru_cache(maxsize=50000)
+    @functools.lru_cache(maxsize=1000)  # of 64 pixels a side: 66 MB in every data process
     def sprite(self, placed):
         """RGBA of a placed emoji, float32 (S, S, 4) in [0, 255], colours premultiplied by coverage."""
         canvas, width = Image.new("RGBa", (self.image_size,) * 2), self.widths[placed.size]

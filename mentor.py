@@ -14,6 +14,7 @@ Shapes: B samples, M images in all prompts together, L text positions, P prefix 
 D the width at hand, V codebook_size.
 """
 
+import argparse
 import json
 import math
 import os
@@ -907,7 +908,8 @@ def fit_unconditional(model, tensors):
 
 
 def read_pickle(path, **options):
-    """What torch.save wrote, opened with weights_only: it cannot run code. Raises ValueError naming a file that is torn or no such file.
+    """What torch.save wrote, opened with weights_only: it cannot run code. Of classes that are no tensors only argparse's Namespace
+    may be in it, the options beside LlamaGen's weights. Raises ValueError naming a file that is torn or no such file.
 
     The checksums inside are compared first, which torch.load leaves out.
     """
@@ -916,9 +918,12 @@ def read_pickle(path, **options):
             broken = archive.testzip()
         if broken:
             raise ValueError(f"{broken} in it is damaged")
-        return torch.load(path, weights_only=True, map_location="cpu", **options)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, weights_only=True, map_location="cpu", **options)
     except (OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a readable file of torch.save ({first_line(error)})") from None
+        refused = re.search(r"GLOBAL (\S+)", str(error))  # in the middle of advice on how to load it all the same
+        reason = f"it asks for {refused[1]}, which may run code: save its tensors alone" if refused else first_line(error)
+        raise ValueError(f"{path}: not a readable file of torch.save ({reason})") from None
 
 
 def read_weights(path):
@@ -967,7 +972,14 @@ IN_CHECKPOINT = {  # from a source's names to those of the released checkpoint
 }
 
 
-def released_tensors(source, path):
-    """The tensors of one source ("clip", "t5", "connector", "generator", "mentor", "vq") under the released checkpoint's names."""
+def released_tensors(source, path, say=lambda words: None):
+    """The tensors of one source ("clip", "t5", "connector", "generator", "mentor", "vq") under the released checkpoint's names.
+    What else its file holds is left aside, and said. Raises ValueError if there is nothing but that."""
     pattern, replacement = IN_CHECKPOINT.get(source, ("^", ""))
-    return {re.sub(pattern, replacement, name, count=1): tensor.contiguous() for name, tensor in read_weights(path).items() if not re.search(NOT_OURS[source], name)}
+    tensors = read_weights(path)
+    others = [name for name in tensors if re.search(NOT_OURS[source], name)]
+    names = f"{', '.join(others[:3])}{', ...' if len(others) > 3 else ''}"
+    if len(others) == len(tensors):
+        raise ValueError(f"--released.{source}={path}: none of its {len(tensors)} tensors is of that part ({names}); give another file")
+    say(f"{len(tensors) - len(others)} tensors from {path}" + f", {len(others)} of other parts left aside ({names})" * bool(others))
+    return {re.sub(pattern, replacement, name, count=1): tensor.contiguous() for name, tensor in tensors.items() if name not in others}

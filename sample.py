@@ -395,6 +395,11 @@ def check_tokenizer(folder):
                          f"its codes would mean nothing; put the right one there, or make {folder.name} again")
 
 
+def best_device():
+    """The first that this machine has of cuda, mps and cpu."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def usable_device(name):
     """A torch.device. Raises ValueError if torch does not know it or this machine has none."""
     try:
@@ -1006,7 +1011,7 @@ def parse(arguments):
     parser.add_argument("--top_p", type=float, help="keep codes of this total probability (default: the model's)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same picture (default %(default)s)")
     parser.add_argument("--gif", action="store_true", help="also write an animation of the first sample appearing")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    parser.add_argument("--device", default=best_device(), help="default %(default)s")
     options = parser.parse_args(arguments)
     options.prompt = options.prompt.replace("\\n", "\n")
     if options.segment:

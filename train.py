@@ -28,7 +28,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from difflib import get_close_matches
@@ -60,7 +60,7 @@ import tokenizer
 from data import (CLIP_MEAN, CLIP_STD, TASKS, WORLDS, Batch, Collate, Manifest, ManifestDataset, TextTokenizer, WorldDataset,
                   entry_prompt, manifest_of_folder, rules, tokenizer_pixels)
 from mentor import Mentor, MentorConfig
-from tokenizer import (VQGAN, CodebookUsage, LPIPS, PatchDiscriminator, TokenizerConfig, adaptive_weight, collages,
+from tokenizer import (VQGAN, WEIGHT_LIMIT, CodebookUsage, LPIPS, PatchDiscriminator, TokenizerConfig, adaptive_weight, collages,
                        consistency_loss, hinge_d_loss, spread_codes)
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -274,9 +274,7 @@ class Machine:
 def start_machine(run):
     """Read torchrun's environment, choose device and dtype, and say why."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = run.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = sample.best_device() if run.device == "auto" else run.device
     device = sample.usable_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -332,6 +330,7 @@ class TokenizerStage(Stage):
         self.usage = CodebookUsage(run.vqgan.codebook_size, machine.device)
         self.register_buffer("counts", self.usage.counts)  # so that checkpoints hold them
         self.perceptual = self.disc = None
+        self.d_weight, self.warned = 0.0, False
         self.seen = []  # of each micro-batch of a step: reconstructions and pictures, for the discriminator
         if self.config.lpips:
             self.perceptual = LPIPS(self.config.lpips).to(machine.device).forward  # the method alone: no part of this module
@@ -373,6 +372,7 @@ class TokenizerStage(Stage):
             generator_loss = -self.disc(fake).mean()
             d_weight = adaptive_weight(reconstruction, generator_loss, self.model.decoder.last_layer, self.machine.average)
             loss, logs["d_weight"] = loss + self.config.disc_weight * d_weight * generator_loss, d_weight
+            self.d_weight = d_weight
         self.usage.add(self.machine.gather(codes))
         if self.disc and step >= self.disc_start:
             self.seen.append((fake.detach(), targets))
@@ -385,10 +385,24 @@ class TokenizerStage(Stage):
             logs["disc"], self.seen = self.discriminator_step(self.seen), []
         if done >= 0 and done % self.config.restart_every == 0:
             logs["usage"], logs["perplexity"] = self.usage.usage(), self.usage.perplexity()
+            if done:  # until now the codes lay where they were drawn
+                self.describe_window(step, logs["usage"], logs["perplexity"])
             if step + 1 <= 0.8 * self.config.steps:  # the last codes to move need time to settle
                 logs["restarted"] = self.place_codes(step)
             self.usage.reset()
         return logs
+
+    def describe_window(self, step, usage, perplexity):
+        """Say what a window of usage has shown, with a warning where few codes are in use or the discriminator says nothing."""
+        config, say = self.config, self.machine.say
+        say(f"tokenizer: up to step {step + 1} {usage:.0%} of {len(self.usage.counts)} codes in use, perplexity {perplexity:.0f}")
+        if usage < 0.1:
+            say("tokenizer: warning: so few codes tell little apart; lower --vqgan.codebook_size (and --model.decoder.codebook_size), or "
+                f"--tokenizer.restart_every={config.restart_every}, so that dead ones are placed anew more often")
+        if not self.warned and self.d_weight >= WEIGHT_LIMIT:
+            say(f"tokenizer: warning: d_weight sits at its limit {WEIGHT_LIMIT:g}: the pictures get next to no gradient from the "
+                "discriminator; lower --tokenizer.lr, or let it join later (--tokenizer.disc_start)")
+            self.warned = True
 
     def discriminator_step(self, seen):
         """Teach the discriminator to tell reconstructions from pictures, [(fake, real)] of (B, 3, S, S). Returns its mean loss."""
@@ -616,6 +630,7 @@ def open_source(run, machine):
         source = open_manifest(run.data, "data", run, machine, backgrounds)
     else:
         source = WORLDS[run.world](run.vqgan.image_size, **({"font": run.emoji_font} if run.world == "emoji" else {}))
+        machine.say(f"world: {run.world}, built in; --data=FOLDER_OR_MANIFEST trains on your pictures")
     spiece = Path(run.out) / "spiece.model"
     text_tokenizer = TextTokenizer.from_file(spiece) if spiece.is_file() else source.text_tokenizer()
     check_vocabulary(text_tokenizer, run)
@@ -951,7 +966,7 @@ def train_stage(name, run, machine, source, text_tokenizer):
         pin_memory=machine.device.type == "cuda"))
     wrapped = machine.wrap(stage.train())
     log = Log(folder, name, run, start, machine)
-    with StopSignals() as signals:
+    with StopSignals() as signals, explain_out_of_memory(name, run, machine, micro, accumulate):
         for step in range(start, config.steps):
             torch.manual_seed(run.seed * 1_000_003 + step * machine.world_size + machine.rank)  # dropout is a function of the step
             factor = schedule(step, config, run)
@@ -987,33 +1002,38 @@ def train_stage(name, run, machine, source, text_tokenizer):
 
 
 def add_gradients(step, wrapped, batches, micro, accumulate, log):
-    """Forward and backward through the step's micro-batches. Returns their mean loss, on the device, and the tasks seen.
-
-    Raises ValueError when the memory is not enough: set the largest micro-batch up to half of this one that divides the share.
-    """
+    """Forward and backward through the step's micro-batches. Returns their mean loss, on the device, and the tasks seen."""
     losses, tasks, machine = [], set(), log.machine
+    for m in range(accumulate):
+        batch = next(batches).to(machine.device)
+        tasks.update(batch.tasks)
+        wait = machine.world_size > 1 and m < accumulate - 1  # gradients travel once a step
+        with wrapped.no_sync() if wait else nullcontext():
+            with machine.autocast():
+                loss, logs = wrapped(batch, step)
+            (loss / accumulate).backward()
+        losses.append(loss.detach())
+        log.add({"loss": losses[-1], **logs})
+    return torch.stack(losses).mean(), tasks
+
+
+@contextmanager
+def explain_out_of_memory(name, run, machine, micro, accumulate):
+    """Raise ValueError where the memory is not enough: set the largest micro-batch up to half of this one that divides the share."""
     try:
-        for m in range(accumulate):
-            batch = next(batches).to(machine.device)
-            tasks.update(batch.tasks)
-            wait = machine.world_size > 1 and m < accumulate - 1  # gradients travel once a step
-            with wrapped.no_sync() if wait else nullcontext():
-                with machine.autocast():
-                    loss, logs = wrapped(batch, step)
-                (loss / accumulate).backward()
-            losses.append(loss.detach())
-            log.add({"loss": losses[-1], **logs})
+        yield
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        what = f"{log.name}: out of memory on {machine.device} with micro_batch={micro} ({mentor.first_line(error)[:120]})"
-        if micro == 1:
-            raise ValueError(f"{what}; it is as small as can be: choose a smaller preset or model, or a device with more memory") from None
-        share = micro * accumulate
-        less = max(d for d in range(1, micro // 2 + 1) if share % d == 0)
-        raise ValueError(f"{what}; set --micro_batch={less}: global_batch stays {share * machine.world_size}, a step takes {share // less} "
-                         f"micro-batches in place of {accumulate}") from None
-    return torch.stack(losses).mean(), tasks
+        share, least = micro * accumulate, least_micro_batch(getattr(run, name))
+        less = max((d for d in range(least, micro // 2 + 1, least) if share % d == 0), default=0)
+        if less:
+            remedy = (f"set --micro_batch={less}: global_batch stays {share * machine.world_size}, a step takes {share // less} "
+                      f"micro-batches in place of {accumulate}")
+        else:
+            remedy = ("it is as small as can be: " + "set --checkpoint=true, or " * (name != "tokenizer" and not run.checkpoint)
+                      + "choose a smaller preset or model, or a device with more memory")
+        raise ValueError(f"{name}: out of memory on {machine.device} with micro_batch={micro} ({mentor.first_line(error)[:120]}); {remedy}") from None
 
 
 VALIDATION = 128  # samples, at most
@@ -1104,6 +1124,12 @@ def write_if_room(path, write, name, machine):
     return True
 
 
+def save_pickle(values, path):
+    """torch.save; but given a path, that hides the system's reason and holds on to the full disk's space."""
+    with open(path, "wb") as file:
+        torch.save(values, file)
+
+
 def save_state(folder, name, stage, optimizers, step, keep, machine):
     """Write all that is needed to go on from `step`, state-STEP.pt, and remove all but the last `keep`."""
     if not machine.main:
@@ -1111,11 +1137,7 @@ def save_state(folder, name, stage, optimizers, step, keep, machine):
     state = {"step": step, "processes": machine.world_size, "stage": stage.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
     check_finite(state, name, step, folder)
 
-    def write(path):
-        with open(path, "wb") as file:  # given a path, torch hides the system's reason and holds on to the full disk's space
-            torch.save(state, file)
-
-    if write_if_room(folder / f"state-{step}.pt", write, name, machine):
+    if write_if_room(folder / f"state-{step}.pt", partial(save_pickle, state), name, machine):
         for file in checkpoints(folder)[:-keep]:
             file.unlink()
 
@@ -1404,22 +1426,24 @@ def import_released(run, machine):
     check_vocabulary(text_tokenizer, run)
     with torch.device("meta"):
         model, vqgan = Mentor(run.model), VQGAN(run.vqgan)
-    codes = mentor.released_tensors("vq", released.vq)
+    def say(words):
+        machine.say(f"import: {words}")
+
+    codes = mentor.released_tensors("vq", released.vq, say)
     mentor.check_fit(vqgan.state_dict(), codes)
     sources = {s: getattr(released, s) for s in ("clip", "t5", "connector", "generator", "mentor") if getattr(released, s)}
     tensors = {}
     for source, path in sources.items():
-        own = mentor.released_tensors(source, path)
+        own = mentor.released_tensors(source, path, say)
         if twice := sorted(tensors.keys() & own.keys()):
             raise ValueError(f"--released.{source}={path} holds {twice[0]}, which another file gave already")
         tensors.update(own)
-        machine.say(f"import: {len(own)} tensors from {path}")
     tensors, said = mentor.fit_unconditional(model, tensors)
     new = tuple(p for part in released.fresh.split(",") if part for p in (part, f"encoder.{part}"))
     names = {mentor.released_name(n): n for n, _ in model.named_parameters()}
     mentor.check_fit(mentor.released_parameters(model), tensors, [r for r, n in names.items() if new and n.startswith(new)])
     for line in filter(None, (said, new and f"new, as asked: {released.fresh}")):
-        machine.say(f"import: {line}")
+        say(line)
     for record in (folder / "stage.json" for folder in folders.values()):
         if record.is_file() and "imported from" not in mentor.read_json(record):
             raise ValueError(f"{record.parent} holds a stage that was trained: choose another --out, or delete it")
@@ -1431,21 +1455,28 @@ def import_released(run, machine):
     mentor.write_json(folders["model"] / "stage.json",
                       {**origin, "weights of tokenizer": sample.weights_hash(folders["tokenizer"]), "text model": text_tokenizer.digest})
     write_run(run, text_tokenizer)
-    machine.say(f"import: wrote {folders['tokenizer']} and {folders['model']}")
+    say(f"wrote {folders['tokenizer']} and {folders['model']}")
 
 
 def export_released(run, machine):
-    """Write the newest stage of run.out under the names that the released code reads, tensor by tensor as they are."""
-    if not run.released.mentor or not run.released.vq:
+    """Write the newest stage of run.out under the names that the released code reads, tensor by tensor as they are. Raises
+    ValueError if a file is there already, or its folder is not."""
+    targets = run.released.mentor, run.released.vq
+    if "" in targets or targets[0] == targets[1]:
         raise ValueError("--stage=export needs --released.mentor=FILE.pt and --released.vq=FILE.pt, the files to write")
+    for path in map(Path, targets):
+        if path.exists() or not path.parent.is_dir():
+            raise ValueError(f"--stage=export: {path} is there already: give another name, or delete it" if path.exists() else
+                             f"--stage=export: {path.parent}, the folder for {path.name}, is not there: make it, or give another")
     root, folder = sample.newest_stage(run.out)
     tensors = {mentor.released_name(n): t for n, t in mentor.read_weights(folder / "model.safetensors").items()}
     words = "multimodal_encoder.language_model.{}.weight"  # there twice
     tensors[words.format("encoder.embed_tokens")] = tensors[words.format("shared")]
     codes = mentor.read_weights(root / "tokenizer" / "model.safetensors")
-    torch.save({"model": tensors}, run.released.mentor)
-    torch.save({"model": {**codes, "quantize.codebook_used": torch.zeros(65536)}}, run.released.vq)
-    machine.say(f"export: wrote {run.released.mentor} and {run.released.vq}")
+    codes["quantize.codebook_used"] = torch.zeros(65536)
+    for path, weights in zip(targets, (tensors, codes)):
+        mentor.write_atomically(path, partial(save_pickle, {"model": weights}))
+    machine.say(f"export: wrote {' and '.join(targets)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------

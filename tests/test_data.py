@@ -9,6 +9,7 @@ from PIL import Image
 
 import data
 from data import COLORS, PATTERNS, PLACES, TASKS, Collate, Emoji, Placed, Scene, ShapeSubject, TextTokenizer, WorldDataset, load_image
+from sample import EmojiJudge
 
 RED_STAR_BLUE_STRIPES = ShapeSubject(list(data.SHAPES).index("star"), list(COLORS).index("red"), list(COLORS).index("blue"), PATTERNS.index("striped"))
 
@@ -230,11 +231,23 @@ def test_emoji_without_a_font_says_how_to_get_one():
         Emoji(64, "/nowhere")
 
 
-def test_emoji_world():
+def emoji_or_skip(image_size):
     try:
-        world = Emoji(64)
+        return Emoji(image_size)
     except ValueError as error:
         pytest.skip(str(error))
+
+
+def test_the_judge_reads_true_renders_of_emoji():
+    world, chance = emoji_or_skip(32), rng()
+    judge = EmojiJudge(world)
+    scenes = [world.random_scene(chance, world.random_subjects(chance, 1, held_out=True)) for _ in range(60)]
+    assert [judge.read(world.draw(scene)) for scene in scenes] == scenes
+    assert world.sprite.cache_info().maxsize * 64 * 64 * 16 < 2**27  # bytes of a data process that draws 64 pixels a side
+
+
+def test_emoji_world():
+    world = emoji_or_skip(64)
     assert len(world.all_subjects()) == 1280
     sample = data.subject_driven(world, rng())
     assert sample.target.shape == (64, 64, 3) and (sample.target == world.draw(sample.scene)).all()

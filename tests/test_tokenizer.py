@@ -150,6 +150,20 @@ def test_adversarial_parts():
     assert adaptive_weight(weight.sum(), (1e-9 * weight).sum(), weight) == tokenizer.WEIGHT_LIMIT
 
 
+def test_a_windows_usage_is_said_and_what_is_wrong_with_it(capsys):
+    run = train.parse(["tiny", "--tokenizer.disc_start=0", "--tokenizer.codebook_start=0", "--tokenizer.restart_every=1"])[1]
+    stage = train.TokenizerStage(run, train.Machine(0, 1, torch.device("cpu"), torch.float32))
+    capsys.readouterr()
+    for step, used, weight in ((0, 128, 1.0), (1, 8, 1e4), (2, 128, 1e4)):
+        stage.usage.counts.zero_()[:used] = 3
+        stage.d_weight = torch.tensor(weight)
+        stage.describe_window(step, stage.usage.usage(), stage.usage.perplexity())
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if "warning" not in line] == [
+        f"tokenizer: up to step {step} {share} of 256 codes in use, perplexity {perplexity}" for step, share, perplexity in ((1, "50%", 128), (2, "3%", 8), (3, "50%", 128))]
+    assert len(said) == 5 and "--vqgan.codebook_size" in said[2] and "--tokenizer.restart_every=1" in said[2] and "d_weight sits at its limit 10000" in said[3]
+
+
 def test_the_discriminator_sees_every_micro_batch():
     """Its step after two halves of a batch is its step after the whole."""
     keys = ["--tokenizer.disc_start=0", "--tokenizer.consistency=0", "--tokenizer.codebook_start=0"]

@@ -219,10 +219,22 @@ def test_another_run_in_the_same_folder_is_refused(trained):
         run_stage(trained, "align", "--align.lr=0.5")
 
 
-def test_a_stage_without_its_predecessor_says_what_to_run(tmp_path):
+def test_a_stage_without_its_predecessor_says_what_to_run(tmp_path, capsys):
     with pytest.raises(ValueError, match="pretrain needs .*tokenizer/config.json, .*model.safetensors: --stage=tokenizer make"):
         run_stage(tmp_path, "pretrain")
     assert not list(tmp_path.iterdir())
+    assert "world: shapes, built in; --data=FOLDER_OR_MANIFEST trains on your pictures" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cuda, mps, best", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_the_best_device_is_chosen(cuda, mps, best, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(train.sample, "usable_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: False)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    assert train.sample.parse(["out/tiny", "A star"]).device == train.start_machine(small_run()).device.type == best
 
 
 def test_batches_cover_every_sample_once():

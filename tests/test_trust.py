@@ -319,16 +319,32 @@ def test_a_stage_goes_on_only_with_the_tokenizer_of_the_one_before(trained, tmp_
         run_stage(tmp_path, "align")
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_out_of_memory_says_what_to_set(error, tmp_path, monkeypatch):
-    def fail(self, images):
+CUDA_FULL, CPU_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+
+@pytest.mark.parametrize("owner, where, error", [
+    (train.tokenizer.Encoder, "forward", CUDA_FULL), (train.tokenizer.Encoder, "forward", CPU_FULL), (torch.optim.AdamW, "step", CUDA_FULL), (train, "held_out_loss", CPU_FULL),
+    (train.TokenizerStage, "place_codes", CPU_FULL), (train.TokenizerStage, "discriminator_step", CUDA_FULL)])
+def test_out_of_memory_says_what_to_set(owner, where, error, trained, tmp_path, monkeypatch):
+    """Wherever in a step it happens."""
+    def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(train.tokenizer.Encoder, "forward", fail)
-    with pytest.raises(ValueError, match="tokenizer: out of memory on cpu with micro_batch=6 .*set --micro_batch=3: global_batch stays 12, a step takes 4 micro-batches in place of 2"):
-        run_stage(tmp_path, "tokenizer", "--tokenizer.global_batch=12", "--micro_batch=6")
-    with pytest.raises(ValueError, match="micro_batch=1 .*smaller preset"):
-        run_stage(tmp_path, "tokenizer", "--tokenizer.global_batch=12", "--micro_batch=1")
+    keys, original = ("--tokenizer.global_batch=12", "--tokenizer.disc_start=0", "--tokenizer.restart_every=1", "--tokenizer.codebook_start=0"), getattr(owner, where)
+    monkeypatch.setattr(owner, where, fail)
+    for consistency, less in ((0, 3), (0.2, 2)):  # with the second only pairs are legal
+        with pytest.raises(ValueError, match=f"tokenizer: out of memory on cpu with micro_batch=6 .*set --micro_batch={less}: global_batch stays 12, a step takes {12 // less} micro-batches in place of 2"):
+            run_stage(tmp_path, "tokenizer", *keys, "--micro_batch=6", f"--tokenizer.consistency={consistency}", f"--out={tmp_path}/{less}")
+    with pytest.raises(ValueError, match="micro_batch=2 .*as small as can be: choose a smaller preset"):
+        run_stage(tmp_path, "tokenizer", *keys, "--micro_batch=2")
+    if owner is not train.tokenizer.Encoder:
+        return
+    monkeypatch.setattr(owner, where, original)
+    monkeypatch.setattr(train.mentor.ImageDecoder, "forward", fail)
+    link_stages(trained, tmp_path / "align", "tokenizer", "pretrain")
+    for checkpoint, said in ("false", "as can be: set --checkpoint=true, or choose"), ("true", "as can be: choose a smaller preset"):
+        with pytest.raises(ValueError, match=f"align: out of memory .*micro_batch=1 .*{said}"):
+            run_stage(tmp_path / "align", "align", "--micro_batch=1", f"--checkpoint={checkpoint}")
     monkeypatch.setattr(train.tokenizer.Encoder, "forward", lambda self, images: images.view(1))
     with pytest.raises(RuntimeError, match="shape"):  # other errors keep their traceback
         run_stage(tmp_path, "tokenizer")
