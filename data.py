@@ -164,7 +164,7 @@ class TextTokenizer:
         word = self.unknown_word(text)
         if word:
             known = sorted({self.pieces.id_to_piece(i).strip("▁") for i in range(3, self.pieces.vocab_size())})
-            near = difflib.get_close_matches(word.lower(), known, n=3) or known
+            near = difflib.get_close_matches(word.lower(), known, n=3) or [*known[:20], *["..."] * (len(known) > 20)]
             raise ValueError(f"the text model does not know the word {word!r}; known words near it: {', '.join(near)}")
 
     @classmethod
@@ -784,28 +784,29 @@ class Manifest:
         not there; with skip_bad such lines are left out and their messages kept in `bad`.
         """
         self.path, self.root, self.backgrounds = Path(path), str(root or Path(path).parent), backgrounds or self
-        self.skip_bad, self.bad, self.content = skip_bad, [], content
+        self.skip_bad, self.quiet, self.bad, self.content = skip_bad, quiet, [], content
         if content is None and not self.path.is_file():
             raise ValueError(f"{path}: there is no such manifest; give a .jsonl file, or a folder of pictures")
-        rows = self.check_lines(workers, quiet)
+        rows = self.check_lines(workers)
         if not len(rows):
             first = f" that is right; the first: {self.bad[0]}" if self.bad else ""
             raise ValueError(f"{path}: the manifest holds no line{first}")
         self.places = rows[:, :2].copy()                                 # (lines, 2) int64: where it begins, its number
         self.images, self.most_tokens = rows[:, 3:5].astype(np.int32).T  # (lines,) each: of its prompt
         self.held = self.choose_held_out(rows[:, 2], rows[:, 5])         # (lines,) bool: left out of training
+        self.readable = np.ones(len(rows), bool)                         # (lines,): as far as check_files has been told to look
         self.tasks, self.held_out = (
             {task: lines for task, i in TASK_NUMBERS.items() if len(lines := np.flatnonzero((rows[:, 2] == i) & chosen))}
             for chosen in (~self.held, self.held))
 
-    def check_lines(self, workers, quiet):
+    def check_lines(self, workers):
         """Check all lines. Returns what check_piece says of the right ones, (lines, 6) int64. Sets `digest`, of the lines and
         the sizes of the files they name, and `times`, of when these were written."""
         size = self.path.stat().st_size if self.content is None else len(self.content)
         pieces = -(-size // self.PIECE)
         loader = torch.utils.data.DataLoader(range(pieces), num_workers=min(workers, pieces // 2), collate_fn=self.check_piece)
         lines, found, digests = 0, [np.zeros((0, 6), int)], [hashlib.blake2b(digest_size=8) for _ in range(2)]
-        for count, rows, wrong, states in tqdm(loader, desc=f"checking {self.path.name}", disable=quiet):
+        for count, rows, wrong, states in tqdm(loader, desc=f"checking {self.path.name}", disable=self.quiet):
             for number, message in wrong:
                 self.leave_out(lines + number + 1, message)
             for digest, state in zip(digests, states):
@@ -896,25 +897,43 @@ class Manifest:
             except ValueError as error:
                 self.leave_out(self.places[index, 1], error)
                 wrong.append(index)
+        self.remove(wrong)
+
+    def remove(self, wrong):
+        """Take the lines with these indices from the tasks."""
         self.tasks, self.held_out = (
             {task: right for task, lines in tasks.items() if len(right := np.setdiff1d(lines, wrong, assume_unique=True))}
             for tasks in (self.tasks, self.held_out))
 
     def check_files(self, size, workers):
-        """Open every file of every line. Returns the messages on what is wrong with them."""
+        """Open every file of every line. Returns the messages on what is wrong with them; with skip_bad such lines are left out, and
+        ValueError is raised if there are no others."""
         wrong_files = functools.partial(self.wrong_files, size)
         loader = torch.utils.data.DataLoader(range(len(self)), batch_size=16, num_workers=workers, collate_fn=wrong_files)
-        return [message for messages in tqdm(loader, desc="opening all files", unit_scale=16) for message in messages]
+        batches = tqdm(loader, desc="opening all files", unit_scale=16, disable=self.quiet)
+        wrong = {line: message for batch in batches for line, message in batch}
+        if self.skip_bad:
+            self.bad += wrong.values()
+            self.readable[list(wrong)] = False
+            self.remove(list(wrong))
+            if not self.readable.any():
+                raise ValueError(f"{self.path}: the files of no line can be read; the first: {self.bad[-len(wrong)]}")
+        return list(wrong.values())
 
     def wrong_files(self, size, lines):
-        """The messages on some lines, [their indices]."""
-        messages = []
+        """[(index, what is wrong)] of some lines, [their indices]; a background of recovery is another line's matter."""
+        wrong = []
         for line in lines:
+            entry, rng = self[line], random.Random(line)
             try:
-                entry_sample(self, self[line], size, random.Random(line))
+                if entry.task == "recovery":
+                    entry_target(self, entry, size)
+                    some_background(self, entry, rng)
+                else:
+                    entry_sample(self, entry, size, rng)
             except ValueError as error:
-                messages.append(f"{self.path} line {self.places[line][1]}: {error}")
-        return messages
+                wrong.append((line, f"{self.path} line {self.places[line][1]}: {error}"))
+        return wrong
 
     def open(self):
         """The lines as a binary file."""
@@ -1000,7 +1019,8 @@ def entry_sample(manifest, entry, size, rng):
         cut_out = (mask * target + 0.5).astype(np.uint8)
         if task == "segmentation":
             return Sample(task, prompt, [target], labels, cut_out, None)
-        pasted = paste_distorted(cut_out, mask, some_background(manifest, entry, size, rng), rng)
+        background = center_crop(manifest.backgrounds.load(some_background(manifest, entry, rng)), size)
+        pasted = paste_distorted(cut_out, mask, background, rng)
         return Sample(task, prompt, [pasted], labels, target, None)
     picture = manifest.load(entry.picture)
     images = [manifest.load(name) for name in entry.references]
@@ -1019,14 +1039,14 @@ def entry_target(manifest, entry, size):
     return (mask * target + 0.5).astype(np.uint8) if entry.task == "segmentation" else target
 
 
-def some_background(manifest, entry, size, rng):
-    """Another picture than the entry's, uint8 (size, size, 3). Raises ValueError if there seems to be none."""
+def some_background(manifest, entry, rng):
+    """The file of another picture than the entry's, in manifest.backgrounds. Raises ValueError if there seems to be none."""
     others = manifest.backgrounds
     for _ in range(100):
         line = rng.randrange(len(others))
         other = others[line]
-        if not others.held[line] and (others.root, other.picture) != (manifest.root, entry.picture):
-            return center_crop(others.load(other.picture), size)
+        if others.readable[line] and not others.held[line] and (others.root, other.picture) != (manifest.root, entry.picture):
+            return other.picture
     raise ValueError(f"{others.path} has no other picture than {entry.picture} to put behind the {entry.labels[0]!r}; "
                      "give --backgrounds a manifest or folder with more")
 
@@ -1093,8 +1113,14 @@ def manifest_of_folder(folder):
     return "".join(lines).encode()
 
 
+COCO_FIELDS = {"images": {"id": int, "file_name": str, "width": int, "height": int}, "categories": {"id": int, "name": str},
+               "annotations": {"id": int, "image_id": int, "category_id": int, "segmentation": (list, dict)},
+               "captions": {"image_id": int, "caption": str}}
+
+
 def read_coco(path, *keys):
-    """Those lists of a COCO file, in order. Raises ValueError naming the file and what it lacks."""
+    """Those lists of a COCO file, in order, of entries that have all of COCO_FIELDS. Raises ValueError naming the file and what it
+    lacks."""
     try:
         content = json.loads(Path(path).read_bytes())
     except FileNotFoundError:
@@ -1102,8 +1128,12 @@ def read_coco(path, *keys):
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     for key in keys:
-        if not isinstance(content, dict) or key not in content:
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise ValueError(f"{path}: no {key!r} in it; want COCO's instances_*.json, then captions_*.json")
+        wanted = COCO_FIELDS["captions" if len(keys) == 1 else key]
+        for number, entry in enumerate(content[key]):
+            if not isinstance(entry, dict) or not all(isinstance(entry.get(name), kind) for name, kind in wanted.items()):
+                raise ValueError(f"{path}: {key}[{number}] is {json.dumps(entry):.120}; it must have COCO's {', '.join(wanted)}")
     return [content[key] for key in keys]
 
 
@@ -1134,7 +1164,7 @@ def manifest_of_coco(instances, captions, images, out):
         said.setdefault(caption["image_id"], []).append(" ".join(caption["caption"].split()))
     out, count = Path(out), 0
     (out / "masks").mkdir(parents=True, exist_ok=True)
-    with open(out / "manifest.jsonl", "w", encoding="utf-8") as file:
+    with open(out / "manifest.jsonl.tmp", "w", encoding="utf-8") as file:
         for picture in tqdm(pictures, desc="coco"):
             path = Path(images) / picture["file_name"]
             name = os.path.relpath(path, out)
@@ -1143,13 +1173,18 @@ def manifest_of_coco(instances, captions, images, out):
                                  "IMAGES_DIR must be the folder with its .jpg files")
             masked = []                                                  # (file of the mask, label) of each object
             for item in objects.get(picture["id"], []):
-                mask = draw_polygons(item["segmentation"], picture["width"], picture["height"])
+                try:
+                    label = names[item["category_id"]]
+                    mask = draw_polygons(item["segmentation"], picture["width"], picture["height"])
+                except (KeyError, TypeError, ValueError) as error:
+                    raise ValueError(f"{instances}: annotation {item['id']} has no known category or no polygons ({error!r})") from None
                 if OBJECT_SHARE[0] <= mask.histogram()[255] / (mask.width * mask.height) <= OBJECT_SHARE[1]:
-                    masked.append((f"masks/{item['id']}.png", names[item["category_id"]]))
+                    masked.append((f"masks/{item['id']}.png", label))
                     mask.save(out / masked[-1][0])
             lines = lines_of_picture(name, said.get(picture["id"], []), masked)
             file.writelines(lines)
             count += len(lines)
+    os.replace(file.name, out / "manifest.jsonl")                        # whole or not at all
     return count
 
 
@@ -1199,7 +1234,7 @@ class ManifestDataset(torch.utils.data.Dataset):
         self.manifest, self.seed, self.size, self.prefix_drop, self.targets_only = manifest, seed, size, prefix_drop, targets_only
         lines = manifest.held_out if held_out else manifest.tasks
         shares = {task: share for task, share in mix.items() if share and task in lines} if mix else {"": 1.0}
-        self.groups = [lines[task] if task else np.flatnonzero(manifest.held == held_out) for task in shares]
+        self.groups = [lines[task] if task else np.flatnonzero((manifest.held == held_out) & manifest.readable) for task in shares]
         self.count = sum(map(len, self.groups))                          # lines
         edges = np.cumsum([*shares.values()])
         self.edges = [0, *(edges / edges[-1:] * self.BLOCK).round().astype(int).tolist()]
@@ -1311,10 +1346,11 @@ def pad(rows, multiple=1):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 6 or sys.argv[1] != "coco":
-        sys.exit("usage: python data.py coco INSTANCES.json CAPTIONS.json IMAGES_DIR OUT_DIR")
     try:
+        if len(sys.argv) != 6 or sys.argv[1] != "coco":
+            raise ValueError("usage: python data.py coco INSTANCES.json CAPTIONS.json IMAGES_DIR OUT_DIR")
         count, written = manifest_of_coco(*sys.argv[2:]), f"{sys.argv[5]}/manifest.jsonl"
         print(f"wrote {written}, {count} lines; train with --data={written}")
-    except ValueError as error:
-        sys.exit(f"data.py: {error}")
+    except (ValueError, OSError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)

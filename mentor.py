@@ -64,11 +64,11 @@ class VisionConfig:
     """CLIP's vision transformer; by default ViT-L/14."""
 
     image_size: int = 224   # pixels a side
-    patch_size: int = 14
-    width: int = 1024
+    patch_size: int = 14    # pixels a side
+    width: int = 1024       # of a patch's features
     n_layer: int = 24       # features are taken before the last one
-    n_head: int = 16
-    mlp_width: int = 4096
+    n_head: int = 16        # attention heads; must divide the width
+    mlp_width: int = 4096   # hidden width of a block's MLP
 
     @property
     def n_patch(self):
@@ -81,36 +81,36 @@ class ConnectorConfig:
     """From patches to tokens of the text encoder."""
 
     kind: str = "mlp"       # mlp: one token a patch; query: n_query learned queries that read patches and words
-    n_query: int = 32
+    n_query: int = 32       # tokens an image with kind=query
     width: int = 768        # of the query connector; the MLP has the text encoder's
-    n_layer: int = 6
-    n_head: int = 12
+    n_layer: int = 6        # of the query connector
+    n_head: int = 12        # of the query connector
 
 
 @dataclass(frozen=True)
 class TextConfig:
     """T5's encoder; by default Flan-T5-XL's."""
 
-    vocab_size: int = 32128
-    width: int = 2048
-    n_layer: int = 24
-    n_head: int = 32
-    head_width: int = 64
-    mlp_width: int = 5120
+    vocab_size: int = 32128 # rows of the word table, no fewer than the text tokenizer's ids
+    width: int = 2048       # of a token
+    n_layer: int = 24       # blocks
+    n_head: int = 32        # attention heads
+    head_width: int = 64    # of each head, whatever the width
+    mlp_width: int = 5120   # hidden width of a block's gated MLP
     n_bucket: int = 32      # relative distances share this many biases a head ...
-    max_distance: int = 128 # ... and beyond this many positions they share one
-    dropout: float = 0.1
+    max_distance: int = 128 # beyond this many positions all distances share one
+    dropout: float = 0.1    # on embeddings, in every block, and at the end
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
     """The image decoder; by default LlamaGen-XL, for 512-pixel images."""
 
-    codebook_size: int = 16384
+    codebook_size: int = 16384  # codes; as many as the tokenizer has
     grid_size: int = 32     # codes a side
-    width: int = 1280
-    n_layer: int = 36
-    n_head: int = 20
+    width: int = 1280       # of a position; a multiple of 4 * n_head
+    n_layer: int = 36       # blocks
+    n_head: int = 20        # attention heads
     prefix_rotation: str = "identity"  # or zero: LlamaGen's own weights were trained with the prefix's queries and keys erased
     multiple_of: int = 256  # the MLP's hidden width is 8/3 of the width, rounded up to a multiple of this
     dropout: float = 0.1    # on embeddings, attention output and MLP output

@@ -409,14 +409,19 @@ def usable_device(name):
         raise ValueError(f"--device={name}: torch cannot use it here ({reason}); leave the key out, or give cpu, cuda or mps") from None
 
 
+def finished_stages(root):
+    """The folders of a run's stages that draw, as far as they are finished, the last one first."""
+    return [root / s for s in ("instruct", "align", "pretrain") if (root / s / "model.safetensors").is_file()]
+
+
 def newest_stage(folder):
     """(a run's folder, its last finished stage's), given that folder or one of a stage in it.
 
     Raises ValueError if there is none, or if it was trained with another tokenizer than lies beside it.
     """
-    folder, stages = Path(folder), ("instruct", "align", "pretrain")
-    root = folder.parent if folder.name in stages and not (folder / "run.json").is_file() else folder
-    found = [folder] if root != folder else [root / s for s in stages if (root / s / "model.safetensors").is_file()]
+    folder = Path(folder)
+    root = folder.parent if folder.name in ("instruct", "align", "pretrain") and not (folder / "run.json").is_file() else folder
+    found = [folder] if root != folder else finished_stages(root)
     if not found or not (root / "run.json").is_file():
         raise ValueError(f"{folder} holds no trained model; `python train.py tiny --out={folder}` makes one")
     check_tokenizer(found[0])
@@ -625,9 +630,7 @@ def score(pipeline, out):
               "guidance": guidance, "seconds": time.perf_counter() - started}
     out.mkdir(parents=True, exist_ok=True)
     (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
-    rows = {f"{i + 1}. {s.prompt}": [s.images[0], drawn[i], s.target] for i, s in enumerate(subject[:12])}
-    sheet = titled_rows(rows, ["reference", "output", "ideal"], before=1, label="prompt", text_width=330, top=24)
-    Image.fromarray(sheet).save(out / "sheet.png")
+    save_sheet(subject[:12], drawn, out / "sheet.png")
     Image.fromarray(contact_sheet([[s.images[0] for s in few[:8]], *strip], scale=2)).save(out / "guidance.png")
     print(score_table(scores))
     return scores
@@ -674,6 +677,22 @@ def titled_rows(rows, titles, before=0, label="", scale=3, text_width=190, top=1
         lines = [part for line in text.split("\n") for part in textwrap.wrap(line, (text_width - 20) // 6)]
         pen.multiline_text((at + 8, top + i * step + step // 3), "\n".join(lines), fill="black")
     return np.asarray(sheet)
+
+
+def save_sheet(samples, drawn, path):
+    """A contact sheet of samples, a row each: reference, prompt, output, ideal."""
+    rows = {f"{i + 1}. {s.prompt}": [data.center_crop(s.images[0], len(picture)) if s.images else None, picture, s.target]
+            for i, (s, picture) in enumerate(zip(samples, drawn))}
+    Image.fromarray(titled_rows(rows, ["reference", "output", "ideal"], before=1, label="prompt", text_width=330, top=24)).save(path)
+
+
+def show_pictures(pipeline, samples, out):
+    """Draw samples of own pictures into out/sheet.png, and their targets from themselves; print how near those come."""
+    save_sheet(samples, pipeline.draw(samples)[0], out / "sheet.png")
+    targets = [s.target for s in samples]
+    again = [Sample("reconstruction", "The image is <image>", [target], [data.WHOLE], target, None) for target in targets]
+    print(f"reconstruction L2 of {len(samples)} pictures: {pixel_l2(pipeline.draw(again)[0], again):.4f}, "
+          f"the tokenizer alone {pixel_l2(pipeline.rebuild(targets), again):.4f}; look at {out}/sheet.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -904,6 +923,8 @@ def draw_prompt(pipeline, options):
     print(f"{options.n} x {codes.shape[1]} codes in {drawing:.2f} s, {codes.numel() / drawing:.0f} codes/s, "
           f"then {decoding:.2f} s for the pixels ({decoding / (drawing + decoding):.0%} of the time)"
           + f", warm-up {warmup:.1f} s before" * (warmup > 0) + "; " + ", ".join(f"{k}={v}" for k, v in asdict(sampling).items()))
+    if sampling.temperature == 0:
+        print("temperature 0 takes the likeliest code each time: such pictures are flat; 0.6 to 1 gives them detail")
     if options.gif:
         save_gif(pipeline, codes[0], Path(options.out).with_suffix(".gif"))
         print(f"wrote {Path(options.out).with_suffix('.gif')}")
@@ -920,6 +941,16 @@ def reconstruct(pipeline, options):
     target = [Sample("reconstruction", "", [], [], image, None)]
     print(f"pixel L2: tokenizer {pixel_l2([ceiling], target):.4f}, model {pixel_l2([drawn], target):.4f} (image | tokenizer | model)")
     return [[image, ceiling, drawn]]
+
+
+def reconstruct_alone(folder, options):
+    """The image and what the tokenizer in a folder makes of it, before there is a model; prints their L2."""
+    device, vqgan = usable_device(options.device), VQGAN.from_pretrained(folder)
+    image = data.center_crop(data.load_image(options.reconstruct), vqgan.config.image_size)
+    pixels = tokenizer_pixels(image, vqgan.config.image_size)[None].to(device)
+    rebuilt = to_picture(vqgan.to(device).decode(vqgan.encode(pixels))[0])
+    print(f"pixel L2: tokenizer {pixel_l2([rebuilt], [Sample('reconstruction', '', [], [], image, None)]):.4f} (image | tokenizer)")
+    return [[image, rebuilt]]
 
 
 def dreambench_subjects(folder):
@@ -993,7 +1024,7 @@ def parse(arguments):
     """The command line, as an argparse Namespace. Raises ValueError naming the argument that is wrong."""
     parser = Parser(prog="sample.py", description="Draw with a trained model, or score it.")
     parser.add_argument("folder", nargs="?", default="", help="what train.py wrote, for example out/tiny or out/tiny/align")
-    parser.add_argument("prompt", nargs="?", default="", help=r"text with one <image> for each of --images; \n is a line break")
+    parser.add_argument("prompt", nargs="?", help=r"text with one <image> for each of --images; \n is a line break")
     parser.add_argument("--images", nargs="+", default=[], metavar="FILE", help="reference images, in the order of their <image>")
     parser.add_argument("--segment", metavar="NAME", help="cut the named subject out of the one image in --images")
     parser.add_argument("--reconstruct", metavar="FILE", help="draw this image again, beside the tokenizer's own reconstruction")
@@ -1013,8 +1044,11 @@ def parse(arguments):
     parser.add_argument("--gif", action="store_true", help="also write an animation of the first sample appearing")
     parser.add_argument("--device", default=best_device(), help="default %(default)s")
     options = parser.parse_args(arguments)
-    options.prompt = options.prompt.replace("\\n", "\n")
+    nothing = options.prompt is None  # "" is a prompt
+    options.prompt = (options.prompt or "").replace("\\n", "\n")
     if options.segment:
+        if len(options.images) != 1:
+            raise ValueError(f"--segment={options.segment}: give one image to cut it out of, --images=FILE; got {len(options.images)}")
         options.prompt = f"The {options.segment} in <image>."
     legal = {"n": (1, None), "cfg_scale": (0, None), "temperature": (0, None), "top_k": (0, None), "top_p": (0, 1), "seed": (0, 2**63)}
     for key, (low, high) in legal.items():
@@ -1022,14 +1056,26 @@ def parse(arguments):
         if value is not None and not low <= value <= (sys.float_info.max if high is None else high):
             raise ValueError(f"--{key}={value}: must be at least {low}" + (f" and at most {high}" if high is not None else ""))
     out = Path(options.out)
-    if not (options.score or options.dreambench) and (out.suffix.lower() not in Image.registered_extensions() or not out.parent.is_dir()):
+    writable = Image.registered_extensions().get(out.suffix.lower()) in Image.SAVE
+    if not (options.score or options.dreambench) and not (writable and out.parent.is_dir()):
         raise ValueError(f"--out={out}: must end in .png, .jpg or .webp and lie in a folder that exists")
+    if options.gif and out.suffix.lower() == ".gif":
+        raise ValueError(f"--out={out}: --gif would write its animation over it; let it end in .png, .jpg or .webp")
+    own = [f"--{key}" for key in ("cfg_scale", "temperature", "top_k", "top_p") if getattr(options, key) is not None]
+    if options.score and (own or options.seed):
+        raise ValueError(f"--score draws as the model's config.json says, with seed 0; leave out {', '.join(own + ['--seed'] * bool(options.seed))}")
     if not (options.folder or options.bench):
         raise ValueError("give the folder that train.py wrote, for example out/tiny; `python sample.py --help` lists what there is")
-    if not (options.prompt or options.score or options.reconstruct or options.dreambench or options.bench):
+    if nothing and not (options.segment or options.score or options.reconstruct or options.dreambench or options.bench):
         raise ValueError('give a prompt ("A big red star at the top on a green background"), '
                          "--segment, --reconstruct, --dreambench or --score")
     return options
+
+
+def save_rows(rows, out):
+    """Write rows of pictures as one."""
+    Image.fromarray(contact_sheet([[enlarged(p) for p in row] for row in rows], pad=8)).save(out)
+    print(f"wrote {out}")
 
 
 def main(arguments):
@@ -1037,6 +1083,9 @@ def main(arguments):
     options = parse(arguments)
     if options.bench:
         return bench(options.bench, usable_device(options.device))
+    folder = Path(options.folder)
+    if options.reconstruct and (folder / "tokenizer" / "model.safetensors").is_file() and not finished_stages(folder):
+        return save_rows(reconstruct_alone(folder / "tokenizer", options), options.out)
     pipeline = Pipeline.open(options.folder, options.device)
     if options.score:
         score(pipeline, Path(options.folder if options.out == "sample.png" else options.out))
@@ -1044,9 +1093,7 @@ def main(arguments):
     if options.dreambench:
         draw_dreambench(pipeline, options, Path(options.folder, "dreambench") if options.out == "sample.png" else Path(options.out))
         return
-    rows = reconstruct(pipeline, options) if options.reconstruct else draw_prompt(pipeline, options)
-    Image.fromarray(contact_sheet([[enlarged(p) for p in row] for row in rows], pad=8)).save(options.out)
-    print(f"wrote {options.out}")
+    save_rows(reconstruct(pipeline, options) if options.reconstruct else draw_prompt(pipeline, options), options.out)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class TokenizerConfig:
     num_res_blocks: int = 2               # ResNet blocks a level (the decoder has one more)
     norm_groups: int = 32                 # groups of every GroupNorm; must divide every level's channels
     z_channels: int = 256                 # channels at the grid, before the codebook's projection
-    codebook_size: int = 16384
+    codebook_size: int = 16384            # codes; the image decoder must have as many
     codebook_dim: int = 8                 # few dimensions keep every code in use (LlamaGen, table 2)
     beta: float = 0.25                    # weight of the commitment loss, the pull of z towards its code
 

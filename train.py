@@ -72,7 +72,7 @@ from tokenizer import (VQGAN, WEIGHT_LIMIT, CodebookUsage, LPIPS, PatchDiscrimin
 class TokenizerStageConfig:
     """How the tokenizer is trained."""
 
-    steps: int = 100000
+    steps: int = 100000            # of the optimizer
     global_batch: int = 128        # images a step, over all processes and micro-batches
     lr: float = 1e-4               # AdamW's peak
     final_lr: float = 0.1          # fraction of the peak at which the cosine ends
@@ -89,7 +89,7 @@ class TokenizerStageConfig:
 class StageConfig:
     """How one of Mentor's stages is trained."""
 
-    steps: int = 20000
+    steps: int = 20000             # of the optimizer
     global_batch: int = 128        # samples a step, over all processes and micro-batches
     lr: float = 5e-4               # AdamW's peak
     muon_lr: float = 0.0           # Muon's peak, for the matrices of hidden layers; 0 leaves all to AdamW
@@ -144,7 +144,7 @@ class RunConfig:
     workers: int = 0               # data processes
     save_every: int = 1000         # steps between checkpoints
     score_every: int = 0           # steps of align and instruct between CP and PF in their logs; 0: never
-    claims_seeds: int = 1          # how many seeds, from `seed` on, --stage=claims trains align and instruct with
+    claims_seeds: int = 1          # seeds, from `seed` on, of --stage=claims: of the full run, and of rows that one does not tell from it
     checkpoint: bool = False       # recompute activations in the backward pass: less memory, a third slower
     compile: str = "auto"          # torch.compile for the blocks of text encoder and decoder: true, false, or auto (true on CUDA)
     dry_run: bool = False          # train nothing: check what is needed, print parameters, FLOPs, memory and hours
@@ -637,6 +637,9 @@ def open_source(run, machine):
     if run.data:
         if run.stage != "tokenizer":
             source.check_prompts(make_collate(run, text_tokenizer))
+        if run.skip_bad:
+            for manifest in dict.fromkeys((source.backgrounds, source)):
+                manifest.check_files(run.vqgan.image_size, run.workers)
         describe_data(run, source, machine)
         check_tasks(run, source)
     return source, text_tokenizer
@@ -1267,6 +1270,8 @@ def parse(arguments):
         if not equals and known.get(key, ("",))[0] is False:
             equals, text = "=", "true"
         if not argument.startswith("--") or not equals or key not in known:
+            if key == "resume":
+                raise ValueError(f"{argument}: no such key; a run goes on from its last checkpoint by itself: give the same command again")
             near = get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise ValueError(f"{argument}: {'no such key' if equals else 'want --key=value'}; the nearest is --{near}={known[near][0]}. "
                              "`python train.py --help` lists all")
@@ -1287,7 +1292,8 @@ def validate(run):
     mentor.check_fields(run, "--", {**mentor.LIMITS, **LIMITS})
     for key, legal in CHOICES.items():
         if getattr(run, key) not in legal:
-            raise ValueError(f"--{key}={getattr(run, key)}: must be one of {', '.join(legal)}")
+            raise ValueError(f"--{key}={getattr(run, key)}: must be one of {', '.join(legal)}"
+                             + "; T5 overflows in float16" * (getattr(run, key) == "float16"))
     for stage in STAGES[1:]:
         parse_mix(stage, getattr(run, stage).mix)
     if run.cache_codes and not run.data:
@@ -1321,10 +1327,10 @@ def parse_mix(stage, mix):
     return shares
 
 
-def print_help():
-    """Every key with the default of `full` and its meaning."""
-    print(f"python train.py {{{','.join(PRESETS)}}} [--key=value ...]\n\nKeys, with the defaults of full:\n")
-    for key, (value, meaning) in flatten(PRESETS["full"]).items():
+def print_help(preset="full"):
+    """Every key with a preset's default and its meaning."""
+    print(f"python train.py {{{','.join(PRESETS)}}} [--key=value ...]\n\nKeys, with the defaults of {preset}:\n")
+    for key, (value, meaning) in flatten(PRESETS[preset]).items():
         print(f"  --{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}".ljust(44), meaning)
 
 
@@ -1616,7 +1622,8 @@ def plan_stage(name, run, machine, dtype, prompts):
                 f"{samples / 1e6:.4g}M samples are {samples * flops:.3g} FLOPs")
     for card in ("A100", "H200"):
         hours = samples * flops / (UTILISATION * PEAK_TFLOPS[card] * 1e12) / 3600
-        machine.say(f"{name}: at {UTILISATION:.0%} of an {card}'s {PEAK_TFLOPS[card]} TFLOPS: {hours:.3g} h on one, {hours / 8:.3g} h on 8")
+        on = ", ".join(f"{hours / count:.3g} h on {'one' if count == 1 else count}" for count in sorted({1, 8, machine.world_size}))
+        machine.say(f"{name}: at {UTILISATION:.0%} of an {card}'s {PEAK_TFLOPS[card]} TFLOPS: {on}")
     for recompute in (False,) if name == "tokenizer" else (False, True):
         if recompute:
             recompute_activations(rehearsal.stage.model)
@@ -1639,7 +1646,9 @@ def dry_run(run, machine, source, text_tokenizer, stages, problems):
     machine.say(f"a plan, nothing is trained: for {machine.world_size} GPUs (torchrun sets how many) in {str(dtype)[6:]}")
     for name in stages:
         plan_stage(name, run, machine, dtype, first_prompts(name, run, source, text_tokenizer))
-    problems += source.check_files(run.vqgan.image_size, run.workers) if run.data else []
+    if run.data and not run.skip_bad:  # which has looked already
+        for manifest in dict.fromkeys((source.backgrounds, source)):
+            problems += manifest.check_files(run.vqgan.image_size, run.workers)
     if problems:
         raise ValueError("this run could not start: " + "; ".join(problems))
     machine.say("everything needed is there")
@@ -1717,11 +1726,14 @@ def samples_of(run, stages):
     return sum(getattr(run, stage).steps * getattr(run, stage).global_batch for stage in STAGES[2:] if stage in stages)
 
 
-def train_rows(run, machine, world, text_tokenizer):
-    """Train and score every row beside the full run: {row: scores} and {row: folder of its weights}."""
+def train_rows(run, machine, world, text_tokenizer, names=tuple(ROWS)):
+    """Train and score rows beside the full run, those named and those that were scored there before: {row: scores} and {row:
+    folder of its weights}."""
     full, scores, folders = Path(run.out), {}, {}
     for name, row in ROWS.items():
         out, own = full / "claims" / name.replace(" ", "_"), run
+        if name not in names and not out.with_name(out.name + ".json").is_file():
+            continue
         if row.stages:
             machine.say(f"claims: {name}, in {out}")
             before = {"tokenizer": full / "tokenizer", STARTS_FROM[row.stages[0]][-1]: full / row.start}
@@ -1741,15 +1753,17 @@ def claims(run, machine, world, text_tokenizer):
     train_stages(STAGES, run, machine, world, text_tokenizer)
     scores, folders = train_rows(run, machine, world, text_tokenizer)
     rows, before = [scores], {stage: out / stage for stage in STAGES[:2]}
+    close = machine.mean({name: 0 for name in scores if name == "full" or difference(scores, name, "cp_pf")[2]})  # the first process's
     for seed in range(run.seed + 1, run.seed + run.claims_seeds):  # of stages 1 and 2; tokenizer and pretraining stay
         other = branch(replace(run, seed=seed), out / "claims" / f"seed_{seed}", before, machine, world, text_tokenizer, STAGES[2:])
-        rows.append(train_rows(other, machine, world, text_tokenizer)[0])
+        rows.append(train_rows(other, machine, world, text_tokenizer, close)[0])
     if not machine.main:
         return
     curve = [[samples_of(run, STAGES[:i]) + line["step"] * getattr(run, STAGES[i]).global_batch, *(line[key] for key in MEASURES)]
              for i in (2, 3) for line in read_log(out / STAGES[i] / "log.jsonl") if "cp" in line]
     balance = remembered(out / "claims" / "balance.json", folders["full"], sample.balance_scores, machine)
-    result = {"seeds": run.claims_seeds, "rows": averaged(rows), "balance": balance, "efficiency": curve}
+    seeds = {name: [scores[name] for scores in rows if name in scores] for name in ROWS}
+    result = {"rows": {name: {**averaged(every), "seeds": len(every)} for name, every in seeds.items()}, "balance": balance, "efficiency": curve}
     text = claims_text(result)
     mentor.write_json(out / "claims.json", result)
     mentor.write_atomically(out / "claims.md", lambda file: file.write_text(text, encoding="utf-8"))
@@ -1770,12 +1784,19 @@ def averaged(scores):
     return mean
 
 
+def difference(rows, name, key):
+    """How a row's score differs from the full run's, the standard error of that, and whether the two lie within twice the error."""
+    row, full = rows[name], rows["full"]
+    here, error = row[key] - full[key], math.hypot(row[f"{key}_se"], full[f"{key}_se"])
+    return here, error, abs(here) <= 2 * error
+
+
 def against_full(name, rows):
     """How a row differs from the full run, here and in the paper, and whether in the same direction: clear is two standard errors."""
-    parts, row, full = [], rows[name], rows["full"]
+    parts = []
     for (key, label), paper in zip(MEASURES.items(), np.subtract(ROWS[name].paper, ROWS["full"].paper)):
-        here, error = row[key] - full[key], math.hypot(row[f"{key}_se"], full[f"{key}_se"])
-        said = "no clear difference" if abs(here) <= 2 * error else "the same direction" if here * paper > 0 else "the other direction"
+        here, error, close = difference(rows, name, key)
+        said = "no clear difference" if close else "the same direction" if here * paper > 0 else "the other direction"
         parts.append(f"{label} {here:+.3f} ± {error:.3f}, in the paper {paper:+.3f} ({said})")
     return f"- {name}: {'; '.join(parts)}."
 
@@ -1785,7 +1806,6 @@ def claims_text(result):
     rows, curve = result["rows"], result["efficiency"]
     full, one, multi, query = (rows[n] for n in ("full", "stage 1 alone", "with multi-image", "query connector"))
     rebuilt, tuned = rows["reconstruction tuning"], rows["in-context tuning"]
-    seeds = f" and {result['seeds']} seeds" if result["seeds"] > 1 else ""
     outcomes = len(rules("shapes") + rules("shapes", True)) + 1
 
     def marks(row):
@@ -1795,9 +1815,9 @@ def claims_text(result):
         return next(line[0] for line in curve if line[3] >= share * curve[-1][3])
 
     return "\n\n".join([
-        f"± is one standard error over {sample.PROMPTS} prompts{seeds}.",
-        sample.table(["row", "samples", *MEASURES.values(), *(f"the paper's {label}" for label in MEASURES.values())],
-                     [[name, row["samples"], *marks(row), *(ROWS[name].paper or ("", "", ""))] for name, row in rows.items()]),
+        f"± is one standard error over {sample.PROMPTS} prompts and the row's seeds.",
+        sample.table(["row", "samples", "seeds", *MEASURES.values(), *(f"the paper's {label}" for label in MEASURES.values())],
+                     [[name, row["samples"], row["seeds"], *marks(row), *(ROWS[name].paper or ("", "", ""))] for name, row in rows.items()]),
         "**1. Both stages matter, and each task has its role.** Against the full run:",
         "\n".join(against_full(name, rows) for name in ROWS if name.startswith("without")),
         f"**2. MLP or query connector.** {full['image_tokens']} tokens an image at {full['samples_per_s']:.0f} samples/s with the MLP, "
@@ -1944,6 +1964,17 @@ def write_run(run, text_tokenizer, manifests=()):
         manifest.content = None
 
 
+def show_pictures(name, run, source, machine):
+    """Draw up to 8 held-out samples of a stage's mix, or of those trained on where none are held out, which is said."""
+    mix, run = parse_mix(name, getattr(run, name).mix), replace(run, prefix_drop=0.0)
+    dataset = make_dataset(name, run, mix, source, held_out=True)
+    if not dataset.count:
+        machine.say("none of these pictures is held out, so those to be drawn have been trained on")
+        dataset = make_dataset(name, run, mix, source)
+    pipeline = sample.Pipeline.open(Path(run.out) / name, machine.device)
+    sample.show_pictures(pipeline, [dataset[i] for i in range(min(8, dataset.count))], Path(run.out))
+
+
 def train_stages(names, run, machine, source, text_tokenizer):
     """Train some stages into run.out."""
     started = time.perf_counter()
@@ -1956,8 +1987,8 @@ def train_stages(names, run, machine, source, text_tokenizer):
 
 def main(arguments):
     """Do what the command line asks for: train, then score and show the result."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        return print_help()
+    if not arguments or {"-h", "--help"} & set(arguments):
+        return print_help(*(preset for preset in arguments[:1] if preset in PRESETS))
     run, started = parse(arguments)[1], time.perf_counter()
     run = with_values(run, {f"{s}.steps": max(1, round(getattr(run, s).steps * run.train_scale)) for s in STAGES})
     machine = start_machine(run)
@@ -1985,6 +2016,8 @@ def main(arguments):
             sample.score(sample.Pipeline.open(run.out, machine.device), Path(run.out))
             prompt = "A big red star at the top left on a green striped background"
             machine.say(f'look at {run.out}/sheet.png, then try\n    python sample.py {run.out} "{prompt}"')
+        elif run.data and stages[-1] in STAGES[2:]:
+            show_pictures(stages[-1], run, source, machine)
         machine.say(f"everything took {time.perf_counter() - started:.0f} s; the losses are drawn in {run.out}/curves.png"
                     + "; there are no scores, which need a built-in world" * bool(run.data))
 
