@@ -72,7 +72,7 @@ def test_training_forward_and_backward_run_on_the_flash_kernel_alone(text_tokeni
     batch = make_batch(model.config, 5)
     prefix = model.prefix(batch, nobody(5))
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        model.next_code_logits(prefix, batch.lengths, some_codes(model, 5)).sum().backward()
+        model.decoder.output(model.next_code_hidden(prefix, batch.lengths, some_codes(model, 5))).sum().backward()
     assert model.decoder.blocks[0].attention.wqkv.weight.grad.abs().sum() > 0
 
 
@@ -164,7 +164,7 @@ def test_first_loss_is_that_of_guessing(text_tokenizer, make_batch):
     torch.testing.assert_close(F.cross_entropy(logits.flatten(0, 1), some_codes(model, 2).flatten()), torch.tensor(64.0).log())
 
 
-def test_behaviour_does_not_hang_on_training_mode(model, make_batch):
+def test_behaviour_does_not_depend_on_training_mode(model, make_batch):
     """Dropout is 0 here, so train() and eval() are the same function."""
     batch, codes = make_batch(model.config, 2), some_codes(model, 2)
     before = model(batch, codes, nobody(2))

@@ -11,14 +11,10 @@ from safetensors.torch import save_file
 
 import mentor
 import train
-from conftest import randomize
+from conftest import SMALL, randomize
 from mentor import Mentor, read_weights, released_name
 from sample import Pipeline
 from tokenizer import VQGAN
-
-SMALL = ["--vqgan.ch=8", "--vqgan.ch_mult=1,1,1", "--vqgan.num_res_blocks=1", "--vqgan.norm_groups=4", "--vqgan.z_channels=8", "--vqgan.codebook_size=32",
-         "--model.vision.width=16", "--model.vision.n_head=2", "--model.vision.n_layer=2", "--model.vision.mlp_width=32", "--model.text.width=16", "--model.text.n_head=2",
-         "--model.text.mlp_width=32", "--model.decoder.width=32", "--model.decoder.n_layer=2", "--model.decoder.codebook_size=32"]
 
 
 @pytest.fixture

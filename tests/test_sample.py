@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import sample
+from conftest import few_steps
 from data import PATTERNS, Placed, Sample, Scene
 from mentor import SamplingConfig
 from sample import ShapesJudge, choose, concept_preservation, filter_logits, judge_pictures, pixel_l2, prompt_following, segmentation_iou
@@ -88,11 +89,8 @@ def out(tmp_path_factory):
     import train
 
     folder = tmp_path_factory.mktemp("run") / "tiny"
-    train.main(["tiny", f"--out={folder}", "--stage=all", *SHORT])
+    train.main(["tiny", f"--out={folder}", *few_steps(steps=2, global_batch=4)])
     return folder
-
-
-SHORT = ("--tokenizer.steps=2", "--pretrain.steps=2", "--align.steps=2", "--instruct.steps=2", "--pretrain.global_batch=4", "--align.global_batch=4", "--instruct.global_batch=4")
 
 
 @pytest.fixture(autouse=True, scope="module")

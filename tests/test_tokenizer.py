@@ -111,12 +111,12 @@ def test_places_are_new_codes_for_what_the_encoder_says():
     assert [step for step, log in enumerate(logs) if "usage" in log] == [3, 5, 7, 9] and [step for step, log in enumerate(logs) if "restarted" in log] == [3, 5, 7]
     codes = stage.model.encode(images)
     assert len(codes.unique()) == 32 and not torch.allclose(stage.model.quantize.codebook(), before)  # all are in use
-    z, rounded = stage.reconstruct(images, 3)[4], stage.reconstruct(images, 4)
+    smooth, rounded = stage.reconstruct(images, 3), stage.reconstruct(images, 4)
     with torch.no_grad():
-        fake = stage.model.decoder(stage.model.post_quant_conv(F.normalize(z, dim=1)))
-    torch.testing.assert_close(stage.reconstruct(images, 3)[3], fake)      # before codebook_start nothing is rounded
-    torch.testing.assert_close(rounded[3], stage.model(images)[0])         # from then on everything is
-    assert stage.reconstruct(images, 3)[2] == 0 and rounded[2] > 0
+        expected = stage.model.decoder(stage.model.post_quant_conv(F.normalize(smooth.z, dim=1)))
+    torch.testing.assert_close(smooth.images, expected)                    # before codebook_start nothing is rounded
+    torch.testing.assert_close(rounded.images, stage.model(images)[0])     # from then on everything is
+    assert smooth.quantizer == 0 and rounded.quantizer > 0
 
 
 def test_collages_keep_whole_cells_and_consistency_sees_what_moved():
@@ -204,7 +204,7 @@ def test_saved_tokenizer_is_the_same(tmp_path):
 
 
 def test_presets_and_illegal_sizes():
-    assert TokenizerConfig(**PRESETS["full"]).grid_size == 32 and TokenizerConfig(**PRESETS["tiny"]).grid_size == 8
+    assert PRESETS["full"].grid_size == 32 and PRESETS["tiny"].grid_size == 8
     with pytest.raises(ValueError, match="image_size=500 is no multiple .* 16"):
         TokenizerConfig(image_size=500)
     with pytest.raises(ValueError, match="norm_groups=32 does not divide 16"):

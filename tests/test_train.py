@@ -11,26 +11,23 @@ from safetensors.torch import load_file
 
 import mentor
 import train
-from conftest import randomize
+from conftest import SMALL, few_steps, randomize
 from data import Collate, WorldDataset
 from mentor import Mentor
 from tokenizer import VQGAN
 from train import Machine, MentorStage, TokenizerStage, index_batches, micro_batches, schedule
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--vqgan.ch=8", "--vqgan.ch_mult=1,1,1", "--vqgan.num_res_blocks=1", "--vqgan.norm_groups=4", "--vqgan.z_channels=8", "--vqgan.codebook_size=32", "--tokenizer.restart_every=3",
-         "--model.vision.width=16", "--model.vision.n_head=2", "--model.vision.n_layer=2", "--model.vision.mlp_width=32", "--model.text.width=16", "--model.text.n_head=2",
-         "--model.text.mlp_width=32", "--model.decoder.width=32", "--model.decoder.n_layer=2", "--model.decoder.codebook_size=32", "--model.decoder.dropout=0.1",
-         *(f"--{stage}.{key}" for stage in train.STAGES for key in ("steps=6", "global_batch=4", "lr=0.003", "final_lr=0.5"))]
+SHORT = [*SMALL, "--tokenizer.restart_every=3", "--model.decoder.dropout=0.1", *few_steps(steps=6, global_batch=4, lr=0.003, final_lr=0.5)]
 CPU = Machine(0, 1, torch.device("cpu"), torch.float32)
 
 
 def small_run(*arguments):
-    return train.parse(["tiny", *SMALL, *arguments])[1]
+    return train.parse(["tiny", *SHORT, *arguments])[1]
 
 
 def run_stage(out, stage, *arguments):
-    train.main(["tiny", *SMALL, f"--out={out}", f"--stage={stage}", *arguments])
+    train.main(["tiny", *SHORT, f"--out={out}", f"--stage={stage}", *arguments])
 
 
 def weights(out, stage):
@@ -280,7 +277,7 @@ def test_published_recipe_is_the_default_of_full():
 @pytest.mark.parametrize("arguments, message", [
     (["tinny"], "tiny, small, base, full, multi; got 'tinny'"),
     (["tiny", "--sede=1"], "--sede=1: no such key; the nearest is --seed=0"),
-    (["tiny", "--seed"], "--seed: want --key=value"),
+    (["tiny", "--seed"], "--seed: write --key=value"),
     (["tiny", "--seed=abc"], "--seed=abc: not of type int; the default is 0"),
     (["tiny", "--vqgan.ch_mult=1,x"], "not a list of int"),
     (["tiny", "--world=cubes"], "--world=cubes: must be one of shapes, emoji"),
