@@ -158,7 +158,7 @@ class TextTokenizer:
         word = self.unknown_word(text)
         if word:
             known = sorted({self.pieces.id_to_piece(i).strip("▁") for i in range(3, self.pieces.vocab_size())})
-            near = difflib.get_close_matches(word.lower(), known, n=3) or known
+            near = difflib.get_close_matches(word.lower(), known, n=3) or [*known[:20], *["..."] * (len(known) > 20)]
             raise ValueError(f"the text model does not know the word {word!r}; similar known words: {', '.join(near)}")
 
     @classmethod
@@ -788,9 +788,10 @@ class Manifest:
         self.offsets, self.numbers = offsets.copy(), numbers.copy()      # where each line begins, and its number
         self.n_image, self.most_tokens = n_image.astype(np.int32), most_tokens.astype(np.int32)  # of its prompt
         self.held = self.choose_held_out(tasks, pictures)                # (lines,) bool: not for training
+        self.readable = np.ones(len(rows), bool)                         # (lines,) bool: as far as check_files was told to look
         self.tasks, self.held_out = lines_by_task(tasks, ~self.held), lines_by_task(tasks, self.held)
 
-    def check_lines(self, workers, quiet):
+    def check_lines(self, workers):
         """Check all lines. Returns check_chunk's rows for the right ones, (lines, 6) int64. Sets `digest`, of the lines and the
         sizes of the files they name, and `times`, of when these were written."""
         size = self.path.stat().st_size if self.content is None else len(self.content)
@@ -888,6 +889,10 @@ class Manifest:
             except ValueError as error:
                 self.leave_out(self.numbers[index], error)
                 wrong.append(index)
+        self.remove(wrong)
+
+    def remove(self, wrong):
+        """Take the lines with these indices from the tasks."""
         for tasks in (self.tasks, self.held_out):
             for task in list(tasks):
                 tasks[task] = np.setdiff1d(tasks[task], wrong, assume_unique=True)
@@ -895,7 +900,8 @@ class Manifest:
                     del tasks[task]
 
     def check_files(self, size, workers):
-        """Open every file of every line. Returns messages about those that cannot be used."""
+        """Open every file of every line. Returns messages about those that cannot be used; with skip_bad their lines are left out.
+        Then raises ValueError if there are no others."""
         wrong_files = functools.partial(self.wrong_files, size)
         loader = torch.utils.data.DataLoader(range(len(self)), batch_size=16, num_workers=workers, collate_fn=wrong_files)
         batches = tqdm(loader, desc="opening all files", unit_scale=16, disable=self.quiet)
@@ -909,8 +915,8 @@ class Manifest:
         return list(wrong.values())
 
     def wrong_files(self, size, lines):
-        """check_files' messages about some lines, a list of indices."""
-        messages = []
+        """[(index, message)] about some lines, a list of indices. A background of recovery is another line's matter."""
+        wrong = []
         for line in lines:
             entry, rng = self[line], random.Random(line)
             try:
@@ -920,8 +926,8 @@ class Manifest:
                 else:
                     entry_sample(self, entry, size, rng)
             except ValueError as error:
-                messages.append(f"{self.path} line {self.numbers[line]}: {error}")
-        return messages
+                wrong.append((line, f"{self.path} line {self.numbers[line]}: {error}"))
+        return wrong
 
     def open(self):
         """Open the lines as a binary file."""
@@ -1033,8 +1039,8 @@ def entry_target(manifest, entry, size):
     return (mask * target + 0.5).astype(np.uint8) if entry.task == "segmentation" else target
 
 
-def some_background(manifest, entry, size, rng):
-    """A picture other than the entry's, uint8 (size, size, 3). Raises ValueError if none is found."""
+def some_background(manifest, entry, rng):
+    """The file of a picture other than the entry's, of manifest.backgrounds. Raises ValueError if none is found."""
     others = manifest.backgrounds
     for _ in range(100):
         line = rng.randrange(len(others))
@@ -1113,7 +1119,7 @@ COCO_FIELDS = {"images": {"id": int, "file_name": str, "width": int, "height": i
 
 
 def read_coco(path, *keys):
-    """Read some lists of a COCO file. Raises ValueError naming the file and what it lacks."""
+    """Read some lists of a COCO file, whose entries have COCO_FIELDS. Raises ValueError naming the file and what it lacks."""
     try:
         content = json.loads(Path(path).read_bytes())
     except FileNotFoundError:
@@ -1121,8 +1127,12 @@ def read_coco(path, *keys):
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     for key in keys:
-        if not isinstance(content, dict) or key not in content:
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise ValueError(f"{path}: no {key!r} in it; give COCO's instances_*.json, then captions_*.json")
+        wanted = COCO_FIELDS["captions" if len(keys) == 1 else key]
+        for number, entry in enumerate(content[key]):
+            if not isinstance(entry, dict) or not all(isinstance(entry.get(name), kind) for name, kind in wanted.items()):
+                raise ValueError(f"{path}: {key}[{number}] is {json.dumps(entry):.120}; it must have COCO's {', '.join(wanted)}")
     return [content[key] for key in keys]
 
 
@@ -1223,7 +1233,7 @@ class ManifestDataset(torch.utils.data.Dataset):
         self.manifest, self.seed, self.size, self.prefix_drop, self.targets_only = manifest, seed, size, prefix_drop, targets_only
         lines = manifest.held_out if held_out else manifest.tasks
         shares = {task: share for task, share in mix.items() if share and task in lines} if mix else {"": 1.0}
-        self.groups = [lines[task] if task else np.flatnonzero(manifest.held == held_out) for task in shares]
+        self.groups = [lines[task] if task else np.flatnonzero((manifest.held == held_out) & manifest.readable) for task in shares]
         self.count = sum(map(len, self.groups))                          # of lines
         edges = np.cumsum([*shares.values()])
         self.edges = [0, *(edges / edges[-1:] * self.BLOCK).round().astype(int).tolist()]  # task k: edges[k] to edges[k + 1] of a block

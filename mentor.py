@@ -72,8 +72,8 @@ class VisionConfig:
     """CLIP's vision transformer; by default ViT-L/14."""
 
     image_size: int = 224   # pixels per side
-    patch_size: int = 14
-    width: int = 1024
+    patch_size: int = 14    # pixels per side
+    width: int = 1024       # of a patch's features
     n_layer: int = 24       # features are taken before the last one
     n_head: int = 16        # attention heads; must divide the width
     mlp_width: int = 4096   # hidden width of a block's MLP
@@ -89,36 +89,36 @@ class ConnectorConfig:
     """The part that turns patches into tokens of the text encoder."""
 
     kind: str = "mlp"       # mlp: one token per patch; query: n_query learned queries that read patches and words
-    n_query: int = 32
+    n_query: int = 32       # tokens per image with kind=query
     width: int = 768        # of the query connector; the MLP uses the text encoder's
-    n_layer: int = 6
-    n_head: int = 12
+    n_layer: int = 6        # of the query connector
+    n_head: int = 12        # of the query connector
 
 
 @dataclass(frozen=True)
 class TextConfig:
     """T5's encoder; by default Flan-T5-XL's."""
 
-    vocab_size: int = 32128
-    width: int = 2048
-    n_layer: int = 24
-    n_head: int = 32
-    head_width: int = 64
-    mlp_width: int = 5120
+    vocab_size: int = 32128 # rows of the word table; at least the text tokenizer's ids
+    width: int = 2048       # of a token
+    n_layer: int = 24       # blocks
+    n_head: int = 32        # attention heads
+    head_width: int = 64    # of each head, whatever the width
+    mlp_width: int = 5120   # hidden width of a block's gated MLP
     n_bucket: int = 32      # relative distances share this many biases per head ...
-    max_distance: int = 128 # ... and beyond this many positions they share one
-    dropout: float = 0.1
+    max_distance: int = 128 # beyond this many positions all distances share one
+    dropout: float = 0.1    # on embeddings, in every block, and at the end
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
     """The image decoder; by default LlamaGen-XL, for 512-pixel images."""
 
-    codebook_size: int = 16384
+    codebook_size: int = 16384  # codes; as many as the tokenizer has
     grid_size: int = 32     # codes per side
-    width: int = 1280
-    n_layer: int = 36
-    n_head: int = 20
+    width: int = 1280       # of a position; a multiple of 4 * n_head
+    n_layer: int = 36       # blocks
+    n_head: int = 20        # attention heads
     prefix_rotation: str = "identity"  # or zero: LlamaGen's own weights were trained with the queries and keys of the prefix erased
     multiple_of: int = 256  # the MLP's hidden width is 8/3 of the width, rounded up to a multiple of this
     dropout: float = 0.1    # on embeddings, attention output and MLP output
@@ -906,8 +906,8 @@ def fit_unconditional(model, tensors):
 
 
 def read_pickle(path, **options):
-    """Load what torch.save wrote, with weights_only, so that it cannot run code. Checks the checksums first, which torch.load
-    does not. Raises ValueError naming a file that is damaged or was not written by torch.save."""
+    """Load what torch.save wrote, with weights_only, so that it cannot run code: of classes it may hold only argparse's Namespace,
+    the options beside LlamaGen's weights. Checks the checksums first, which torch.load does not. Raises ValueError naming a file that is damaged or was not written by torch.save."""
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -965,8 +965,14 @@ IN_CHECKPOINT = {  # from each source's names to those of the released checkpoin
 }
 
 
-def released_tensors(source, path):
-    """Read one source ("clip", "t5", "connector", "generator", "mentor", "vq") as {name in the released checkpoint: tensor}."""
+def released_tensors(source, path, say=lambda words: None):
+    """Read one source ("clip", "t5", "connector", "generator", "mentor", "vq") as {name in the released checkpoint: tensor}. Says
+    what else its file holds, which is left aside. Raises ValueError if there is nothing but that."""
     pattern, replacement = IN_CHECKPOINT.get(source, ("^", ""))
-    return {re.sub(pattern, replacement, name, count=1): tensor.contiguous()
-            for name, tensor in read_weights(path).items() if not re.search(NOT_OURS[source], name)}
+    tensors = read_weights(path)
+    others = [name for name in tensors if re.search(NOT_OURS[source], name)]
+    names = f"{', '.join(others[:3])}{', ...' if len(others) > 3 else ''}"
+    if len(others) == len(tensors):
+        raise ValueError(f"--released.{source}={path}: none of its {len(tensors)} tensors is of that part ({names}); give another file")
+    say(f"{len(tensors) - len(others)} tensors from {path}" + f", {len(others)} of other parts left aside ({names})" * bool(others))
+    return {re.sub(pattern, replacement, name, count=1): tensor.contiguous() for name, tensor in tensors.items() if name not in others}

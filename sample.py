@@ -400,17 +400,20 @@ def usable_device(name):
         raise ValueError(f"--device={name}: torch cannot use it here ({reason}); leave out --device, or give cpu, cuda or mps") from None
 
 
+STAGES = ("instruct", "align", "pretrain")  # those whose models draw, the last one first
+
+
 def finished_stages(root):
-    """The folders of a run's stages that draw, as far as they are finished, the last one first."""
-    return [root / s for s in ("instruct", "align", "pretrain") if (root / s / "model.safetensors").is_file()]
+    """The folders of a run's finished stages that draw, the last one first."""
+    return [root / s for s in STAGES if (root / s / "model.safetensors").is_file()]
 
 
 def newest_stage(folder):
     """(a run's folder, the folder of its last finished stage), given the first or the folder of a stage in it. Raises ValueError
     if there is no such stage, or if it was trained with another tokenizer than the one beside it."""
-    folder, stages = Path(folder), ("instruct", "align", "pretrain")
-    root = folder.parent if folder.name in stages and not (folder / "run.json").is_file() else folder
-    found = [folder] if root != folder else [root / s for s in stages if (root / s / "model.safetensors").is_file()]
+    folder = Path(folder)
+    root = folder.parent if folder.name in STAGES and not (folder / "run.json").is_file() else folder
+    found = [folder] if root != folder else finished_stages(root)
     if not found or not (root / "run.json").is_file():
         raise ValueError(f"{folder} holds no trained model; `python train.py tiny --out={folder}` makes one")
     check_tokenizer(found[0])
@@ -1016,7 +1019,7 @@ def parse(arguments):
     """Parse the command line into an argparse Namespace. Raises ValueError naming the argument that is wrong."""
     parser = Parser(prog="sample.py", description="Draw with a trained model, or score it.")
     parser.add_argument("folder", nargs="?", default="", help="folder that train.py wrote, for example out/tiny or out/tiny/align")
-    parser.add_argument("prompt", nargs="?", default="", help=r"text with one <image> for each of --images; \n is a line break")
+    parser.add_argument("prompt", nargs="?", help=r"text with one <image> for each of --images; \n is a line break")
     parser.add_argument("--images", nargs="+", default=[], metavar="FILE", help="reference images, in the order of their <image>")
     parser.add_argument("--segment", metavar="NAME", help="cut the named subject out of the one image in --images")
     parser.add_argument("--reconstruct", metavar="FILE", help="reconstruct this image, beside the tokenizer's own reconstruction")
@@ -1039,6 +1042,8 @@ def parse(arguments):
     nothing = options.prompt is None  # "" is a prompt
     options.prompt = (options.prompt or "").replace("\\n", "\n")
     if options.segment:
+        if len(options.images) != 1:
+            raise ValueError(f"--segment={options.segment}: give one image to cut it out of, --images=FILE; got {len(options.images)}")
         options.prompt = object_line(options.segment)
     legal = {"n": (1, None), "cfg_scale": (0, None), "temperature": (0, None), "top_k": (0, None), "top_p": (0, 1), "seed": (0, 2**63)}
     for key, (low, high) in legal.items():
@@ -1046,11 +1051,17 @@ def parse(arguments):
         if value is not None and not low <= value <= (sys.float_info.max if high is None else high):
             raise ValueError(f"--{key}={value}: must be at least {low}" + (f" and at most {high}" if high is not None else ""))
     out = Path(options.out)
-    if not (options.score or options.dreambench) and (out.suffix.lower() not in Image.registered_extensions() or not out.parent.is_dir()):
+    writable = Image.registered_extensions().get(out.suffix.lower()) in Image.SAVE
+    if not (options.score or options.dreambench) and not (writable and out.parent.is_dir()):
         raise ValueError(f"--out={out}: must end in .png, .jpg or .webp, in a folder that exists")
+    if options.gif and out.suffix.lower() == ".gif":
+        raise ValueError(f"--out={out}: --gif would write its animation over it; let it end in .png, .jpg or .webp")
+    own = [f"--{key}" for key in ("cfg_scale", "temperature", "top_k", "top_p", "seed") if getattr(options, key) != parser.get_default(key)]
+    if options.score and own:
+        raise ValueError(f"--score draws as the model's config.json says, with seed 0: leave out {', '.join(own)}")
     if not (options.folder or options.bench):
         raise ValueError("give the folder that train.py wrote, for example out/tiny; `python sample.py --help` lists the arguments")
-    if not (options.prompt or options.score or options.reconstruct or options.dreambench or options.bench):
+    if nothing and not (options.segment or options.score or options.reconstruct or options.dreambench or options.bench):
         raise ValueError('give a prompt ("A big red star at the top on a green background"), '
                          "--segment, --reconstruct, --dreambench or --score")
     return options

@@ -368,11 +368,15 @@ def hinge_d_loss(real, fake):
     return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
 
 
-def adaptive_weight(reconstruction_loss, generator_loss, last_layer, limit=1e4):
-    """VQGAN's balance of its two losses (eq. 7): the ratio of their gradients at the decoder's last layer, in [0, limit]."""
-    reconstruction_grad, = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
-    generator_grad, = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)
-    return (reconstruction_grad.norm() / (generator_grad.norm() + 1e-4)).clamp(0, limit).detach()
+WEIGHT_LIMIT = 1e4  # of the adaptive weight
+
+
+def adaptive_weight(reconstruction_loss, generator_loss, last_layer, average=lambda gradient: gradient):
+    """VQGAN's balance of its two losses (eq. 7): the ratio of their gradients at the decoder's last layer, in [0, WEIGHT_LIMIT].
+    `average` turns the gradient of one process's loss into that of all."""
+    losses = reconstruction_loss, generator_loss
+    norms = [average(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]).norm() for loss in losses]
+    return (norms[0] / (norms[1] + 1e-4)).clamp(0, WEIGHT_LIMIT).detach()
 
 
 def collages(targets, cells, step):

@@ -72,7 +72,7 @@ from tokenizer import (VQGAN, WEIGHT_LIMIT, CodebookUsage, LPIPS, PatchDiscrimin
 class TokenizerStageConfig:
     """Training of the tokenizer."""
 
-    steps: int = 100000
+    steps: int = 100000            # of the optimizer
     global_batch: int = 128        # images per step, over all processes and micro-batches
     lr: float = 1e-4               # AdamW's peak learning rate
     final_lr: float = 0.1          # final learning rate, as a fraction of the peak
@@ -89,7 +89,7 @@ class TokenizerStageConfig:
 class StageConfig:
     """Training of one of Mentor's stages."""
 
-    steps: int = 20000
+    steps: int = 20000             # of the optimizer
     global_batch: int = 128        # samples per step, over all processes and micro-batches
     lr: float = 5e-4               # AdamW's peak learning rate
     muon_lr: float = 0.0           # Muon's peak, for the matrices of hidden layers; 0: AdamW for all
@@ -144,7 +144,7 @@ class RunConfig:
     workers: int = 0               # data processes
     save_every: int = 1000         # steps between checkpoints
     score_every: int = 0           # steps between CP and PF in the logs of align and instruct; 0: never
-    claims_seeds: int = 1          # seeds, from `seed` on, with which --stage=claims trains align and instruct
+    claims_seeds: int = 1          # seeds, from `seed` on, of --stage=claims: for the full run, and rows that one does not tell from it
     checkpoint: bool = False       # recompute activations in the backward pass: less memory, a third slower
     compile: str = "auto"          # torch.compile the blocks of text encoder and decoder: true, false, or auto (on CUDA)
     dry_run: bool = False          # train nothing: check the run, print parameters, FLOPs, memory and hours
@@ -375,7 +375,7 @@ class TokenizerStage(Stage):
         return self.reconstruct(batch.targets, self.config.steps).loss
 
     def forward(self, batch, step):
-        """(loss, logs) of a batch. Keeps its images for after_step."""
+        """(loss, logs) of a batch. Keeps its images for after_step. Each micro-batch has an adaptive weight of its own."""
         targets, kept = batch.targets, None
         if self.config.consistency:
             targets, kept = collages(targets, self.model.config.grid_size, step)
@@ -386,10 +386,12 @@ class TokenizerStage(Stage):
             loss, logs["consistency"] = loss + self.config.consistency * consistency, consistency.detach()
         if self.disc and step >= self.disc_start * 1.05:  # the discriminator learns a little first
             generator_loss = -self.disc(made.images).mean()
-            d_weight = adaptive_weight(made.reconstruction, generator_loss, self.model.decoder.conv_out.weight)
+            d_weight = adaptive_weight(made.reconstruction, generator_loss, self.model.decoder.conv_out.weight, self.machine.average)
             loss, logs["d_weight"] = loss + self.config.disc_weight * d_weight * generator_loss, d_weight
+            self.d_weight = d_weight
         self.usage.add(self.machine.gather(made.codes))
-        self.last = made.images.detach(), targets
+        if self.disc and step >= self.disc_start:
+            self.seen.append((made.images.detach(), targets))
         return loss, logs
 
     def after_step(self, step):
@@ -399,17 +401,34 @@ class TokenizerStage(Stage):
             logs["disc"], self.seen = self.discriminator_step(self.seen), []
         if done >= 0 and done % self.config.restart_every == 0:
             logs["usage"], logs["perplexity"] = self.usage.usage(), self.usage.perplexity()
+            if done:  # until now the codes lay where they were drawn
+                self.describe_window(step, logs["usage"], logs["perplexity"])
             if step + 1 <= 0.8 * self.config.steps:  # then the codes need time to settle
                 logs["restarted"] = self.place_codes(step)
             self.usage.reset()
         return logs
 
-    def discriminator_step(self, images, targets):
-        """Train the discriminator to tell reconstructed images (B, 3, S, S) from their targets. Returns its loss."""
+    def describe_window(self, step, usage, perplexity):
+        """Print the codebook's usage in a window, with a warning where it is low or the discriminator has nothing to say."""
+        say = self.machine.say
+        say(f"tokenizer: up to step {step + 1} {usage:.0%} of {len(self.usage.counts)} codes in use, perplexity {perplexity:.0f}")
+        if usage < 0.1:
+            say("tokenizer: warning: so few codes tell little apart; lower --vqgan.codebook_size (and --model.decoder.codebook_size), or "
+                f"--tokenizer.restart_every={self.config.restart_every}, to place dead codes again more often")
+        if not self.warned and self.d_weight >= WEIGHT_LIMIT:
+            say(f"tokenizer: warning: d_weight is at its limit {WEIGHT_LIMIT:g}: the discriminator gives next to no gradient; lower "
+                "--tokenizer.lr, or start it later (--tokenizer.disc_start)")
+            self.warned = True
+
+    def discriminator_step(self, seen):
+        """Train the discriminator to tell reconstructed images (B, 3, S, S) from their targets, a pair per micro-batch. Returns its
+        mean loss."""
+        losses = []
         self.disc.requires_grad_(True)
-        with self.machine.autocast():
-            loss = hinge_d_loss(self.disc(targets).float(), self.disc(images).float())
-        loss.backward()
+        for images, targets in seen:
+            with self.machine.autocast():
+                losses.append(hinge_d_loss(self.disc(targets).float(), self.disc(images).float()))
+            (losses[-1] / len(seen)).backward()
         for p in self.disc.parameters():
             self.machine.average(p.grad)
         for optimizer in self.own_optimizers:
@@ -898,7 +917,11 @@ def least_micro_batch(config):
 
 
 def micro_batches(config, run, machine):
-    """(micro-batch, micro-batches per step) of one process. Raises ValueError with the arithmetic if it does not divide."""
+    """(micro-batch, micro-batches per step) of one process. Raises ValueError with the arithmetic if it does not divide.
+
+    The split changes the result by rounding only, except for dropout and two losses that see one micro-batch: the contrastive
+    loss, which has so many fewer pairs to compare, and the discriminator's, through its adaptive weight.
+    """
     share, rest = divmod(config.global_batch, machine.world_size)
     micro = run.micro_batch or share
     if rest or share % micro:
@@ -968,7 +991,7 @@ def train_stage(name, run, machine, source, text_tokenizer):
             lr_factor = schedule(step, config, run)
             for group in (g for o in optimizers for g in o.param_groups):
                 group["lr"] = group["peak"] * lr_factor
-            loss, tasks = add_gradients(step, wrapped, batches, micro, accumulate, log)
+            loss, tasks = add_gradients(step, wrapped, batches, accumulate, log)
             grad_norm = nn.utils.clip_grad_norm_([p for _, p in stage.trained()], run.grad_clip)
             for optimizer in optimizers:
                 optimizer.step()
@@ -996,15 +1019,14 @@ def train_stage(name, run, machine, source, text_tokenizer):
         raise SystemExit(128 + stop)
 
 
-def add_gradients(step, wrapped, batches, micro, accumulate, log):
-    """Forward and backward through the step's micro-batches. Returns their mean loss, on the device, and their tasks. When memory
-    runs out, raises ValueError naming the largest micro-batch that divides the share and is at most half of this one."""
+def add_gradients(step, wrapped, batches, accumulate, log):
+    """Forward and backward through the step's micro-batches. Returns their mean loss, on the device, and their tasks."""
     losses, tasks, machine = [], set(), log.machine
     for m in range(accumulate):
         batch = next(batches).to(machine.device)
         tasks.update(batch.tasks)
-        wait = machine.world_size > 1 and m < accumulate - 1  # gradients travel once a step
-        with wrapped.no_sync() if wait else nullcontext():
+        keep = machine.world_size > 1 and m < accumulate - 1  # exchange gradients once per step
+        with wrapped.no_sync() if keep else nullcontext():
             with machine.autocast():
                 loss, logs = wrapped(batch, step)
             (loss / accumulate).backward()
@@ -1015,29 +1037,20 @@ def add_gradients(step, wrapped, batches, micro, accumulate, log):
 
 @contextmanager
 def explain_out_of_memory(name, run, machine, micro, accumulate):
-    """Raise ValueError where the memory is not enough: set the largest micro-batch up to half of this one that divides the share."""
+    """When memory runs out, raise ValueError naming the largest micro-batch that divides the share and is at most half of this one."""
     try:
-        for m in range(accumulate):
-            batch = next(batches).to(machine.device)
-            tasks.update(batch.tasks)
-            keep = machine.world_size > 1 and m < accumulate - 1  # exchange gradients once per step
-            with wrapped.no_sync() if keep else nullcontext():
-                with machine.autocast():
-                    loss, logs = wrapped(batch, step)
-                (loss / accumulate).backward()
-            losses.append(loss.detach())
-            log.add({"loss": losses[-1], **logs})
+        yield
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        what = f"{log.name}: out of memory on {machine.device} with micro_batch={micro} ({mentor.first_line(error)[:120]})"
-        if micro == 1:
-            raise ValueError(f"{what}, the smallest there is: choose a smaller preset or model, or a device with more memory") from None
-        share = micro * accumulate
-        less = max(d for d in range(1, micro // 2 + 1) if share % d == 0)
-        raise ValueError(f"{what}; set --micro_batch={less}: global_batch stays {share * machine.world_size}, a step takes {share // less} "
-                         f"micro-batches instead of {accumulate}") from None
-    return torch.stack(losses).mean(), tasks
+        what = f"{name}: out of memory on {machine.device} with micro_batch={micro} ({mentor.first_line(error)[:120]})"
+        share, least = micro * accumulate, least_micro_batch(getattr(run, name))
+        less = max((d for d in range(least, micro // 2 + 1, least) if share % d == 0), default=0)
+        if less:
+            raise ValueError(f"{what}; set --micro_batch={less}: global_batch stays {share * machine.world_size}, a step takes "
+                             f"{share // less} micro-batches instead of {accumulate}") from None
+        recompute = "set --checkpoint=true, or " * (name != "tokenizer" and not run.checkpoint)
+        raise ValueError(f"{what}, the smallest there is: {recompute}choose a smaller preset or model, or a device with more memory") from None
 
 
 VALIDATION = 128  # most samples
@@ -1129,7 +1142,7 @@ def write_if_room(path, write, name, machine):
 
 
 def save_pickle(values, path):
-    """torch.save; but given a path, that hides the system's reason and holds on to the full disk's space."""
+    """torch.save, which given a path hides the system's error and keeps the disk's space taken."""
     with open(path, "wb") as file:
         torch.save(values, file)
 
@@ -1141,11 +1154,7 @@ def save_state(folder, name, stage, optimizers, step, keep, machine):
     state = {"step": step, "processes": machine.world_size, "stage": stage.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
     check_finite(state, name, step, folder)
 
-    def write(path):
-        with open(path, "wb") as file:  # given a path, torch hides the system's error and keeps the disk's space taken
-            torch.save(state, file)
-
-    if write_if_room(folder / f"state-{step}.pt", write, name, machine):
+    if write_if_room(folder / f"state-{step}.pt", partial(save_pickle, state), name, machine):
         for file in checkpoints(folder)[:-keep]:
             file.unlink()
 
@@ -1331,10 +1340,10 @@ def parse_mix(stage, mix):
     return shares
 
 
-def print_help():
-    """Print every key with its default in `full` and its meaning."""
-    print(f"python train.py {{{','.join(PRESETS)}}} [--key=value ...]\n\nKeys, with the defaults of full:\n")
-    for key, (value, meaning) in flatten(PRESETS["full"]).items():
+def print_help(preset="full"):
+    """Print every key with its default in a preset and its meaning."""
+    print(f"python train.py {{{','.join(PRESETS)}}} [--key=value ...]\n\nKeys, with the defaults of {preset}:\n")
+    for key, (value, meaning) in flatten(PRESETS[preset]).items():
         print(f"  --{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}".ljust(44), meaning)
 
 
@@ -1376,7 +1385,7 @@ def check_record(folder, record):
 
 
 def check_shapes(run, folder, text_tokenizer):
-    """Raise ValueError if the stage in a folder has another model or text model than the run; dropout and sampling may differ.
+    """Raise ValueError if the stage in a folder has another model, text model or tokenizer than the run; dropout and sampling may differ.
     Reads only its config and its tensors' names and shapes."""
     key, config, module = ("vqgan", run.vqgan, VQGAN) if folder.name == "tokenizer" else ("model", run.model, Mentor)
     stored = flatten(mentor.from_dict(type(config), mentor.read_json(folder / "config.json")))
@@ -1445,13 +1454,12 @@ def import_released(run, machine):
         if twice := sorted(tensors.keys() & own.keys()):
             raise ValueError(f"--released.{source}={path} holds {twice[0]}, which another file had already")
         tensors.update(own)
-        machine.say(f"import: {len(own)} tensors from {path}")
     tensors, change = mentor.fit_unconditional(model, tensors)
     new = tuple(p for part in released.fresh.split(",") if part for p in (part, f"encoder.{part}"))
     names = {mentor.released_name(n): n for n, _ in model.named_parameters()}
     mentor.check_fit(mentor.released_parameters(model), tensors, [r for r, n in names.items() if new and n.startswith(new)])
     for line in filter(None, (change, new and f"new, as asked: {released.fresh}")):
-        machine.say(f"import: {line}")
+        say(line)
     for record in (folder / "stage.json" for folder in folders.values()):
         if record.is_file() and "imported from" not in mentor.read_json(record):
             raise ValueError(f"{record.parent} holds a stage that was trained: choose another --out, or delete it")
@@ -1467,13 +1475,15 @@ def import_released(run, machine):
 
 
 def export_released(run, machine):
-    """Write the newest stage of run.out under the names that the released code reads, every tensor unchanged."""
-    if not run.released.mentor or not run.released.vq:
+    """Write the newest stage of run.out under the names that the released code reads, every tensor unchanged. Raises ValueError if
+    a file exists already, or its folder does not."""
+    targets = run.released.mentor, run.released.vq
+    if "" in targets or targets[0] == targets[1]:
         raise ValueError("--stage=export needs --released.mentor=FILE.pt and --released.vq=FILE.pt, the files to write")
     for path in map(Path, targets):
         if path.exists() or not path.parent.is_dir():
-            raise ValueError(f"--stage=export: {path} is there already: give another name, or delete it" if path.exists() else
-                             f"--stage=export: {path.parent}, the folder for {path.name}, is not there: make it, or give another")
+            problem = f"{path} exists already: give another name, or delete it" if path.exists() else f"{path}: make its folder first"
+            raise ValueError(f"--stage=export: {problem}")
     root, folder = sample.newest_stage(run.out)
     tensors = {mentor.released_name(n): t for n, t in mentor.read_weights(folder / "model.safetensors").items()}
     words = "multimodal_encoder.language_model.{}.weight"  # stored twice
@@ -1618,7 +1628,7 @@ def first_prompts(name, run, source, text_tokenizer, count=64):
 def plan_stage(name, run, machine, dtype, prompts):
     """Print a stage's parameters, steps, FLOPs, hours and memory, given (tokens, images) of some of its prompts."""
     rehearsal, config = Rehearsal(name, run, dtype), getattr(run, name)
-    share = max(1, config.global_batch // machine.world_size)
+    share, least = max(1, config.global_batch // machine.world_size), least_micro_batch(config)
     micro = run.micro_batch or share
     describe_stage(name, rehearsal.stage, config, machine, micro, share // micro, 0)
     flops, samples = rehearsal.flops(prompts), config.steps * config.global_batch
@@ -1641,7 +1651,7 @@ def plan_stage(name, run, machine, dtype, prompts):
         fits = []
         for card in CARDS:
             room = card * 2**30 * (1 - SPARE) - sum(plan.fixed.values())
-            largest = max((m for m in range(1, share + 1) if share % m == 0 and plan.activations(m) <= room), default=0)
+            largest = max((m for m in range(least, share + 1, least) if share % m == 0 and plan.activations(m) <= room), default=0)
             fits.append(f"{largest} in {card} GiB" if largest else f"none fits {card} GiB")
         machine.say(f"{name}: largest micro_batch{' with --checkpoint=true' * recompute}: {', '.join(fits)}")
 
@@ -1731,8 +1741,9 @@ def samples_of(run, stages):
     return sum(getattr(run, stage).steps * getattr(run, stage).global_batch for stage in STAGES[2:] if stage in stages)
 
 
-def train_rows(run, machine, world, text_tokenizer):
-    """Train and score every row beside the full run. Returns {row: scores} and {row: folder of its weights}."""
+def train_rows(run, machine, world, text_tokenizer, names=tuple(ROWS)):
+    """Train and score rows beside the full run, those named and those that have scores there already. Returns {row: scores} and
+    {row: folder of its weights}."""
     full, scores, folders = Path(run.out), {}, {}
     for name, row in ROWS.items():
         out, own = full / "claims" / name.replace(" ", "_"), run
@@ -1757,6 +1768,7 @@ def claims(run, machine, world, text_tokenizer):
     train_stages(STAGES, run, machine, world, text_tokenizer)
     scores, folders = train_rows(run, machine, world, text_tokenizer)
     rows, before = [scores], {stage: out / stage for stage in STAGES[:2]}
+    close = machine.mean({name: 0 for name in scores if difference(scores, name, "cp_pf")[2]})  # the first process knows
     for seed in range(run.seed + 1, run.seed + run.claims_seeds):  # for stages 1 and 2; tokenizer and pretraining are shared
         other = branch(replace(run, seed=seed), out / "claims" / f"seed_{seed}", before, machine, world, text_tokenizer, STAGES[2:])
         rows.append(train_rows(other, machine, world, text_tokenizer, close)[0])
@@ -1788,7 +1800,7 @@ def averaged(scores):
 
 
 def difference(rows, name, key):
-    """How a row's score differs from the full run's, the standard error of that, and whether the two lie within twice the error."""
+    """How much a row's score differs from the full run's, its standard error, and whether that is within two standard errors."""
     row, full = rows[name], rows["full"]
     here, error = row[key] - full[key], math.hypot(row[f"{key}_se"], full[f"{key}_se"])
     return here, error, abs(here) <= 2 * error
@@ -1796,10 +1808,10 @@ def difference(rows, name, key):
 
 def against_full(name, rows):
     """How a row differs from the full run, here and in the paper, and whether in the same direction if by two standard errors."""
-    parts, row, full = [], rows[name], rows["full"]
+    parts = []
     for (key, label), paper in zip(sample.MEASURES.items(), np.subtract(ROWS[name].paper, ROWS["full"].paper)):
-        here, error = row[key] - full[key], math.hypot(row[f"{key}_se"], full[f"{key}_se"])
-        verdict = "no clear difference" if abs(here) <= 2 * error else "the same direction" if here * paper > 0 else "the other direction"
+        here, error, close = difference(rows, name, key)
+        verdict = "no clear difference" if close else "the same direction" if here * paper > 0 else "the other direction"
         parts.append(f"{label} {here:+.3f} ± {error:.3f}, in the paper {paper:+.3f} ({verdict})")
     return f"- {name}: {'; '.join(parts)}."
 
@@ -1812,8 +1824,8 @@ def marks(row):
 def table_of_rows(rows):
     """The scores of all runs beside the paper's."""
     labels = sample.MEASURES.values()
-    cells = [[name, row["samples"], *marks(row), *(ROWS[name].paper or ("", "", ""))] for name, row in rows.items()]
-    return sample.table(["row", "samples", *labels, *(f"the paper's {label}" for label in labels)], cells)
+    cells = [[name, row["samples"], row["seeds"], *marks(row), *(ROWS[name].paper or ("", "", ""))] for name, row in rows.items()]
+    return sample.table(["row", "samples", "seeds", *labels, *(f"the paper's {label}" for label in labels)], cells)
 
 
 def control_text(one, full, rebuilt):
@@ -1855,9 +1867,8 @@ def claims_text(result):
     """The claims in markdown: the table of runs, then the numbers for each claim."""
     rows = result["rows"]
     full, one, multi, query = (rows[name] for name in ("full", "stage 1 alone", "with multi-image", "query connector"))
-    seeds = f" and {result['seeds']} seeds" if result["seeds"] > 1 else ""
     return "\n\n".join([
-        f"± is one standard error over {sample.PROMPTS} prompts{seeds}.",
+        f"± is one standard error over {sample.PROMPTS} prompts and the row's seeds.",
         table_of_rows(rows),
         "**1. Both stages matter, and each task has its role.** Against the full run:",
         "\n".join(against_full(name, rows) for name in ROWS if name.startswith("without")),
@@ -2015,8 +2026,8 @@ def train_stages(names, run, machine, source, text_tokenizer):
 
 def main(arguments):
     """Run the command line: train, then score and show the result."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        return print_help()
+    if not arguments or {"-h", "--help"} & set(arguments):
+        return print_help(*(preset for preset in arguments[:1] if preset in PRESETS))
     run, started = parse(arguments)[1], time.perf_counter()
     run = with_values(run, {f"{s}.steps": max(1, round(getattr(run, s).steps * run.train_scale)) for s in STAGES})
     machine = start_machine(run)

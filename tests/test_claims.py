@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,10 +21,12 @@ FEW = ("--model.vision.patch_size=16", "--model.connector.n_query=2", "--vqgan.c
 
 @pytest.fixture(autouse=True, scope="module")
 def few_prompts():
+    scores = sample.claim_scores
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "PROMPTS", 3)
         patch.setattr(sample, "FEWER_PROMPTS", 2)
         patch.setattr(sample, "SCALES", (2.0,))
+        patch.setattr(sample, "claim_scores", lambda pipeline: {**scores(pipeline), "fingerprint": fingerprint(pipeline)})
         yield
 
 
@@ -47,21 +50,16 @@ def out(tmp_path_factory):
             raise KeyboardInterrupt
         step(self, done, *arguments)
 
-    def with_fingerprint(pipeline):
-        return {**scores(pipeline), "fingerprint": fingerprint(pipeline)}
-
     def stop_scoring(pipeline):
         if "multi_image:1500" in str(pipeline.run):
             raise KeyboardInterrupt
-        return with_fingerprint(pipeline)
+        return scores(pipeline)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "claim_scores", with_fingerprint)
-        for target, name, stop in ((train.Log, "step", stop_training), (sample, "claim_scores", stop_scoring)):
-            with pytest.MonkeyPatch.context() as inner, pytest.raises(KeyboardInterrupt):
-                inner.setattr(target, name, stop)
-                claims(out)
-        claims(out)
+    for target, name, stop in ((train.Log, "step", stop_training), (sample, "claim_scores", stop_scoring)):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(target, name, stop)
+            claims(out)
+    claims(out)
     return out
 
 
@@ -138,7 +136,7 @@ def test_every_number_of_the_text_is_the_one_it_names(out):
     show = lambda row, *keys: [f"{row[key]:.3f}" for key in keys]  # noqa: E731
     for name, row in rows.items():
         line, = (line for line in sections[0].splitlines() if line.startswith(f"| {name} |"))
-        assert line.split(" | ")[2:5] == [" ± ".join(show(row, key, f"{key}_se")) for key in sample.MEASURES]
+        assert line.split(" | ")[3:6] == [" ± ".join(show(row, key, f"{key}_se")) for key in sample.MEASURES]
     full, one, multi, rebuilt, tuned = (rows[name] for name in ("full", "stage 1 alone", "with multi-image", "reconstruction tuning", "in-context tuning"))
     compared = {"1": [name for name in train.ROWS if name.startswith("without")], "2": ["query connector"], "3": ["with multi-image"]}
     for section, names in compared.items():
@@ -186,9 +184,11 @@ def test_seeds_are_averaged_and_their_spread_counts():
 
 
 def test_more_seeds_train_stages_1_and_2_again(out, monkeypatch):
-    """... in folders of their own, from the first seed's tokenizer and pretraining."""
-    monkeypatch.setattr(train, "ROWS", {k: train.ROWS[k] for k in ("full", "without recovery")})
-    monkeypatch.setattr(train, "claims_text", lambda result: "")
+    """... in folders of their own, from the first seed's tokenizer and pretraining; only the rows that one seed does not tell from the
+    full run, and those that were trained with more seeds before."""
+    monkeypatch.setattr(train, "ROWS", {k: train.ROWS[k] for k in ("full", "without recovery", "without segmentation in stage 2")})
+    monkeypatch.setattr(train, "claims_text", lambda result: train.table_of_rows(result["rows"]))
+    monkeypatch.setattr(train, "difference", lambda rows, name, key: (0, 0, name != "without segmentation in stage 2"))
     run = small_run(*FEW, f"--out={out}", "--claims_seeds=2")
     world = data.Shapes(32)
     before = json.loads((out / "claims.json").read_text())["rows"]
@@ -198,6 +198,12 @@ def test_more_seeds_train_stages_1_and_2_again(out, monkeypatch):
     assert (second / "claims" / "without_recovery" / "align").resolve() == (second / "align").resolve()
     other = json.loads((second / "claims" / "without_recovery.json").read_text())["scores"]
     assert json.loads((out / "claims.json").read_text())["rows"]["without recovery"]["cp"] == (before["without recovery"]["cp"] + other["cp"]) / 2
+    assert sorted(file.name for file in (second / "claims").iterdir()) == ["full.json", "without_recovery", "without_recovery.json"]
+    seeds = {"full": 2, "without recovery": 2, "without segmentation in stage 2": 1}
+    assert all(re.search(rf"\| {name} \| \d+ \| {count} \|", (out / "claims.md").read_text()) for name, count in seeds.items())
+    monkeypatch.setattr(train, "difference", lambda rows, name, key: (0, 0, name == "full"))
+    train.claims(run, train.start_machine(run), world, train.TextTokenizer.from_file(out / "spiece.model"))
+    assert {name: row["seeds"] for name, row in json.loads((out / "claims.json").read_text())["rows"].items()} == seeds
 
 
 @pytest.mark.parametrize("arguments, message", [

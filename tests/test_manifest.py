@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -445,8 +446,28 @@ def test_coco_files_that_are_wrong_are_named(tmp_path):
     (tmp_path / "images" / "2.jpg").unlink()
     with pytest.raises(ValueError, match="2.jpg: there is no such picture, but .*instances.json names it"):
         data.manifest_of_coco(*files)
+    assert not (tmp_path / "coco" / "manifest.jsonl").exists()  # whole or not at all
     done = subprocess.run([sys.executable, data.__file__, "coco"], capture_output=True, text=True)
-    assert done.returncode == 1 and "usage: python data.py coco INSTANCES.json" in done.stderr
+    assert done.returncode == 2 and "usage: python data.py coco INSTANCES.json" in done.stderr
+
+
+@pytest.mark.parametrize("file, keys, value, message", [
+    (0, ("images", 1), {"id": 2}, r"instances.json: images\[1\] is {\"id\": 2}; it must have COCO's id, file_name, width, height"),
+    (0, ("annotations", 0, "category_id"), "cat", r"instances.json: annotations\[0\] is .*; it must have COCO's id, image_id, category_id"),
+    (0, ("annotations", 0, "category_id"), 77, r"instances.json: annotation 7 has no known category or no polygons"),
+    (0, ("annotations", 0, "segmentation"), {"counts": [5], "size": [40, 60]}, r"instances.json: annotation 7 has no known category or no polygons"),
+    (0, ("categories",), {"1": "cat"}, "instances.json: no 'categories' in it"),
+    (1, ("annotations", 0, "caption"), None, r"captions.json: annotations\[0\] is .*; it must have COCO's image_id, caption"),
+])
+def test_coco_entries_that_are_wrong_are_named(file, keys, value, message, tmp_path):
+    files = coco_files(tmp_path)
+    content = inner = json.loads(files[file].read_text())
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    files[file].write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        data.manifest_of_coco(*files)
 
 
 SHORT = [*SMALL, "--device=cpu", *few_steps(steps=2, global_batch=4)]
@@ -459,12 +480,54 @@ def test_a_run_on_own_pictures_trains_and_draws(pictures, tmp_path, capsys):
     train.main(["tiny", *SHORT, *MIXES, f"--data={pictures}", f"--out={out}"])
     said = capsys.readouterr().out
     assert "data: text_to_image 2, reconstruction 3, segmentation 1, recovery 1 lines" in said and "no scores" in said and not (out / "scores.json").exists()
+    assert "none of these pictures is held out" in said and re.search(r"reconstruction L2 of 2 pictures: 0.\d+, the tokenizer alone 0.\d+; look at .*sheet.png", said)
+    assert Image.open(out / "sheet.png").height > 2 * 32 * 3
     assert set(json.loads((out / "align" / "log.jsonl").read_text().splitlines()[-1])) & {"text_to_image", "reconstruction", "segmentation"}
     assert TextTokenizer.from_file(out / "spiece.model").pieces.encode("grass", out_type=str) == ["▁grass"]
     sample.main([str(out), "a dog on grass", f"--out={tmp_path}/drawn.png", "--device=cpu"])
     assert Image.open(tmp_path / "drawn.png").width > 100
     with pytest.raises(ValueError, match="trained on .*pictures, not on a built-in world"):
         sample.main([str(out), "--score", "--device=cpu"])
+
+
+def test_held_out_pictures_are_shown_where_there_are_any(folder, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(train.sample, "show_pictures", lambda pipeline, samples, out: shown.extend(samples))
+    monkeypatch.setattr(data, "HELD_OUT_EVERY", 2)
+    path = write(folder, [{**T2I, "input_text": "a box"}, {**T2I, "image_path": "blue.png", "input_text": "another box"}])
+    train.main(["tiny", *SHORT, f"--data={path}", f"--out={tmp_path}/out", "--align.mix=text_to_image:1", "--instruct.mix=text_to_image:1"])
+    lines = Manifest(path, quiet=True)
+    assert [s.line for s in shown] == lines.held_out["text_to_image"].tolist() and len(shown) == 1
+
+
+def test_before_there_is_a_model_the_tokenizer_reconstructs_alone(pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    train.main(["tiny", *SHORT, "--stage=tokenizer", f"--data={pictures}", f"--out={out}"])
+    sample.main([str(out), f"--reconstruct={pictures}/dog.png", f"--out={tmp_path}/drawn.png", "--device=cpu"])
+    assert re.search(r"pixel L2: tokenizer 0.\d+ \(image \| tokenizer\)", capsys.readouterr().out) and Image.open(tmp_path / "drawn.png").width == 2 * 256 + 3 * 8
+    with pytest.raises(ValueError, match="holds no trained model"):
+        sample.main([str(out), "a dog", f"--out={tmp_path}/drawn.png", "--device=cpu"])
+
+
+def test_with_skip_bad_pictures_that_cannot_be_read_are_left_out_at_the_start(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "plan_stage", lambda *arguments: None)  # seconds, and tested elsewhere
+    (pictures / "cat.png").write_text("no picture")
+    arguments = ["tiny", *SHORT, *MIXES, f"--data={pictures}", f"--out={tmp_path}/out", "--instruct.mix=segmentation:1"]
+    with pytest.raises(ValueError, match="line 2: .*cat.png: not a readable image|line 1: .*cat.png: not a readable image"):
+        train.main(arguments)
+    train.main([*arguments, "--skip_bad=true", "--dry_run=true"])
+    train.main([*arguments, "--skip_bad=true"])
+    said = capsys.readouterr().out
+    assert said.count("cat.png: not a readable image") == 4 and "left out 2 of 7 lines of" in said and "text_to_image 1, reconstruction 2, segmentation 1, recovery 1 lines" in said
+    bad = Manifest(tmp_path / "out" / "data.jsonl", root=str(pictures), skip_bad=True, quiet=True)
+    bad.check_files(32, 0)
+    for targets_only in (True, False):  # neither a target nor a background
+        dataset = data.ManifestDataset(bad, None if targets_only else {"recovery": 1.0}, 0, 32, targets_only=targets_only)
+        assert [dataset[i] for i in range(40)]
+    for name in ("dog.png", "sub/tree.png"):
+        (pictures / name).write_text("no picture")
+    with pytest.raises(ValueError, match="data.jsonl: the files of no line can be read; the first: .*line 1: .*cat.png"):
+        train.main([*arguments, "--stage=tokenizer", "--skip_bad=true", f"--out={tmp_path}/new"])
 
 
 def test_a_run_wants_only_tasks_that_the_data_has(pictures, tmp_path):

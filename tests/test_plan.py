@@ -1,7 +1,9 @@
 """The plan of a run: counts, FLOPs and activations against a real small run; what keeps a run from starting."""
 
+import re
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,6 +129,16 @@ def test_a_run_that_could_start_is_planned_and_nothing_is_written(trained, tmp_p
     monkeypatch.setattr(train, "plan_stage", lambda name, run, machine, dtype, prompts: planned.append((name, len(prompts))))
     dry_run(tmp_path / "new")
     assert planned == [("tokenizer", 1), ("pretrain", 64), ("align", 64), ("instruct", 64)] and not (tmp_path / "new").exists()
+
+
+def test_hours_are_said_for_the_run_too(monkeypatch, capsys):
+    monkeypatch.setattr(train.Rehearsal, "flops", lambda self, prompts: 1e15)
+    monkeypatch.setattr(train, "MemoryPlan", lambda *arguments: SimpleNamespace(fixed={}, activations=lambda micro: 0))
+    run = train.parse(["tiny", *SHORT])[1]
+    for count, said in ((1, r"TFLOPS: (\S+) h on one, (\S+) h on 8\n"), (4, r"TFLOPS: (\S+) h on one, (\S+) h on 4, (\S+) h on 8\n")):
+        train.plan_stage("align", run, train.Machine(0, count, torch.device("cpu"), torch.float32), torch.float32, [(20, 1)])
+        one, *others = map(float, re.search(said, capsys.readouterr().out).groups())
+        assert others == pytest.approx([one / n for n in ((8,) if count == 1 else (4, 8))], rel=1e-2)
 
 
 def test_what_is_missing_is_named(trained, tmp_path, monkeypatch, capsys):

@@ -335,11 +335,21 @@ def test_out_of_memory_says_what_to_set(owner, where, error, trained, tmp_path, 
     def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(train.tokenizer.Encoder, "forward", fail)
-    with pytest.raises(ValueError, match="tokenizer: out of memory on cpu with micro_batch=6 .*set --micro_batch=3: global_batch stays 12, a step takes 4 micro-batches instead of 2"):
-        run_stage(tmp_path, "tokenizer", "--tokenizer.global_batch=12", "--micro_batch=6")
-    with pytest.raises(ValueError, match="micro_batch=1 .*smaller preset"):
-        run_stage(tmp_path, "tokenizer", "--tokenizer.global_batch=12", "--micro_batch=1")
+    keys, original = ("--tokenizer.global_batch=12", "--tokenizer.disc_start=0", "--tokenizer.restart_every=1", "--tokenizer.codebook_start=0"), getattr(owner, where)
+    monkeypatch.setattr(owner, where, fail)
+    for consistency, less in ((0, 3), (0.2, 2)):  # with the second only pairs are legal
+        with pytest.raises(ValueError, match=f"tokenizer: out of memory on cpu with micro_batch=6 .*set --micro_batch={less}: global_batch stays 12, a step takes {12 // less} micro-batches instead of 2"):
+            run_stage(tmp_path, "tokenizer", *keys, "--micro_batch=6", f"--tokenizer.consistency={consistency}", f"--out={tmp_path}/{less}")
+    with pytest.raises(ValueError, match="micro_batch=2 .*the smallest there is: choose a smaller preset"):
+        run_stage(tmp_path, "tokenizer", *keys, "--micro_batch=2")
+    if owner is not train.tokenizer.Encoder:
+        return
+    monkeypatch.setattr(owner, where, original)
+    monkeypatch.setattr(train.mentor.ImageDecoder, "forward", fail)
+    link_stages(trained, tmp_path / "align", "tokenizer", "pretrain")
+    for checkpoint, said in ("false", "there is: set --checkpoint=true, or choose"), ("true", "there is: choose a smaller preset"):
+        with pytest.raises(ValueError, match=f"align: out of memory .*micro_batch=1 .*{said}"):
+            run_stage(tmp_path / "align", "align", "--micro_batch=1", f"--checkpoint={checkpoint}")
     monkeypatch.setattr(train.tokenizer.Encoder, "forward", lambda self, images: images.view(1))
     with pytest.raises(RuntimeError, match="shape"):  # other errors keep their traceback
         run_stage(tmp_path, "tokenizer")
@@ -371,7 +381,7 @@ def test_two_processes_equal_one(trained, tmp_path, monkeypatch):
     for case, stage in stage_of.items():
         for name in ("one", "two"):
             link_stages(trained, tmp_path / name / case, *train.STAGES[: train.STAGES.index(stage)])
-        runs[case] = ["tiny", *SHORT, "--model.decoder.dropout=0", f"--stage={stage}", "--save_every=3"]
+        runs[case] = ["tiny", *SHORT, "--model.decoder.dropout=0", f"--stage={stage}", "--save_every=3", *["--tokenizer.disc_start=0"] * (case == "gan")]
         train.main([*runs[case], f"--out={tmp_path / 'one' / case}"])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # dies with a checkpoint at step 3
         stop_after(patch, 5)
