@@ -1100,7 +1100,7 @@ def manifest_of_folder(folder):
             raise ValueError(f"{file} and {first} would share one caption; rename one")
     for stem, mask in masks.items():
         if stem not in pictures:
-            raise ValueError(f"{mask}: there is no picture with that name beside the mask")
+            raise ValueError(f"{mask}: there is no picture of that name beside the mask")
     if not pictures:
         raise ValueError(f"{folder}: no picture in it ({', '.join(PICTURE_SUFFIXES)})")
     for stem, picture in pictures.items():

@@ -373,11 +373,9 @@ class RMSNorm(nn.RMSNorm):
 
 
 def relative_position_bucket(distance, n_bucket, max_distance):
-    """T5's buckets for signed distances (key - query), any shape int64 -> int64 in [0, n_bucket).
-
-    Half the buckets are for keys to the right. In each half, the first half holds one distance each and the rest grow
-    logarithmically up to max_distance (T5, arXiv 1910.10683, section 2.1).
-    """
+    """T5's buckets for signed distances (key - query), any shape int64 -> int64 in [0, n_bucket). Half the buckets are for keys to
+    the right. In each half, the first half holds one distance each and the rest grow logarithmically up to max_distance (T5, arXiv
+    1910.10683, section 2.1)."""
     half = n_bucket // 2
     side = (distance > 0).long() * half
     distance = distance.abs()
@@ -491,11 +489,8 @@ class Projector(nn.Module):
         self.unconditional = nn.Parameter(torch.randn(config.context, config.text.width) * config.text.width**-0.5)
 
     def forward(self, hidden, lengths, drop):
-        """hidden (B, P, Dt), lengths (B,) int64, drop (B,) bool -> prefix (B, P, D).
-
-        A dropped sample keeps its length n and takes the *last* n rows of the unconditional table, as the
-        released code's right-aligned prefix does.
-        """
+        """hidden (B, P, Dt), lengths (B,) int64, drop (B,) bool -> prefix (B, P, D). A dropped sample keeps its length n and takes
+        the *last* n rows of the unconditional table, as the released code's right-aligned prefix does."""
         rows = len(self.unconditional) - lengths[:, None] + torch.arange(hidden.shape[1], device=hidden.device)
         unconditional = self.unconditional[rows.clamp(max=len(self.unconditional) - 1)]  # (B, P, Dt)
         hidden = torch.where(drop[:, None, None], unconditional.to(hidden.dtype), hidden)
@@ -508,11 +503,9 @@ class Projector(nn.Module):
 
 
 def rotary_table(grid_size, head_width, prefix_rotation="identity", base=10000.0):
-    """Rotations as unit complex numbers, (1 + N, head_width / 2): row 0 for the prefix, row 1 + k for code k.
-
-    Half of a head's pairs rotate with the code's row in the grid, half with its column (LlamaGen 2.2). The prefix is not
-    rotated: row 0 is the identity. LlamaGen's own code has zeros there ("zero"), which erases the prefix's queries and keys.
-    """
+    """Rotations as unit complex numbers, (1 + N, head_width / 2): row 0 for the prefix, row 1 + k for code k. Half of a head's
+    pairs rotate with the code's row in the grid, half with its column (LlamaGen 2.2). The prefix is not rotated: row 0 is the
+    identity. LlamaGen's own code has zeros there ("zero"), which erases the prefix's queries and keys."""
     quarter = head_width // 4
     frequency = base ** (-torch.arange(quarter).float() / quarter)                       # (quarter,)
     cell = torch.arange(grid_size).float()[:, None] * frequency                          # (grid, quarter)
@@ -654,11 +647,9 @@ class ImageDecoder(nn.Module):
 
 
 def sequence_order(lengths, n_prefix, n_code):
-    """Indices that reorder [padded prefix | codes] into [prefix | codes | padding], (B, n_prefix + n_code) int64.
-
-    With the padding last, plain causal attention is exact: no code ever sees it. The released code pads in front
-    instead, which needs a dense mask. Prefix tokens have no position, so both compute the same function.
-    """
+    """Indices that reorder [padded prefix | codes] into [prefix | codes | padding], (B, n_prefix + n_code) int64. With the padding
+    last, plain causal attention is exact: no code ever sees it. The released code pads in front instead, which needs a dense mask.
+    Prefix tokens have no position, so both compute the same function."""
     t, n = torch.arange(n_prefix + n_code, device=lengths.device)[None], lengths[:, None]
     code, padding = n_prefix + t - n, t - n_code
     return torch.where(t < n, t, torch.where(t < n + n_code, code, padding))

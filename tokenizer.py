@@ -183,11 +183,8 @@ class Encoder(nn.Module):
 
 
 class VectorQuantizer(nn.Module):
-    """Replace every vector by the nearest of `codebook_size` learned ones, both L2-normalised (LlamaGen 2.1).
-
-    On the unit sphere "nearest" is "largest cosine", so a code cannot win by being long, and 8 dimensions
-    are enough to keep 16,384 codes in use.
-    """
+    """Replace every vector by the nearest of `codebook_size` learned ones, both L2-normalised (LlamaGen 2.1). On the unit sphere
+    "nearest" is "largest cosine", so a code cannot win by being long, and 8 dimensions are enough to keep 16,384 codes in use."""
 
     def __init__(self, config):
         super().__init__()

@@ -316,7 +316,7 @@ class Stage(nn.Module):
         return {}
 
 
-OUTPUTS_PER_CODE = 64  # encoder outputs that place the codes
+OUTPUTS_PER_CODE = 64  # encoder outputs per code, from which the codes are placed
 
 
 class Reconstruction(NamedTuple):
@@ -403,7 +403,7 @@ class TokenizerStage(Stage):
             logs["usage"], logs["perplexity"] = self.usage.usage(), self.usage.perplexity()
             if done:  # until now the codes lay where they were drawn
                 self.describe_window(step, logs["usage"], logs["perplexity"])
-            if step + 1 <= 0.8 * self.config.steps:  # then the codes need time to settle
+            if step + 1 <= 0.8 * self.config.steps:  # codes placed later would have no time to settle
                 logs["restarted"] = self.place_codes(step)
             self.usage.reset()
         return logs
@@ -476,9 +476,9 @@ class ContrastiveHead(nn.Module):
 def masked_token_loss(model, batch, patches):
     """Masked language modelling (as BERT, arXiv 1810.04805) with a picture: predict the masked tokens of `<image>{caption}`.
 
-    About half of the caption's tokens are replaced by <unk>; the loss is their cross entropy, read off the word embedding
-    table and scaled as in T5. It stands in for T5's pretraining and for LLaVA's connector training. patches (B, n_patch, Dv):
-    the pictures' vision features. Returns a scalar, the mean over samples of their own means.
+    About half of the caption's tokens, </s> too, are replaced by <unk>; the loss is their cross entropy, read off the word
+    embedding table and scaled as in T5. It stands in for T5's pretraining and LLaVA's connector training. patches (B, n_patch,
+    Dv): the pictures' vision features. Returns a scalar, the mean over samples of their own means.
     """
     encoder, n, (B, L), device = model.encoder, model.config.image_tokens, batch.text_ids.shape, batch.text_ids.device
     ids = F.pad(batch.text_ids.masked_fill(batch.masked, TextTokenizer.UNKNOWN), (n, 0))  # (B, n + L)
@@ -1025,8 +1025,8 @@ def add_gradients(step, wrapped, batches, accumulate, log):
     for m in range(accumulate):
         batch = next(batches).to(machine.device)
         tasks.update(batch.tasks)
-        keep = machine.world_size > 1 and m < accumulate - 1  # exchange gradients once per step
-        with wrapped.no_sync() if keep else nullcontext():
+        unfinished = machine.world_size > 1 and m < accumulate - 1  # gradients are exchanged once per step
+        with wrapped.no_sync() if unfinished else nullcontext():
             with machine.autocast():
                 loss, logs = wrapped(batch, step)
             (loss / accumulate).backward()
@@ -1647,7 +1647,7 @@ def plan_stage(name, run, machine, dtype, prompts):
         if recompute == run.checkpoint or name == "tokenizer":
             amounts = {**plan.fixed, f"activations of {micro}": plan.activations(micro)}
             parts = " + ".join(f"{size / 2**30:.1f} {what}" for what, size in amounts.items())
-            machine.say(f"{name}: memory a GPU, micro-batch {micro}: {sum(amounts.values()) / 2**30:.1f} GiB = {parts}")
+            machine.say(f"{name}: memory per GPU, micro-batch {micro}: {sum(amounts.values()) / 2**30:.1f} GiB = {parts}")
         fits = []
         for card in CARDS:
             room = card * 2**30 * (1 - SPARE) - sum(plan.fixed.values())
