@@ -67,7 +67,7 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_half(files, tmp_path, m
         train.main(["tiny", *SMALL, "--stage=export", f"--out={tmp_path / 'out'}", f"--released.mentor={tmp_path / whole}", f"--released.vq={tmp_path / vq}"])
 
     before = (tmp_path / "vq.pt").read_bytes()
-    for names, message in ((("whole.pt", "vq.pt"), "vq.pt is there already: give another name, or delete it"), (("there/whole.pt", "new.pt"), "there, the folder for whole.pt, is not there"),
+    for names, message in ((("whole.pt", "vq.pt"), "vq.pt exists already: give another name, or delete it"), (("there/whole.pt", "new.pt"), "there/whole.pt: make its folder first"),
                            (("same.pt", "same.pt"), "needs --released.mentor")):
         with pytest.raises(ValueError, match=message):
             export(*names)

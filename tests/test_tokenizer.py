@@ -150,6 +150,36 @@ def test_adversarial_parts():
     assert adaptive_weight(weight.sum(), (1e-9 * weight).sum(), weight) == tokenizer.WEIGHT_LIMIT
 
 
+def test_perceptual_distance_is_that_of_vgg16s_features(tmp_path):
+    """Random weights under the published names, against the layers spelt out as torchvision lists them."""
+    torch.manual_seed(0)
+    vgg, layers, before = {}, [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512], 3
+    numbers = [sum(1 if width == "M" else 2 for width in layers[:i]) for i in range(len(layers))]  # a ReLU follows each convolution
+    for number, width in zip(numbers, layers):
+        if width != "M":
+            vgg[f"features.{number}.weight"], vgg[f"features.{number}.bias"] = torch.randn(width, before, 3, 3) * (2 / 9 / before) ** 0.5, torch.randn(width) / 10
+            before = width
+    heads = {f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1) for i, width in enumerate((64, 128, 256, 512, 512))}
+    torch.save(vgg, tmp_path / "vgg16-397923af.pth")
+    torch.save(heads, tmp_path / "vgg.pth")
+    lpips, a, b = tokenizer.LPIPS(tmp_path), torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 3, 32, 32) * 2 - 1
+    b.requires_grad_()
+
+    def features(x):
+        x = (x - torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)) / torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
+        for i, (number, width) in enumerate(zip(numbers, layers)):
+            x = F.max_pool2d(x, 2) if width == "M" else F.relu(F.conv2d(x, vgg[f"features.{number}.weight"], vgg[f"features.{number}.bias"], padding=1))
+            if layers[i + 1 : i + 2] in (["M"], []):
+                yield x / x.norm(dim=1, keepdim=True)
+
+    expected = sum((head * (p - q) ** 2).sum(1).mean() for head, p, q in zip(heads.values(), features(a), features(b)))
+    distance = lpips(a, b)
+    torch.testing.assert_close(distance, expected)
+    assert lpips(a, a) == 0 < distance
+    distance.backward()
+    assert b.grad.any() and all(p.grad is None and not p.requires_grad for p in lpips.parameters())
+
+
 def test_a_windows_usage_is_said_and_what_is_wrong_with_it(capsys):
     run = train.parse(["tiny", "--tokenizer.disc_start=0", "--tokenizer.codebook_start=0", "--tokenizer.restart_every=1"])[1]
     stage = train.TokenizerStage(run, train.Machine(0, 1, torch.device("cpu"), torch.float32))
@@ -161,7 +191,7 @@ def test_a_windows_usage_is_said_and_what_is_wrong_with_it(capsys):
     said = capsys.readouterr().out.splitlines()
     assert [line for line in said if "warning" not in line] == [
         f"tokenizer: up to step {step} {share} of 256 codes in use, perplexity {perplexity}" for step, share, perplexity in ((1, "50%", 128), (2, "3%", 8), (3, "50%", 128))]
-    assert len(said) == 5 and "--vqgan.codebook_size" in said[2] and "--tokenizer.restart_every=1" in said[2] and "d_weight sits at its limit 10000" in said[3]
+    assert len(said) == 5 and "--vqgan.codebook_size" in said[2] and "--tokenizer.restart_every=1" in said[2] and "d_weight is at its limit 10000" in said[3]
 
 
 def test_the_discriminator_sees_every_micro_batch():
