@@ -20,10 +20,12 @@ FEW = ("--model.vision.patch_size=16", "--model.connector.n_query=2", "--vqgan.c
 
 @pytest.fixture(autouse=True, scope="module")
 def few_prompts():
+    scores = sample.claim_scores
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "PROMPTS", 3)
         patch.setattr(sample, "FEWER_PROMPTS", 2)
         patch.setattr(sample, "SCALES", (2.0,))
+        patch.setattr(sample, "claim_scores", lambda pipeline: {**scores(pipeline), "fingerprint": fingerprint(pipeline)})
         yield
 
 
@@ -47,21 +49,16 @@ def out(tmp_path_factory):
             raise KeyboardInterrupt
         step(self, done, *arguments)
 
-    def with_fingerprint(pipeline):
-        return {**scores(pipeline), "fingerprint": fingerprint(pipeline)}
-
     def stop_scoring(pipeline):
         if "multi_image:1500" in str(pipeline.run):
             raise KeyboardInterrupt
-        return with_fingerprint(pipeline)
+        return scores(pipeline)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "claim_scores", with_fingerprint)
-        for target, name, stop in ((train.Log, "step", stop_training), (sample, "claim_scores", stop_scoring)):
-            with pytest.MonkeyPatch.context() as inner, pytest.raises(KeyboardInterrupt):
-                inner.setattr(target, name, stop)
-                claims(out)
-        claims(out)
+    for target, name, stop in ((train.Log, "step", stop_training), (sample, "claim_scores", stop_scoring)):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(target, name, stop)
+            claims(out)
+    claims(out)
     return out
 
 
