@@ -784,7 +784,7 @@ class Manifest:
         if not len(rows):
             first = f" that is right; the first: {self.bad[0]}" if self.bad else ""
             raise ValueError(f"{path}: the manifest has no line{first}")
-        offsets, numbers, tasks, n_image, most_tokens, pictures = rows.T # (lines,) each; copied below, so that rows is freed
+        offsets, numbers, tasks, n_image, most_tokens, pictures = rows.T  # (lines,) each; copied below, so that rows is freed
         self.offsets, self.numbers = offsets.copy(), numbers.copy()      # where each line begins, and its number
         self.n_image, self.most_tokens = n_image.astype(np.int32), most_tokens.astype(np.int32)  # of its prompt
         self.held = self.choose_held_out(tasks, pictures)                # (lines,) bool: not for training

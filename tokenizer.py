@@ -250,7 +250,8 @@ PIXELS_AT_ONCE = 2**21  # in `encode`: a picture of 512 x 512 takes half a gigab
 
 
 class VQGAN(nn.Module):
-    """The whole tokenizer. Elsewhere only `encode` and `decode` are called; its own training (train.TokenizerStage) calls the parts."""
+    """The whole tokenizer. Elsewhere only `encode`, `decode` and the codebook are used; its own training (train.TokenizerStage)
+    uses the parts."""
 
     def __init__(self, config):
         super().__init__()
@@ -377,9 +378,9 @@ def adaptive_weight(reconstruction_loss, generator_loss, last_layer, average=lam
 
 
 def collages(targets, cells, step):
-    """Turn every second picture into a collage: some cells keep its own content, the others show the picture before it. targets
-    (B, 3, S, S), `cells` per side. Which cells (a window, or all but one) depends only on `step`. Returns the new targets and
-    `kept` (cells, cells) bool: where a collage shows the picture before it."""
+    """Turn every second of the targets (B, 3, S, S) into a collage: some of its cells, `cells` per side, keep their own content,
+    the others show the picture before it. Which ones (a window, or all but one) depends only on `step`. Returns the new targets
+    and `kept` (cells, cells) bool: where a collage shows the picture before it."""
     rng = random.Random(step)
     top, bottom = sorted(rng.sample(range(cells + 1), 2))
     left, right = sorted(rng.sample(range(cells + 1), 2))
