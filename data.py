@@ -1,13 +1,13 @@
-"""Everything that becomes a training sample: pictures, words, the built-in worlds, the tasks, the batches.
+"""Everything up to a training batch: pictures, text, the built-in worlds, the tasks, manifests.
 
     scene --task--> Sample (prompt with <image> placeholders, reference images, target image) --Collate--> Batch
     manifest line --->
 
-A picture is a uint8 array (H, W, 3) everywhere in this file; only the batch holds tensors. A sample is a pure
-function of (seed, index): no state, so any step of a run can be replayed and any rank can make its own share.
+A picture is a uint8 array (H, W, 3) throughout this file; only batches hold tensors. A sample is a pure function of
+(seed, index) and there is no state, so any step of a run can be replayed and any rank can make its own share.
 
 Read in order: pictures, the text tokenizer, the worlds (Shapes, then Emoji), the tasks of MENTOR's section 3,
-manifests (the same tasks from picture files), and at the end the datasets and their batches.
+manifests (the same tasks from picture files), making manifests of folders and of COCO, datasets and batches.
 """
 
 import difflib
@@ -45,8 +45,8 @@ CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 def load_image(path):
-    """Read any image file as a picture, uint8 (H, W, 3): turned as its EXIF says, 16 bits scaled to 8, the first
-    frame of an animation, transparency on white. Raises ValueError naming a file that is no readable image."""
+    """Read any image file as a picture, uint8 (H, W, 3): rotated by its EXIF tag, 16 bits scaled to 8, the first frame
+    of an animation, transparency on white. Raises ValueError naming a file that is no readable image."""
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
@@ -63,7 +63,7 @@ def load_image(path):
 
 
 def center_crop(picture, size):
-    """The largest centred square, resized to size x size: box halvings, then bicubic (ADM's, as LlamaGen uses it)."""
+    """The largest centred square, resized to size x size: halved by box filter, then bicubic (from ADM, as in LlamaGen)."""
     image = Image.fromarray(picture)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
@@ -74,7 +74,7 @@ def center_crop(picture, size):
 
 
 def vision_pixels(picture, size):
-    """A picture as CLIP wants it: bicubic resize of the short side, a centred square, normalised; float32 (3, size, size)."""
+    """A picture as CLIP's input: short side resized (bicubic), centred square, normalised; float32 (3, size, size)."""
     image, short = Image.fromarray(picture), min(picture.shape[:2])
     if short != size:
         image = image.resize((int(image.width * size / short), int(image.height * size / short)), Image.BICUBIC)
@@ -84,18 +84,18 @@ def vision_pixels(picture, size):
 
 
 def tokenizer_pixels(picture, size):
-    """A picture as the VQGAN wants it: float32 (3, size, size) in [-1, 1]."""
+    """A picture as the VQGAN's input: float32 (3, size, size) in [-1, 1]."""
     pixels = center_crop(picture, size) if picture.shape[:2] != (size, size) else picture
     return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1)
 
 
 def to_picture(image):
-    """An image tensor (3, H, W) in [-1, 1], clamped, back to a picture."""
+    """An image tensor (3, H, W), clamped to [-1, 1], as a picture."""
     return ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
 def contact_sheet(rows, pad=2, scale=1):
-    """A grid of pictures, uint8 (H, W, 3): `rows` is a list of lists of equal-sized pictures (None leaves a gap)."""
+    """A grid of pictures, uint8 (H, W, 3): `rows` is a list of lists of pictures of one size (None leaves a gap)."""
     height, width = next(p for row in rows for p in row if p is not None).shape[:2]
     columns = max(len(row) for row in rows)
     sheet = np.full((pad + len(rows) * (height + pad), pad + columns * (width + pad), 3), 255, np.uint8)
@@ -108,18 +108,17 @@ def contact_sheet(rows, pad=2, scale=1):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Words
+# The text tokenizer
 # ---------------------------------------------------------------------------------------------------------------
 
-HALF = re.compile("[\ud800-\udfff]")  # half of a character, which SentencePiece cannot read
+HALF = re.compile("[\ud800-\udfff]")  # a lone surrogate, which SentencePiece cannot read
 
 
 class TextTokenizer:
     """SentencePiece pieces plus T5's added tokens: ids 0 pad, 1 </s>, 2 unknown, then the pieces, then
     <extra_id_99> .. <extra_id_0> and last <image> (32100 with T5's own 32000 pieces).
 
-    After every added token the text starts anew, with a leading space of its own, as transformers' T5 does:
-    `in <image>.` is `_in <image> _ .`.
+    After an added token the text gets a leading space again, as in transformers' T5: `in <image>.` is `_in <image> _ .`.
     """
 
     PAD, EOS, UNKNOWN = 0, 1, 2
@@ -127,7 +126,7 @@ class TextTokenizer:
     def __init__(self, proto):
         """proto: the bytes of a SentencePiece model (`spiece.model`)."""
         if not proto:
-            raise RuntimeError("it is empty")  # SentencePiece takes that for "none given"
+            raise RuntimeError("it is empty")  # SentencePiece would take that as "none given"
         self.proto, self.digest = proto, hashlib.sha256(proto).hexdigest()[:16]
         self.pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
         first = self.pieces.vocab_size()
@@ -137,39 +136,34 @@ class TextTokenizer:
         self.vocab_size = first + 101
         self.split = re.compile("(" + "|".join(map(re.escape, self.added)) + ")")
 
-    def encode(self, text, image_tokens=1, max_length=None):
-        """Ids of the text with </s>, a list of int; each <image> becomes `image_tokens` ids.
-
-        With max_length, longer texts are cut on the right and keep their </s> (what the released code does).
-        """
+    def encode(self, text, image_tokens=1):
+        """The text's ids and </s>, a list of int; each <image> becomes `image_tokens` ids."""
         ids = []
         for part in self.split.split(text):
             if part in self.added:
                 ids += [self.added[part]] * (image_tokens if part == "<image>" else 1)
             else:
                 ids += self.pieces.encode(part)
-        if max_length is not None:
-            ids = ids[: max_length - 1]
         return ids + [self.EOS]
 
     def unknown_word(self, text):
-        """The first word of a text that the text model has no piece for; None if it knows them all."""
+        """The first word of a text that the text model does not know; None if it knows all."""
         for word in text.replace("<image>", " ").split():
             if HALF.search(word) or self.UNKNOWN in self.pieces.encode(word):
                 return word
         return None
 
     def check_words(self, text):
-        """Raise ValueError naming the first word that the text model does not know, and the nearest known ones."""
+        """Raise ValueError naming the first word that the text model does not know, and known words like it."""
         word = self.unknown_word(text)
         if word:
             known = sorted({self.pieces.id_to_piece(i).strip("▁") for i in range(3, self.pieces.vocab_size())})
-            near = difflib.get_close_matches(word.lower(), known, n=3) or known
-            raise ValueError(f"the text model does not know the word {word!r}; known words near it: {', '.join(near)}")
+            near = difflib.get_close_matches(word.lower(), known, n=3) or [*known[:20], *["..."] * (len(known) > 20)]
+            raise ValueError(f"the text model does not know the word {word!r}; similar known words: {', '.join(near)}")
 
     @classmethod
     def train(cls, sentences):
-        """A word-level SentencePiece model of all words in the sentences (case-folded); for the built-in worlds."""
+        """Train a word-level SentencePiece model (case-folded) with every word of the sentences; for the built-in worlds."""
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sentences), model_writer=model, model_type="word", vocab_size=8000,
@@ -179,7 +173,7 @@ class TextTokenizer:
 
     @classmethod
     def from_file(cls, path):
-        """Read `spiece.model`. Raises ValueError naming the file when it is missing or is no SentencePiece model."""
+        """Read `spiece.model`. Raises ValueError naming the file if it is missing or no SentencePiece model."""
         try:
             return cls(Path(path).read_bytes())
         except FileNotFoundError:
@@ -197,11 +191,11 @@ COLORS = {"red": (215, 35, 40), "orange": (245, 140, 25), "yellow": (250, 220, 4
 PATTERNS = ("solid", "striped", "dotted", "split")
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 SIZES = ("small", "big")
-WHOLE = "whole image"  # the query connector's words where no subject is meant (section 3.1)
-SAID = ["The in", ".", "The image is", WHOLE]  # what the tasks' prompts say besides captions and labels
-SUPERSAMPLE = 8  # masks are drawn this many times larger and averaged: the antialiasing
+WHOLE = "whole image"  # the query connector's words when no subject is meant (section 3.1)
+PROMPT_WORDS = ["The in", ".", "The image is", WHOLE]  # in the tasks' prompts, besides captions and labels
+SUPERSAMPLE = 8  # antialiasing: masks are drawn this many times larger, then averaged
 
-Placed = namedtuple("Placed", "subject place size")        # a subject, an index into PLACES, an index into SIZES
+Placed = namedtuple("Placed", "subject place size")        # a subject, an index into PLACES and one into SIZES
 Scene = namedtuple("Scene", "color pattern subjects")      # the background's two indices, and one or two Placed
 
 
@@ -226,27 +220,27 @@ SHAPES = {
 
 
 def an_eighth(thing):
-    """Whether a tuple is among the eighth of all, by a hash, that training never shows."""
+    """Whether a tuple belongs to the eighth of all, chosen by hash, that training never shows."""
     return zlib.crc32(repr(tuple(thing)).encode()) % 8 == 0
 
 
 def apart(a, b):
-    """Whether two small subjects at these places leave each other room: two columns or two rows between them."""
+    """Whether two small subjects fit at these places: two columns or two rows apart."""
     return max(abs(a // 3 - b // 3), abs(a % 3 - b % 3)) == 2
 
 
 class World:
     """Scenes of one or two subjects on a patterned background, and the words for them.
 
-    A subclass says what a subject is:
-        all_subjects()        every subject there is, tuples
-        label(subject)        the name that prompts use for it
-        describe(subject)     all there is to say of it, in the words before and after the name's place
+    A subclass defines the subjects:
+        all_subjects()        every subject, a tuple each
+        label(subject)        its name in prompts
+        describe(subject)     its full description in captions
         subject_mask(placed)  where it covers the picture, float32 (S, S, 1) in [0, 1]
-        draw_subject(placed)  its colours, float32 (S, S, 3) in [0, 255]; only those under its mask are seen
+        draw_subject(placed)  its colours, float32 (S, S, 3) in [0, 255]; only those under its mask are used
 
-    Subjects stand on a 3 x 3 grid of places and are 14/32 or 20/32 of the image wide; places are whole cells of
-    a code grid of 8 a side, so a subject's codes look alike wherever it stands.
+    Subjects stand on a 3 x 3 grid of places and are 14/32 or 20/32 of the image wide. Places are whole cells of a code
+    grid of 8 per side, so a subject has similar codes wherever it stands.
     """
 
     def __init__(self, image_size):
@@ -260,8 +254,8 @@ class World:
 
     @functools.lru_cache(maxsize=None)
     def pattern_mask(self, pattern, x, y, upright):
-        """Where a pattern shows its second colour: float32 (S, S, 1) in [0, 1], anchored at (x, y) pixels.
-        Stripes lie flat on subjects and stand upright on backgrounds; a split likewise."""
+        """Where a pattern shows its second colour: float32 (S, S, 1) in [0, 1], anchored at (x, y) pixels. Stripes and splits
+        are horizontal on subjects and vertical (upright) on backgrounds."""
         fine = self.image_size * SUPERSAMPLE
         grid = (np.arange(fine, dtype=np.float32) + 0.5) / SUPERSAMPLE
         u, v = (grid[None, :] - x, grid[:, None] - y) if upright else (grid[:, None] - y, grid[None, :] - x)
@@ -298,7 +292,7 @@ class World:
         return (image + 0.5).astype(np.uint8)
 
     def cut_out(self, placed):
-        """The subject's pixels, the rest black: the target of segmentation. uint8 (S, S, 3)."""
+        """The target of segmentation, the subject's pixels on black: uint8 (S, S, 3)."""
         return (self.subject_mask(placed) * self.draw_subject(placed) + 0.5).astype(np.uint8)
 
     def held_out(self, subject):
@@ -307,11 +301,11 @@ class World:
 
     @functools.cached_property
     def subjects(self):
-        """{False: the training subjects, True: the held-out ones}."""
+        """{False: training subjects, True: held-out ones}."""
         return {held: [s for s in self.all_subjects() if self.held_out(s) == held] for held in (False, True)}
 
     def random_scene(self, rng, subjects):
-        """The subjects at random places on a random background; two stand two columns or two rows apart."""
+        """The subjects at random places on a random background; two of them are two columns or two rows apart."""
         color, pattern = rng.randrange(len(COLORS)), rng.randrange(len(PATTERNS))
         if len(subjects) == 1:
             return Scene(color, pattern, (Placed(subjects[0], rng.randrange(9), rng.randrange(2)),))
@@ -321,35 +315,35 @@ class World:
                 return Scene(color, pattern, (Placed(subjects[0], a, 0), Placed(subjects[1], b, 0)))
 
     def random_subjects(self, rng, count, held_out=False):
-        """One or two training (or held-out) subjects; two have different labels, so that a label names one of them."""
-        first = rng.choice(self.subjects[held_out])
-        while count == 2:
-            second = rng.choice(self.subjects[held_out])
-            if self.label(second) != self.label(first):
-                return [first, second]
-        return [first]
+        """Some training (or held-out) subjects with different labels, so that a label names one of them."""
+        subjects = [rng.choice(self.subjects[held_out])]
+        while len(subjects) < count:
+            other = rng.choice(self.subjects[held_out])
+            if self.label(other) not in map(self.label, subjects):
+                subjects.append(other)
+        return subjects
 
     def caption(self, scene, looks=True):
-        """The sentence for a scene. With looks=False only a reference image can tell the subjects' colours and patterns."""
+        """The sentence for a scene. With looks=False it leaves the subjects' colours and patterns to a reference image."""
         words = []
         for subject, place, size in scene.subjects:
-            what, tail = self.describe(subject) if looks else (self.label(subject), "")
-            words.append(f"a {SIZES[size]} {what}{tail} at the {PLACES[place]}")
+            what = self.describe(subject) if looks else self.label(subject)
+            words.append(f"a {SIZES[size]} {what} at the {PLACES[place]}")
         color, pattern = list(COLORS)[scene.color], PATTERNS[scene.pattern]
         ground = f"{color} {pattern} background" if pattern != "solid" else f"{color} background"
         text = " and ".join(words) + f" on {'an' if ground[0] == 'o' else 'a'} {ground}"
         return text[0].upper() + text[1:]
 
     def text_tokenizer(self):
-        """The word model of every sentence this world can say."""
+        """A text tokenizer that knows every word of this world."""
         return TextTokenizer.train(self.sentences())
 
     def sentences(self):
-        """Sentences that hold every word of the world's prompts."""
+        """Sentences with every word of this world's prompts."""
         grounds = [f"on an on a {c} {p} background" for c in COLORS for p in PATTERNS[1:]]
         places = [f"a {s} at the {p} and" for s in SIZES for p in PLACES]
-        things = [" ".join(self.describe(s)) for kind in self.subjects.values() for s in kind]
-        return grounds + places + things + [self.label(s) for s in self.all_subjects()] + SAID
+        things = [self.describe(s) for kind in self.subjects.values() for s in kind]
+        return grounds + places + things + [self.label(s) for s in self.all_subjects()] + PROMPT_WORDS
 
 
 ShapeSubject = namedtuple("ShapeSubject", "shape color color2 pattern")  # indices; color2 == color when solid
@@ -369,11 +363,11 @@ class Shapes(World):
         return list(SHAPES)[subject.shape]
 
     def describe(self, subject):
-        """("red star", " with blue stripes")"""
+        """For example "red star with blue stripes"."""
         color, color2 = list(COLORS)[subject.color], list(COLORS)[subject.color2]
-        tail = {"solid": "", "striped": f" with {color2} stripes", "dotted": f" with {color2} dots",
-                "split": f" with a {color2} half"}
-        return f"{color} {self.label(subject)}", tail[PATTERNS[subject.pattern]]
+        pattern = {"solid": "", "striped": f" with {color2} stripes", "dotted": f" with {color2} dots",
+                   "split": f" with a {color2} half"}
+        return f"{color} {self.label(subject)}{pattern[PATTERNS[subject.pattern]]}"
 
     @functools.lru_cache(maxsize=None)
     def shape_mask(self, shape, place, size):
@@ -400,30 +394,30 @@ EmojiSubject = namedtuple("EmojiSubject", "character")
 
 
 class Emoji(World):
-    """The same scenes with emoji as subjects: real drawings with exact masks, labelled with their Unicode names."""
+    """The same scenes with emoji as subjects: real drawings with exact masks, labelled by their Unicode names."""
 
     name = "emoji"
-    COUNT = 1280  # drawings kept, in Unicode order
+    COUNT = 1280  # emoji in use, the first in Unicode order
 
     def __init__(self, image_size, font=""):
-        """font: a colour emoji font's path; empty looks where systems keep theirs. Raises ValueError without one."""
+        """font: path of a colour emoji font; empty: try EMOJI_FONTS. Raises ValueError if there is none."""
         super().__init__(image_size)
         found = [f for f in ([font] if font else EMOJI_FONTS) if Path(f).is_file()]
         if not found:
             raise ValueError(f"no colour emoji font at {font or ', '.join(EMOJI_FONTS)}; install one "
                              "(Debian: `apt install fonts-noto-color-emoji`) or name a file with --emoji_font=PATH")
-        for strike in (109, 160, 96, 64, 137):  # bitmap fonts open only at the sizes they hold
+        for strike in (109, 160, 96, 64, 137):  # bitmap fonts open only at the sizes they contain
             try:
                 self.font = ImageFont.truetype(found[0], strike)
                 break
             except OSError:
                 continue
         else:
-            raise ValueError(f"emoji_font={found[0]}: cannot be opened at any known bitmap size; use Noto Color Emoji")
+            raise ValueError(f"emoji_font={found[0]}: does not open at any known bitmap size; use Noto Color Emoji")
 
     @functools.lru_cache(maxsize=None)
     def glyph(self, character):
-        """The drawing cut to its own bounds, RGBA image, or None when the font has no colour drawing of it."""
+        """The font's colour drawing, cropped to its bounds, an RGBA image; None if it has none."""
         canvas = Image.new("RGBA", (200, 200))
         ImageDraw.Draw(canvas).text((20, 20), character, font=self.font, embedded_color=True)
         box = canvas.getchannel("A").getbbox()
@@ -431,8 +425,8 @@ class Emoji(World):
 
     @functools.cached_property
     def characters(self):
-        """{character: name} of the drawings kept: one code point, a colour drawing of its own, a name."""
-        kept, missing = {}, self.glyph("\U0010FFFD")  # what the font draws for characters that it lacks, if anything
+        """{character: name} of the emoji in use: single code points with a name and a colour drawing."""
+        kept, missing = {}, self.glyph("\U0010FFFD")  # the font's drawing for characters it lacks, if any
         for code in (*range(0x231A, 0x3300), *range(0x1F000, 0x1FB00)):
             name = unicodedata.name(chr(code), "").lower()
             if not name or "regional indicator" in name or "modifier" in name or "component" in name:
@@ -452,9 +446,9 @@ class Emoji(World):
         return self.characters[subject.character]
 
     def describe(self, subject):
-        return self.label(subject), ""
+        return self.label(subject)
 
-    @functools.lru_cache(maxsize=50000)
+    @functools.lru_cache(maxsize=1000)  # of 64 pixels a side: 66 MB in every data process
     def sprite(self, placed):
         """RGBA of a placed emoji, float32 (S, S, 4) in [0, 255], colours premultiplied by coverage."""
         canvas, width = Image.new("RGBa", (self.image_size,) * 2), self.widths[placed.size]
@@ -487,15 +481,15 @@ class Sample:
     task: str
     prompt: str                                         # with one <image> per reference
     images: list[np.ndarray]                            # the references
-    names: list[str]                                    # what each reference is there for: the query connector's words
-    target: np.ndarray                                  # the picture to draw
-    scene: Scene                                        # the target's scene, for whoever judges the drawing
-    unconditional: bool = False                         # train this one without its prompt (for guidance)
-    line: int = -1                                      # the manifest's line that it was made of
-    chance: int = 0                                     # random bits of its own, for what pretraining hides
+    names: list[str]                                    # the subject of each reference: the query connector's words
+    target: np.ndarray | None                           # the picture to draw; None where only a prompt is given
+    scene: Scene | None                                 # the target's scene, for the judge; None for pictures of your own
+    drop: bool = False                                  # train without the prompt (for guidance)
+    line: int = -1                                      # its line in the manifest
+    mask_seed: int = 0                                  # seed of the choice of tokens that pretraining masks
 
 
-TWO_SUBJECTS = 0.1  # share of scenes with two subjects, where the task allows them
+TWO_SUBJECTS = 0.1  # share of scenes with two subjects, in tasks that allow them
 
 
 def some_scene(world, rng, held_out):
@@ -522,22 +516,22 @@ def segmentation(world, rng, held_out=False):
     scene = some_scene(world, rng, held_out)
     placed = scene.subjects[rng.randrange(len(scene.subjects))]
     label = world.label(placed.subject)
-    return Sample("segmentation", f"The {label} in <image>.", [world.draw(scene)], [label], world.cut_out(placed),
+    return Sample("segmentation", object_line(label), [world.draw(scene)], [label], world.cut_out(placed),
                   scene._replace(subjects=(placed,)))
 
 
-def object_lines(labels):
-    """The prompt's line for each object."""
-    return [f"The {label} in <image>." for label in labels]
+def object_line(label):
+    """The line of a prompt that introduces an object."""
+    return f"The {label} in <image>."
 
 
 def subject_prompt(world, scene):
-    """`The {label} in <image>.` for each subject, then the new scene's caption without its looks."""
-    return "\n".join([*object_lines(world.label(p.subject) for p in scene.subjects), world.caption(scene, looks=False)])
+    """`The {label} in <image>.` for each subject, then the new scene's caption without the subjects' looks."""
+    return "\n".join([*(object_line(world.label(p.subject)) for p in scene.subjects), world.caption(scene, looks=False)])
 
 
 def recovery(world, rng, held_out=False):
-    """The segmented object, distorted, on a random other image, and the caption -> the original image."""
+    """The segmented object, distorted and pasted on a random other image, and the caption -> the original image."""
     scene = world.random_scene(rng, world.random_subjects(rng, 1, held_out))
     label = world.label(scene.subjects[0].subject)
     other = some_scene(world, rng, held_out)
@@ -549,15 +543,15 @@ def recovery(world, rng, held_out=False):
 
 
 def paste_distorted(cut_out, mask, background, rng):
-    """Paste a segmented object at a random place and scale (0.6 to 1.1) onto another picture; with probability 1/2 it
-    is also rotated within 20 degrees, stretched, sheared and seen in perspective.
+    """Paste a segmented object at a random place and scale (0.6 to 1.1) onto another picture; with probability 1/2
+    also rotate it by up to 20 degrees, stretch it, shear it and change its perspective.
 
     cut_out, background uint8 (H, W, 3) of one size; mask float (H, W, 1) in [0, 1], not all zero.
     """
     height, width = mask.shape[:2]
     sprite = Image.fromarray(np.concatenate([cut_out, (mask * 255).astype(np.uint8)], axis=-1), "RGBa")
     left, top, right, bottom = sprite.getchannel("a").getbbox()
-    # Output pixel -> input pixel, as homogeneous 3 x 3 matrices: from the new centre, undistort, to the old centre.
+    # Maps output pixels to input pixels, as homogeneous 3 x 3 matrices: from the new centre, undistort, to the old centre.
     matrix = np.eye(3)
     scale = rng.uniform(0.6, 1.1)
     if rng.random() < 0.5:
@@ -585,21 +579,21 @@ def subject_driven(world, rng, held_out=False):
 
 
 def multi_image(world, rng, held_out=False):
-    """One object an image, centred on black, and the caption of a scene with all of them -> that scene."""
+    """Images of one object each, centred on black, and the caption of a scene with all of them -> that scene."""
     scene = world.random_scene(rng, world.random_subjects(rng, 2, held_out))
     images = [world.cut_out(placed._replace(place=PLACES.index("center"), size=1)) for placed in scene.subjects]
     return Sample("multi_image", subject_prompt(world, scene), images, [world.label(p.subject) for p in scene.subjects],
                   world.draw(scene), scene)
 
 
-# What befalls a subject: it is painted (index into COLORS or None), moved (index into PLACES or None), cut out (bool).
+# What a rule does to the subject: paint it (index into COLORS or None), move it (index into PLACES or None), cut it out (bool).
 Rule = namedtuple("Rule", "color corner cut")
 
 
 @functools.cache
 def rules(world_name, new=False):
-    """All rules that change something, less those kept out of training, or those alone: an eighth of the rules of several
-    parts. Each part of a new rule is known, their combination is not. Only shapes can be painted."""
+    """The rules that training uses, or with new=True the held-out ones: an eighth of the rules with several parts. Each part
+    of a new rule is known from training, its combination is not. Only shapes can be painted."""
     found, colors = [], (None, *range(len(COLORS))) if world_name == "shapes" else (None,)
     for rule in itertools.starmap(Rule, itertools.product(colors, (None, 0, 2, 6, 8), (False, True))):
         parts = (rule.color is not None) + (rule.corner is not None) + rule.cut
@@ -620,17 +614,17 @@ def follow(rule, scene):
 
 
 def draw_rule(world, rule, scene):
-    """The picture that a rule makes of a scene."""
+    """The picture of a scene after a rule."""
     after = follow(rule, scene)
     return world.cut_out(*after.subjects) if rule.cut else world.draw(after)
 
 
 def in_context(world, rng, held_out=False, new_rule=False):
-    """Twice a scene and what a rule makes of it, then a scene alone -> what the rule makes of that. No word tells the rule."""
+    """Two scenes, each before and after a rule, then a third -> the third after the rule. No word names the rule."""
     rule, scenes = rng.choice(rules(world.name, new_rule)), []
     while len(scenes) < 3:
         scene = world.random_scene(rng, world.random_subjects(rng, 1, held_out))
-        if held_out or not world.held_out(follow(rule, scene).subjects[0].subject):  # paint makes no held-out subject
+        if held_out or not world.held_out(follow(rule, scene).subjects[0].subject):  # paint must not make a held-out subject
             scenes.append(scene)
     before, after = [world.draw(scene) for scene in scenes], [draw_rule(world, rule, scene) for scene in scenes]
     images = [before[0], after[0], before[1], after[1], before[2]]
@@ -640,33 +634,33 @@ def in_context(world, rng, held_out=False, new_rule=False):
 TASKS = {f.__name__: f for f in (text_to_image, reconstruction, segmentation, recovery, subject_driven, multi_image, in_context)}
 
 # ---------------------------------------------------------------------------------------------------------------
-# Manifests: the same tasks from picture files, one JSON line a sample
+# Manifests: the same tasks from picture files, one JSON line per sample
 # ---------------------------------------------------------------------------------------------------------------
 
 FLAGS = {"generation_only": "text_to_image", "do_mask": "segmentation", "do_replace": "recovery"}
-HELD_OUT = (50, 128)  # one picture in so many is held out for validation, but no more than so many
+HELD_OUT_EVERY, HELD_OUT_MOST = 50, 128  # one picture in 50 is held out for validation, but at most 128
 PATH_FIELDS = ("image_path", "source_image", "input_img_list")
 TASK_NUMBERS = {task: i for i, task in enumerate(TASKS)}
 
 
 class Entry(NamedTuple):
-    """A manifest line, understood. File names are as written there."""
+    """A manifest line, parsed. File names are as written there."""
 
     task: str
-    text: str                                           # a caption, or the whole prompt if it holds <image>
-    picture: str                                        # the picture to draw; in segmentation, to cut from
+    text: str                                           # a caption, or the whole prompt if it contains <image>
+    picture: str                                        # the picture to draw; for segmentation, to cut from
     labels: tuple[str, ...] = ()                        # the names of the objects
     masks: tuple[str, ...] = ()                         # their masks, or
     references: tuple[str, ...] = ()                    # pictures of them
 
     @property
-    def images(self):
-        """Images of the prompt."""
+    def n_image(self):
+        """Number of images in the prompt."""
         return len(self.labels) or int(self.task == "reconstruction")
 
 
 def read_entry(line):
-    """A manifest line (bytes) as an Entry. Raises ValueError naming the field, its value and what is legal.
+    """Parse a manifest line (bytes) into an Entry. Raises ValueError naming the field, its value and what is legal.
 
     | task           | objects | source_image      | image_path                 | flag            |
     |----------------|---------|-------------------|----------------------------|-----------------|
@@ -677,9 +671,8 @@ def read_entry(line):
     | subject_driven | label   | the picture       | a reference of the subject |                 |
     | multi_image    | list    | the picture       | a list of masks (*)        |                 |
 
-    (*) or, in input_img_list, pictures of the objects. `input_text` is the caption; a text that holds <image>, once
-    an image or in runs of it (the released manifests repeat it once an image token), is the whole prompt. Fields that
-    are not named here are ignored.
+    (*) or, in input_img_list, pictures of the objects. `input_text` is the caption. If it contains <image>, once per image
+    or in runs (the released manifests repeat it once per image token), it is the whole prompt. Other fields are ignored.
     """
     record = read_object(line)
     task = read_task(record)
@@ -691,8 +684,8 @@ def read_entry(line):
         return Entry(task, read_text(record, task, int(task == "reconstruction")), picture)
     labels = strings(record, "objects")
     if not labels or isinstance(record["objects"], list) != (task == "multi_image"):
-        wanted = "at least one label" if task == "multi_image" else "one label"
-        raise ValueError(f"objects={record.get('objects')!r}: {task} wants {wanted}")
+        needed = "at least one label" if task == "multi_image" else "one label"
+        raise ValueError(f"objects={record.get('objects')!r}: {task} needs {needed}")
     text = read_text(record, task, len(labels))
     picture, = strings(record, "source_image", task, 1)
     given = "input_img_list" if task == "multi_image" and record.get("input_img_list") else "image_path"
@@ -702,18 +695,18 @@ def read_entry(line):
 
 
 def read_object(line):
-    """A line (bytes) as the dict it holds. Raises ValueError if it holds something else."""
+    """Parse a line (bytes) into a dict. Raises ValueError if it is anything else."""
     try:
-        record = json.loads(line.decode() if line.isascii() else line)   # of other bytes it has to guess the encoding
+        record = json.loads(line.decode() if line.isascii() else line)   # bytes make it guess the encoding
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error}); want one object in braces a line") from None
+        raise ValueError(f"not JSON ({error}); each line must be one object in braces") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{record!r:.80}: want one JSON object in braces a line")
+        raise ValueError(f"{record!r:.80}: each line must be one JSON object in braces")
     return record
 
 
 def read_task(record):
-    """The task that a record's flag and the kind of its objects tell. Raises ValueError naming a flag that is unclear."""
+    """The task, from a record's flag and the type of its objects. Raises ValueError naming a flag that is unclear."""
     flags = [flag for flag in FLAGS if record.get(flag)]
     for flag in flags:
         if record[flag] is not True or len(flags) > 1:
@@ -725,29 +718,29 @@ def read_task(record):
 
 
 def strings(record, name, task="", count=None):
-    """A field's text or list of texts as a tuple, () for null. Raises ValueError if it is not that, or not `count` texts."""
+    """A field's text or list of texts as a tuple, () for null. Raises ValueError for anything else, or not `count` texts."""
     value = record.get(name)
     values = tuple(value) if isinstance(value, list) else () if value is None else (value,)
     for v in values:
         if not isinstance(v, str) or not v:
             raise ValueError(f"{name}={value!r}: must be a text, a list of texts or null")
     if count is not None and len(values) != count:
-        raise ValueError(f"{name}={value!r}: {task} wants {count} here, not {len(values)}")
+        raise ValueError(f"{name}={value!r}: {task} needs {count} here, not {len(values)}")
     return values
 
 
 def read_text(record, task, images):
-    """A record's input_text with one <image> for each of its images, or none. Raises ValueError if it is neither."""
+    """A record's input_text, with one <image> per image or none at all. Raises ValueError for any other number."""
     text = record.get("input_text") or ""
     if not isinstance(text, str):
         raise ValueError(f"input_text={text!r}: must be a text")
     words = text
-    if "<" in text:                                                      # by far the fastest look at a long caption
+    if "<" in text:                                                      # by far the fastest check of a long caption
         if text.count("<image>") > images:
             text = re.sub("<image>(?:<image>)+", "<image>", text)
         if text.count("<image>") not in (0, images):
             raise ValueError(f"input_text={text!r}: {text.count('<image>')} <image> placeholders, but {task} has {images} images here; "
-                             "write one for each, apart, or none")
+                             "write one for each, not side by side, or none")
         words = text.replace("<image>", "")
     if task not in ("reconstruction", "segmentation") and not words.strip():
         raise ValueError(f"input_text={text!r}: {task} needs a caption")
@@ -755,57 +748,57 @@ def read_text(record, task, images):
 
 
 def entry_prompt(entry, rng=None):
-    """An entry's text if that is a whole prompt, else its caption in the task's sentence; without rng, the longest one."""
+    """An entry's text if that is a whole prompt, else the task's prompt with its caption; without rng, the longest one."""
     if "<image>" in entry.text or entry.task == "text_to_image":
         return entry.text
     if entry.task == "reconstruction":
         return "The image is <image>" + (f"\n{entry.text}" if entry.text and (not rng or rng.random() < 0.5) else "")
-    return "\n".join(object_lines(entry.labels) + [entry.text] * (entry.task != "segmentation"))
+    return "\n".join([object_line(label) for label in entry.labels] + [entry.text] * (entry.task != "segmentation"))
 
 
 def most_tokens(text):
-    """No fewer than the tokens of a prompt, those of its images apart: a piece takes a character at least, and every part
-    of the text may start with a piece for its leading space (the characters of <image> make up for that)."""
+    """An upper bound on a prompt's tokens, without those of its images: a piece has at least one character, and each part of
+    the text may start with a piece for its leading space (the characters of <image> make up for that)."""
     return 2 + len(text if text.isascii() else unicodedata.normalize("NFKC", text))
 
 
 class Manifest:
-    """A file of JSON lines. Every line is checked once, when it is opened; kept are only the places of the lines, so a
-    million of them take seconds and megabytes."""
+    """A file of JSON lines. Opening it checks every line but keeps little more than their byte offsets, so a million lines
+    take seconds and megabytes."""
 
-    PIECE = 2**22  # bytes of lines to check at a time
+    CHUNK = 2**22  # bytes of lines to check at a time
 
     def __init__(self, path, root="", backgrounds=None, skip_bad=False, workers=0, quiet=False, content=None):
-        """root: the folder that file names start from, by default the manifest's own; backgrounds: the Manifest whose
-        pictures lie behind the objects of recovery, by default this one; workers: processes to check with; quiet: no
-        progress bar; content: its bytes, if the file is not written yet.
+        """root: the folder that file names are relative to, by default the manifest's own; backgrounds: the Manifest whose
+        pictures go behind recovery's objects, by default this one; workers: processes to check with; quiet: no progress
+        bar; content: its bytes, if the file is not written yet.
 
-        Raises ValueError with line number, field and value at the first line that is wrong or names a file that is
-        not there; with skip_bad such lines are left out and their messages kept in `bad`.
+        Raises ValueError with line number, field and value at the first line that is wrong or names a missing file; with
+        skip_bad such lines are left out and their messages kept in `bad`.
         """
         self.path, self.root, self.backgrounds = Path(path), str(root or Path(path).parent), backgrounds or self
-        self.skip_bad, self.bad, self.content = skip_bad, [], content
+        self.skip_bad, self.quiet, self.bad, self.content = skip_bad, quiet, [], content
         if content is None and not self.path.is_file():
             raise ValueError(f"{path}: there is no such manifest; give a .jsonl file, or a folder of pictures")
-        rows = self.check_lines(workers, quiet)
+        rows = self.check_lines(workers)
         if not len(rows):
             first = f" that is right; the first: {self.bad[0]}" if self.bad else ""
-            raise ValueError(f"{path}: the manifest holds no line{first}")
-        self.places = rows[:, :2].copy()                                 # (lines, 2) int64: where it begins, its number
-        self.images, self.most_tokens = rows[:, 3:5].astype(np.int32).T  # (lines,) each: of its prompt
-        self.held = self.choose_held_out(rows[:, 2], rows[:, 5])         # (lines,) bool: left out of training
-        self.tasks, self.held_out = (
-            {task: lines for task, i in TASK_NUMBERS.items() if len(lines := np.flatnonzero((rows[:, 2] == i) & chosen))}
-            for chosen in (~self.held, self.held))
+            raise ValueError(f"{path}: the manifest has no line{first}")
+        offsets, numbers, tasks, n_image, most_tokens, pictures = rows.T  # (lines,) each; copied below, so that rows is freed
+        self.offsets, self.numbers = offsets.copy(), numbers.copy()      # where each line begins, and its number
+        self.n_image, self.most_tokens = n_image.astype(np.int32), most_tokens.astype(np.int32)  # of its prompt
+        self.held = self.choose_held_out(tasks, pictures)                # (lines,) bool: not for training
+        self.readable = np.ones(len(rows), bool)                         # (lines,) bool: as far as check_files was told to look
+        self.tasks, self.held_out = lines_by_task(tasks, ~self.held), lines_by_task(tasks, self.held)
 
-    def check_lines(self, workers, quiet):
-        """Check all lines. Returns what check_piece says of the right ones, (lines, 6) int64. Sets `digest`, of the lines and
-        the sizes of the files they name, and `times`, of when these were written."""
+    def check_lines(self, workers):
+        """Check all lines. Returns check_chunk's rows for the right ones, (lines, 6) int64. Sets `digest`, of the lines and the
+        sizes of the files they name, and `times`, of when these were written."""
         size = self.path.stat().st_size if self.content is None else len(self.content)
-        pieces = -(-size // self.PIECE)
-        loader = torch.utils.data.DataLoader(range(pieces), num_workers=min(workers, pieces // 2), collate_fn=self.check_piece)
+        chunks = -(-size // self.CHUNK)
+        loader = torch.utils.data.DataLoader(range(chunks), num_workers=min(workers, chunks // 2), collate_fn=self.check_chunk)
         lines, found, digests = 0, [np.zeros((0, 6), int)], [hashlib.blake2b(digest_size=8) for _ in range(2)]
-        for count, rows, wrong, states in tqdm(loader, desc=f"checking {self.path.name}", disable=quiet):
+        for count, rows, wrong, states in tqdm(loader, desc=f"checking {self.path.name}", disable=self.quiet):
             for number, message in wrong:
                 self.leave_out(lines + number + 1, message)
             for digest, state in zip(digests, states):
@@ -817,36 +810,36 @@ class Manifest:
         return np.concatenate(found)
 
     def choose_held_out(self, tasks, pictures):
-        """Which lines training leaves out, bool (lines,), given the task's number and the hash of the picture of each: all
-        lines of some pictures, so that none is half seen. A task that would have no others keeps its lines."""
+        """Choose the lines to hold out of training, bool (lines,), from each line's task number and picture hash: all lines of
+        some pictures, so that none is partly seen. A task that would have no lines left keeps them."""
         different = np.unique(pictures)
-        held = pictures < different[min(len(different) // HELD_OUT[0], HELD_OUT[1])]
+        held = pictures < different[min(len(different) // HELD_OUT_EVERY, HELD_OUT_MOST)]
         for i in range(len(TASKS)):
             held[tasks == i] &= not held[tasks == i].all()
         return held
 
-    def check_piece(self, pieces):
-        """Check the lines that begin in a piece of the file, [its number]. Returns how many there are; (right lines, 6)
-        int64: where it begins, its number from 0, and what check_line says; [(number, what is wrong)] of the others; and
-        two digests, of the lines and the sizes of the files they name, and of the times of these."""
-        place, piece = self.read_piece(*pieces)
-        lines, rows, wrong, files = io.BytesIO(piece).readlines(), array("q"), [], {}
+    def check_chunk(self, chunks):
+        """Check the lines that begin in a chunk of the file, [its number]. Returns how many there are; (right lines, 6) int64:
+        byte offset, number from 0, and check_line's four values; [(number, what is wrong)] for the others; and two digests,
+        of the lines and the sizes of the files they name, and of the times of these files."""
+        offset, chunk = self.read_chunk(*chunks)
+        lines, rows, wrong, files = io.BytesIO(chunk).readlines(), array("q"), [], {}
         for number, line in enumerate(lines):
             try:
                 if not line.isspace():
-                    rows.extend((place, number, *self.check_line(line, files)))
+                    rows.extend((offset, number, *self.check_line(line, files)))
             except ValueError as error:
                 wrong.append((number, str(error)))
-            place += len(line)
+            offset += len(line)
         sizes, times = (repr([state[i] for state in files.values()]).encode() for i in range(2))
-        digests = [hashlib.blake2b(state, digest_size=8).digest() for state in (piece + sizes, times)]
+        digests = [hashlib.blake2b(state, digest_size=8).digest() for state in (chunk + sizes, times)]
         return len(lines), np.array(rows).reshape(-1, 6), wrong, digests
 
-    def read_piece(self, number):
-        """The lines that begin in a piece of the file: where the first of them begins, and their bytes."""
+    def read_chunk(self, number):
+        """The lines that begin in a chunk of the file: offset of the first, and their bytes."""
         with self.open() as file:
             begins = []
-            for edge in (number * self.PIECE, (number + 1) * self.PIECE):
+            for edge in (number * self.CHUNK, (number + 1) * self.CHUNK):
                 file.seek(max(0, edge - 1))
                 if edge:
                     file.readline()                                      # up to the first line that begins there or later
@@ -855,20 +848,20 @@ class Manifest:
             return begins[0], file.read(begins[1] - begins[0])
 
     def check_line(self, line, files):
-        """Check a line (bytes). Returns its task's number, images and most_tokens of its prompt, a hash of its picture.
-        `files` holds what is known of the files named so far: {name: (size, time, hash of the name)}."""
+        """Check a line (bytes). Returns its task's number, its prompt's n_image and most_tokens, and a hash of its picture's name.
+        `files` collects the files named so far: {name: (size, time, hash of the name)}."""
         entry = read_entry(line)
         for text in (entry.text, *entry.labels):
             if not text.isascii() and HALF.search(text):
-                raise ValueError(f"{text!r:.80}: holds half of a character (a lone surrogate), which no text model can read; "
-                                 "write it anew")
+                raise ValueError(f"{text!r:.80}: contains half of a character (a lone surrogate), which no text model can read; "
+                                 "correct the text")
         for name in (entry.picture, *entry.masks, *entry.references):
             if name not in files:
                 files[name] = self.file_state(name, line)
-        return TASK_NUMBERS[entry.task], entry.images, most_tokens(entry_prompt(entry)), files[entry.picture][2]
+        return TASK_NUMBERS[entry.task], entry.n_image, most_tokens(entry_prompt(entry)), files[entry.picture][2]
 
     def file_state(self, name, line):
-        """Size and time of a file, a hash of its name. Raises ValueError naming the line's field if it is lost or empty."""
+        """Size and time of a file, and a hash of its name. Raises ValueError naming the line's field if it is missing or empty."""
         try:
             state = os.stat(os.path.join(self.root, name))
         except (OSError, ValueError):
@@ -876,52 +869,72 @@ class Manifest:
         if state and stat.S_ISREG(state.st_mode) and state.st_size:
             return state.st_size, state.st_mtime_ns, zlib.crc32(os.fsencode(name))
         named = next(f for f in PATH_FIELDS if name in strings(json.loads(line), f))
-        what = "it is empty, or no file" if state else f"there is no such file in {self.root}, the folder that names start from"
+        what = "it is empty, or no file" if state else f"there is no such file in {self.root}, the folder that names are relative to"
         raise ValueError(f"{named}={name!r}: {what}")
 
     def leave_out(self, number, message):
-        """Note that a line is wrong. Raises ValueError, or with skip_bad only keeps the message."""
+        """Record that a line is wrong. Raises ValueError, or with skip_bad only keeps the message."""
         self.bad.append(f"{self.path} line {number}: {message}")
         if not self.skip_bad:
             raise ValueError(self.bad[-1])
 
     def check_prompts(self, collate):
         """Tokenize every prompt that may be too long for the context. Raises ValueError naming the first that is, or
-        with skip_bad takes such lines from the tasks."""
-        long = np.flatnonzero(self.most_tokens + self.images * collate.image_tokens > collate.context).tolist()
+        with skip_bad removes such lines from the tasks."""
+        long = np.flatnonzero(self.most_tokens + self.n_image * collate.image_tokens > collate.context).tolist()
         wrong = []
         for index, entry in zip(long, self.read(long)):
             try:
-                collate.encode(entry_prompt(entry), entry.images)
+                collate.encode(entry_prompt(entry), entry.n_image)
             except ValueError as error:
-                self.leave_out(self.places[index, 1], error)
+                self.leave_out(self.numbers[index], error)
                 wrong.append(index)
-        self.tasks, self.held_out = (
-            {task: right for task, lines in tasks.items() if len(right := np.setdiff1d(lines, wrong, assume_unique=True))}
-            for tasks in (self.tasks, self.held_out))
+        self.remove(wrong)
+
+    def remove(self, wrong):
+        """Take the lines with these indices from the tasks."""
+        for tasks in (self.tasks, self.held_out):
+            for task in list(tasks):
+                tasks[task] = np.setdiff1d(tasks[task], wrong, assume_unique=True)
+                if not len(tasks[task]):
+                    del tasks[task]
 
     def check_files(self, size, workers):
-        """Open every file of every line. Returns the messages on what is wrong with them."""
+        """Open every file of every line. Returns messages about those that cannot be used; with skip_bad their lines are left out.
+        Then raises ValueError if there are no others."""
         wrong_files = functools.partial(self.wrong_files, size)
         loader = torch.utils.data.DataLoader(range(len(self)), batch_size=16, num_workers=workers, collate_fn=wrong_files)
-        return [message for messages in tqdm(loader, desc="opening all files", unit_scale=16) for message in messages]
+        batches = tqdm(loader, desc="opening all files", unit_scale=16, disable=self.quiet)
+        wrong = {line: message for batch in batches for line, message in batch}
+        if self.skip_bad:
+            self.bad += wrong.values()
+            self.readable[list(wrong)] = False
+            self.remove(list(wrong))
+            if not self.readable.any():
+                raise ValueError(f"{self.path}: the files of no line can be read; the first: {self.bad[-len(wrong)]}")
+        return list(wrong.values())
 
     def wrong_files(self, size, lines):
-        """The messages on some lines, [their indices]."""
-        messages = []
+        """[(index, message)] about some lines, a list of indices. A background of recovery is another line's matter."""
+        wrong = []
         for line in lines:
+            entry, rng = self[line], random.Random(line)
             try:
-                entry_sample(self, self[line], size, random.Random(line))
+                if entry.task == "recovery":
+                    entry_target(self, entry, size)
+                    some_background(self, entry, rng)
+                else:
+                    entry_sample(self, entry, size, rng)
             except ValueError as error:
-                messages.append(f"{self.path} line {self.places[line][1]}: {error}")
-        return messages
+                wrong.append((line, f"{self.path} line {self.numbers[line]}: {error}"))
+        return wrong
 
     def open(self):
-        """The lines as a binary file."""
+        """Open the lines as a binary file."""
         return open(self.path, "rb") if self.content is None else io.BytesIO(self.content)
 
     def __len__(self):
-        return len(self.places)
+        return len(self.offsets)
 
     def some(self, count):
         """About `count` entries evenly spaced, or all if there are fewer."""
@@ -932,19 +945,19 @@ class Manifest:
         return next(self.read([index]))
 
     def read(self, indices):
-        """The Entries of lines, one after the other."""
-        with self.open() as file:                                        # opened anew: worker processes share no position
+        """Yield the Entries of lines."""
+        with self.open() as file:                                        # opened each time: worker processes must not share a position
             for index in indices:
-                file.seek(self.places[index, 0])
+                file.seek(self.offsets[index])
                 yield read_entry(file.readline())
 
     def load(self, name):
-        """The picture of a file named in the manifest."""
+        """The picture in a file named by the manifest."""
         return load_image(os.path.join(self.root, name))
 
     def load_masked(self, entry, index=0):
-        """An entry's picture and the mask of its object, bool (H, W), white above 127. Raises ValueError naming a mask
-        of another size than the picture, or without any white."""
+        """An entry's picture and its object's mask, bool (H, W), True above 127. Raises ValueError naming a mask that is not of
+        the picture's size or all black."""
         picture, name = self.load(entry.picture), os.path.join(self.root, entry.masks[index])
         mask = np.asarray(Image.fromarray(load_image(name)).convert("L")) > 127
         if mask.shape != picture.shape[:2]:
@@ -956,16 +969,22 @@ class Manifest:
         return picture, mask
 
     def text_tokenizer(self):
-        """A word model of the texts and labels, those of 100,000 lines evenly spaced if there are more."""
+        """A word-level text tokenizer of the texts and labels, of 100,000 evenly spaced lines if there are more."""
         texts = (text.replace("<image>", " ") for entry in self.some(100_000) for text in (entry.text, *entry.labels) if text)
-        return TextTokenizer.train(itertools.chain(SAID, texts))
+        return TextTokenizer.train(itertools.chain(PROMPT_WORDS, texts))
+
+
+def lines_by_task(tasks, chosen):
+    """{task: its chosen lines}, without tasks that have none; tasks (lines,): each line's task number, chosen (lines,) bool."""
+    lines = {task: np.flatnonzero((tasks == number) & chosen) for task, number in TASK_NUMBERS.items()}
+    return {task: found for task, found in lines.items() if len(found)}
 
 
 def square_of_object(picture, mask, size):
-    """A picture's largest square that shows the masked object, as near the centre as may be, at size x size.
+    """A picture's largest square that shows the masked object, as central as possible, at size x size.
 
     picture uint8 (H, W, 3), mask bool (H, W) -> uint8 (size, size, 3), float32 (size, size, 1) in [0, 1]. Raises
-    ValueError if the object is too small to be seen there.
+    ValueError if the object is too small to be seen at that size.
     """
     side, window = min(mask.shape), []
     for axis in (1, 0):
@@ -981,26 +1000,27 @@ def square_of_object(picture, mask, size):
 
 
 def object_on_black(picture, mask, box):
-    """A masked object's bounding box (box=True) or only its own pixels, centred on a black square, uint8 (S, S, 3)."""
+    """A masked object's bounding box (box=True), or only its own pixels, centred on a black square: uint8 (S, S, 3)."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    piece = picture[window] if box else picture[window] * mask[window][..., None]
-    height, width = piece.shape[:2]
+    part = picture[window] if box else picture[window] * mask[window][..., None]
+    height, width = part.shape[:2]
     square = np.zeros((max(height, width),) * 2 + (3,), np.uint8)
     top, left = (len(square) - height) // 2, (len(square) - width) // 2
-    square[top : top + height, left : left + width] = piece
+    square[top : top + height, left : left + width] = part
     return square
 
 
 def entry_sample(manifest, entry, size, rng):
-    """The Sample of a manifest's entry: its target at size x size, its references at the size they have."""
+    """Make a manifest entry's Sample: its target at size x size, its references at their own size."""
     prompt, labels, task = entry_prompt(entry, rng), list(entry.labels), entry.task
     if task in ("segmentation", "recovery"):
         target, mask = square_of_object(*manifest.load_masked(entry), size)
         cut_out = (mask * target + 0.5).astype(np.uint8)
         if task == "segmentation":
             return Sample(task, prompt, [target], labels, cut_out, None)
-        pasted = paste_distorted(cut_out, mask, some_background(manifest, entry, size, rng), rng)
+        background = center_crop(manifest.backgrounds.load(some_background(manifest, entry, rng)), size)
+        pasted = paste_distorted(cut_out, mask, background, rng)
         return Sample(task, prompt, [pasted], labels, target, None)
     picture = manifest.load(entry.picture)
     images = [manifest.load(name) for name in entry.references]
@@ -1012,35 +1032,35 @@ def entry_sample(manifest, entry, size, rng):
 
 
 def entry_target(manifest, entry, size):
-    """The target of an entry alone, uint8 (size, size, 3): it depends on nothing random."""
+    """An entry's target alone, uint8 (size, size, 3); nothing about it is random."""
     if not entry.masks or entry.task == "multi_image":
         return center_crop(manifest.load(entry.picture), size)
     target, mask = square_of_object(*manifest.load_masked(entry), size)
     return (mask * target + 0.5).astype(np.uint8) if entry.task == "segmentation" else target
 
 
-def some_background(manifest, entry, size, rng):
-    """Another picture than the entry's, uint8 (size, size, 3). Raises ValueError if there seems to be none."""
+def some_background(manifest, entry, rng):
+    """The file of a picture other than the entry's, of manifest.backgrounds. Raises ValueError if none is found."""
     others = manifest.backgrounds
     for _ in range(100):
         line = rng.randrange(len(others))
         other = others[line]
-        if not others.held[line] and (others.root, other.picture) != (manifest.root, entry.picture):
-            return center_crop(others.load(other.picture), size)
+        if others.readable[line] and not others.held[line] and (others.root, other.picture) != (manifest.root, entry.picture):
+            return other.picture
     raise ValueError(f"{others.path} has no other picture than {entry.picture} to put behind the {entry.labels[0]!r}; "
                      "give --backgrounds a manifest or folder with more")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Making manifests: of a folder of pictures, and of COCO by `python data.py coco INSTANCES CAPTIONS IMAGES_DIR OUT_DIR`
+# Making manifests: of a folder of pictures, and of COCO with `python data.py coco INSTANCES CAPTIONS IMAGES_DIR OUT_DIR`
 # ---------------------------------------------------------------------------------------------------------------
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-OBJECT_SHARE = (0.05, 0.95)  # of COCO's pictures; smaller objects are hard to see on the code grid
+OBJECT_SHARE = (0.05, 0.95)  # of a COCO picture; smaller objects are hard to see on the code grid
 
 
 def lines_of_picture(picture, captions, objects):
-    """The manifest's lines, texts, of a picture with captions and objects, (file of the mask, label) each."""
+    """The manifest lines (str) of a picture with captions and objects, a (mask file, label) each."""
     caption = captions[0] if captions else ""
     records = [{"input_text": text, "image_path": picture, "generation_only": True} for text in captions]
     records.append({"input_text": caption, "image_path": picture, "source_image": picture, "objects": None})
@@ -1053,7 +1073,7 @@ def lines_of_picture(picture, captions, objects):
 
 
 def read_caption(file):
-    """The first two lines of a text file, stripped; "" for those it does not have, or if there is no such file."""
+    """The first two lines of a text file, stripped; "" for lines that are missing, or if there is no such file."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     except UnicodeDecodeError as error:
@@ -1063,16 +1083,16 @@ def read_caption(file):
 
 
 def manifest_of_folder(folder):
-    """The manifest of a folder of pictures, bytes; names in it start from the folder.
+    """The manifest of a folder of pictures, as bytes; file names are relative to the folder.
 
-        dog.jpg         a picture: .jpg, .jpeg, .png or .webp, in the folder or below it; gives reconstruction
-        dog.txt         its caption on the first line; gives text-to-image
-        dog.mask.png    white where its object is, and on the second line of dog.txt the object's name; gives
-                        segmentation, and with a caption recovery (without one, the first line stays empty)
+        dog.jpg         a picture: .jpg, .jpeg, .png or .webp, in the folder or below it; for reconstruction
+        dog.txt         its caption, on the first line; for text-to-image
+        dog.mask.png    white where its object is, with the object's name on the second line of dog.txt; for
+                        segmentation, and with a caption for recovery (without one, the first line stays empty)
 
-    Raises ValueError naming a mask without picture or name, two pictures of one name, or a folder without pictures.
+    Raises ValueError naming a mask without picture or name, two pictures with one caption, or a folder without pictures.
     """
-    pictures, masks, lines = {}, {}, []                                  # {path without suffix: file}
+    pictures, masks, lines = {}, {}, []                                  # the first two: {path without suffix: file}
     for file in sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in PICTURE_SUFFIXES and f.is_file()):
         if file.name.endswith(".mask.png"):
             masks[file.with_name(file.name.removesuffix(".mask.png"))] = file
@@ -1087,14 +1107,19 @@ def manifest_of_folder(folder):
         words, mask = picture.with_suffix(".txt"), masks.get(stem)
         caption, label = read_caption(words)
         if mask and not label:
-            raise ValueError(f"{mask}: nothing says what the mask marks; write the object's name on the second line of {words}")
+            raise ValueError(f"{mask}: the mask's object has no name; write it on the second line of {words}")
         objects = [(str(mask.relative_to(folder)), label)] if mask else []
         lines += lines_of_picture(str(picture.relative_to(folder)), [caption] if caption else [], objects)
     return "".join(lines).encode()
 
 
+COCO_FIELDS = {"images": {"id": int, "file_name": str, "width": int, "height": int}, "categories": {"id": int, "name": str},
+               "annotations": {"id": int, "image_id": int, "category_id": int, "segmentation": (list, dict)},
+               "captions": {"image_id": int, "caption": str}}
+
+
 def read_coco(path, *keys):
-    """Those lists of a COCO file, in order. Raises ValueError naming the file and what it lacks."""
+    """Read some lists of a COCO file, whose entries have COCO_FIELDS. Raises ValueError naming the file and what it lacks."""
     try:
         content = json.loads(Path(path).read_bytes())
     except FileNotFoundError:
@@ -1102,13 +1127,17 @@ def read_coco(path, *keys):
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     for key in keys:
-        if not isinstance(content, dict) or key not in content:
-            raise ValueError(f"{path}: no {key!r} in it; want COCO's instances_*.json, then captions_*.json")
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise ValueError(f"{path}: no {key!r} in it; give COCO's instances_*.json, then captions_*.json")
+        wanted = COCO_FIELDS["captions" if len(keys) == 1 else key]
+        for number, entry in enumerate(content[key]):
+            if not isinstance(entry, dict) or not all(isinstance(entry.get(name), kind) for name, kind in wanted.items()):
+                raise ValueError(f"{path}: {key}[{number}] is {json.dumps(entry):.120}; it must have COCO's {', '.join(wanted)}")
     return [content[key] for key in keys]
 
 
 def nameable_objects(annotations):
-    """{picture id: its objects that a label can name}: alone of their category there, and no crowd regions."""
+    """{picture id: objects that their label identifies}: the only ones of their category there, and no crowd regions."""
     alike = Counter((annotation["image_id"], annotation["category_id"]) for annotation in annotations)
     objects = {}
     for annotation in annotations:
@@ -1118,7 +1147,7 @@ def nameable_objects(annotations):
 
 
 def draw_polygons(polygons, width, height):
-    """COCO polygons, lists of x, y, x, y, ..., as a mask: an image of mode L, 255 inside."""
+    """Draw COCO polygons, lists of x, y, x, y, ..., as a mask: an image of mode L, 255 inside."""
     mask = Image.new("L", (width, height))
     for points in polygons:
         ImageDraw.Draw(mask).polygon(points, fill=255)
@@ -1126,30 +1155,35 @@ def draw_polygons(polygons, width, height):
 
 
 def manifest_of_coco(instances, captions, images, out):
-    """Write out/manifest.jsonl and out/masks/ID.png for COCO's pictures, with the objects that a label can name and that are
-    neither tiny nor everything. Returns how many lines. Raises ValueError naming a file that is lost or holds something else."""
+    """Write out/manifest.jsonl and out/masks/ID.png for COCO's pictures, with nameable objects that cover OBJECT_SHARE of them.
+    Returns the number of lines. Raises ValueError naming a file that is missing or of another kind."""
     pictures, annotations, categories = read_coco(instances, "images", "annotations", "categories")
-    said, names, objects = {}, {c["id"]: c["name"] for c in categories}, nameable_objects(annotations)
+    texts, names, objects = {}, {c["id"]: c["name"] for c in categories}, nameable_objects(annotations)
     for caption in read_coco(captions, "annotations")[0]:
-        said.setdefault(caption["image_id"], []).append(" ".join(caption["caption"].split()))
+        texts.setdefault(caption["image_id"], []).append(" ".join(caption["caption"].split()))
     out, count = Path(out), 0
     (out / "masks").mkdir(parents=True, exist_ok=True)
-    with open(out / "manifest.jsonl", "w", encoding="utf-8") as file:
+    with open(out / "manifest.jsonl.tmp", "w", encoding="utf-8") as file:
         for picture in tqdm(pictures, desc="coco"):
             path = Path(images) / picture["file_name"]
             name = os.path.relpath(path, out)
             if not (out / name).is_file():
                 raise ValueError(f"{path}: there is no such picture, but {instances} names it; "
                                  "IMAGES_DIR must be the folder with its .jpg files")
-            masked = []                                                  # (file of the mask, label) of each object
+            masked = []                                                  # (mask file, label) of each object
             for item in objects.get(picture["id"], []):
-                mask = draw_polygons(item["segmentation"], picture["width"], picture["height"])
+                try:
+                    label = names[item["category_id"]]
+                    mask = draw_polygons(item["segmentation"], picture["width"], picture["height"])
+                except (KeyError, TypeError, ValueError) as error:
+                    raise ValueError(f"{instances}: annotation {item['id']} has no known category or no polygons ({error!r})") from None
                 if OBJECT_SHARE[0] <= mask.histogram()[255] / (mask.width * mask.height) <= OBJECT_SHARE[1]:
-                    masked.append((f"masks/{item['id']}.png", names[item["category_id"]]))
+                    masked.append((f"masks/{item['id']}.png", label))
                     mask.save(out / masked[-1][0])
-            lines = lines_of_picture(name, said.get(picture["id"], []), masked)
+            lines = lines_of_picture(name, texts.get(picture["id"], []), masked)
             file.writelines(lines)
             count += len(lines)
+    os.replace(file.name, out / "manifest.jsonl")                        # whole or not at all
     return count
 
 
@@ -1159,97 +1193,99 @@ def manifest_of_coco(instances, captions, images, out):
 
 
 class WorldDataset(torch.utils.data.Dataset):
-    """Samples of a world's tasks, mixed by shares. Endless: any index is legal, and (seed, index) fixes the sample."""
+    """Samples of a world's tasks, mixed by shares. Endless: any index is legal, and (seed, index) determines the sample."""
 
-    count = float("inf")  # different samples
+    count = float("inf")  # of different samples
 
     def __init__(self, world, mix, seed, held_out=False, prefix_drop=0.0):
-        """mix: {name in TASKS: share}, any positive numbers; held_out: of the subjects kept out of training; prefix_drop:
-        probability that a sample goes without its prompt."""
+        """mix: {name in TASKS: share}, any positive numbers; held_out: use the held-out subjects; prefix_drop: probability that a
+        sample's prompt is dropped."""
         self.world, self.seed, self.held_out, self.prefix_drop = world, seed, held_out, prefix_drop
         self.tasks, self.shares = list(mix), list(mix.values())
 
     def __getitem__(self, index):
         rng = random.Random(f"{self.seed} {index}")
         task, = rng.choices(self.tasks, self.shares)
-        unconditional = rng.random() < self.prefix_drop
+        drop = rng.random() < self.prefix_drop
         sample = TASKS[task](self.world, rng, self.held_out)
-        return replace(sample, unconditional=unconditional, chance=rng.getrandbits(63))
+        return replace(sample, drop=drop, mask_seed=rng.getrandbits(63))
 
 
 @functools.lru_cache(maxsize=16)
 def shuffled(count, key):
-    """The numbers below count in an order that the text `key` fixes: (count,) int32."""
+    """A permutation of range(count) determined by the text `key`: (count,) int32."""
     return np.random.default_rng(list(key.encode())).permutation(np.arange(count, dtype=np.int32))
 
 
 class ManifestDataset(torch.utils.data.Dataset):
-    """Samples of a manifest's lines. Endless: any index is legal, and (seed, index) fixes the sample. Of every task
-    each line comes once before any comes again, in an order that changes from epoch to epoch."""
+    """Samples of a manifest's lines. Endless: any index is legal, and (seed, index) determines the sample. In each task every
+    line comes once before any comes again, in an order that changes every epoch."""
 
-    BLOCK = 10_000  # so many indices hold each task's share exactly
+    BLOCK = 10_000  # indices in which each task has exactly its share
 
     def __init__(self, manifest, mix, seed, size, prefix_drop=0.0, targets_only=False, held_out=False):
-        """mix: {task: share}, or None for all lines alike; size: pixels a side of the targets; targets_only: no prompts
-        and references, for the tokenizer; held_out: the lines that training leaves out, of those tasks that have any.
-        Raises ValueError naming tasks that the manifest does not have."""
+        """mix: {task: share}, or None for all lines alike; size: pixels per side of the targets; targets_only: without prompts
+        and references, for the tokenizer; held_out: use the held-out lines, of tasks that have any. Raises ValueError naming
+        tasks that the manifest does not have."""
         missing = [task for task, share in (mix or {}).items() if share and task not in manifest.tasks]
         if missing:
             raise ValueError(f"{manifest.path} has no lines for {', '.join(missing)}; it has {', '.join(manifest.tasks)}")
         self.manifest, self.seed, self.size, self.prefix_drop, self.targets_only = manifest, seed, size, prefix_drop, targets_only
         lines = manifest.held_out if held_out else manifest.tasks
         shares = {task: share for task, share in mix.items() if share and task in lines} if mix else {"": 1.0}
-        self.groups = [lines[task] if task else np.flatnonzero(manifest.held == held_out) for task in shares]
-        self.count = sum(map(len, self.groups))                          # lines
+        self.groups = [lines[task] if task else np.flatnonzero((manifest.held == held_out) & manifest.readable) for task in shares]
+        self.count = sum(map(len, self.groups))                          # of lines
         edges = np.cumsum([*shares.values()])
-        self.edges = [0, *(edges / edges[-1:] * self.BLOCK).round().astype(int).tolist()]
+        self.edges = [0, *(edges / edges[-1:] * self.BLOCK).round().astype(int).tolist()]  # task k: edges[k] to edges[k + 1] of a block
 
     def line(self, index):
-        """The manifest's line that an index takes."""
+        """The manifest's line for an index."""
         block, place = divmod(index, self.BLOCK)
         place = int(shuffled(self.BLOCK, f"{self.seed} {block}")[place])
-        k = bisect_right(self.edges, place) - 1
-        epoch, position = divmod(block * (self.edges[k + 1] - self.edges[k]) + place - self.edges[k], len(self.groups[k]))
-        return int(self.groups[k][shuffled(len(self.groups[k]), f"{self.seed} {k} {epoch}")[position]])
+        k = bisect_right(self.edges, place) - 1                          # the task's number
+        lines, share = self.groups[k], self.edges[k + 1] - self.edges[k]
+        before = block * share + place - self.edges[k]                   # samples of this task so far
+        epoch, position = divmod(before, len(lines))
+        return int(lines[shuffled(len(lines), f"{self.seed} {k} {epoch}")[position]])
 
     def __getitem__(self, index):
         rng, line = random.Random(f"{self.seed} {index}"), self.line(index)
-        entry, unconditional = self.manifest[line], rng.random() < self.prefix_drop
+        entry, drop = self.manifest[line], rng.random() < self.prefix_drop
         try:
             if self.targets_only:
                 return Sample(entry.task, "", [], [], entry_target(self.manifest, entry, self.size), None)
             sample = entry_sample(self.manifest, entry, self.size, rng)
-            return replace(sample, unconditional=unconditional, line=line, chance=rng.getrandbits(63))
+            return replace(sample, drop=drop, line=line, mask_seed=rng.getrandbits(63))
         except ValueError as error:
-            raise ValueError(f"{self.manifest.path} line {self.manifest.places[line][1]}: {error}") from None
+            raise ValueError(f"{self.manifest.path} line {self.manifest.numbers[line]}: {error}") from None
 
 
 @dataclass
 class Batch:
-    """What the model is given: prompts as padded ids, and all their images in one row."""
+    """The model's input: prompts as padded ids, and all their images in one tensor."""
 
     text_ids: torch.Tensor          # (B, L) int64, padded with 0 on the right
-    lengths: torch.Tensor           # (B,) int64: real ids of each prompt
-    pixels: torch.Tensor            # (M, 3, S, S) float32, the vision encoder's; the images of sample 0, then of 1, ...
-    image_slots: torch.Tensor       # (M * image_tokens,) int64: where they go in the flattened text_ids
-    name_ids: torch.Tensor          # (M, Q) int64: the words of each image's subject, for the query connector
+    lengths: torch.Tensor           # (B,) int64: number of real ids in each prompt
+    pixels: torch.Tensor            # (M, 3, S, S) float32, for the vision encoder: the images of sample 0, then of 1, ...
+    image_slots: torch.Tensor       # (M * image_tokens,) int64: their positions in the flattened text_ids
+    name_ids: torch.Tensor          # (M, Q) int64: name of each image's subject, for the query connector
     name_mask: torch.Tensor         # (M, Q) bool
-    targets: torch.Tensor           # (B, 3, S, S) float32 in [-1, 1], the tokenizer's; empty when there are none
-    unconditional: torch.Tensor     # (B,) bool: samples trained without their prompt
-    hidden: torch.Tensor            # (B, L) bool: about half of the real words, which pretraining hides
+    targets: torch.Tensor           # (B, 3, S, S) float32 in [-1, 1], for the tokenizer; (0, 3, S, S) if there are none
+    drop: torch.Tensor              # (B,) bool: samples to train without their prompt
+    masked: torch.Tensor            # (B, L) bool: about half of the real tokens, which pretraining replaces by <unk>
     tasks: list[str]
-    lines: list[int] = field(default_factory=list)  # the manifest's lines that the samples were made of
+    lines: list[int] = field(default_factory=list)  # their lines in the manifest
 
     def to(self, device):
         """The same batch with its tensors on the device."""
-        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self):
-        """The same batch in memory that a GPU can fetch from by itself; the DataLoader calls it."""
-        return self.each(torch.Tensor.pin_memory)
+        """The same batch in page-locked memory, for faster copies to a GPU; the DataLoader calls this."""
+        return self.map(torch.Tensor.pin_memory)
 
-    def each(self, change):
-        """The same batch with every tensor changed."""
+    def map(self, change):
+        """The same batch with change() applied to every tensor."""
         return Batch(**{k: change(v) if torch.is_tensor(v) else v for k, v in vars(self).items()})
 
     def __len__(self):
@@ -1258,17 +1294,17 @@ class Batch:
 
 @dataclass(eq=False)
 class Collate:
-    """Makes a Batch of Samples. Checks what would otherwise go wrong unseen: placeholders and prompt lengths."""
+    """Makes a Batch of Samples. Checks placeholders and prompt lengths, mistakes in which would go unnoticed."""
 
     text_tokenizer: TextTokenizer
-    vision_size: int                # pixels a side of the vision encoder's images
-    image_tokens: int               # ids an image takes
-    context: int                    # ids a prompt may have
-    target_size: int                # pixels a side of the targets
+    vision_size: int                # pixels per side of the vision encoder's images
+    image_tokens: int               # ids per image
+    context: int                    # most ids in a prompt
+    target_size: int                # pixels per side of the targets
     multiple: int = 1               # prompts are padded to the longest, rounded up to a multiple of this
 
     def encode(self, prompt, images):
-        """Ids of a prompt for so many images. Raises ValueError on a wrong number of placeholders or too long a prompt."""
+        """Ids of a prompt with that many images. Raises ValueError for a wrong number of placeholders or too long a prompt."""
         placeholders = prompt.count("<image>")
         if placeholders != images:
             raise ValueError(f"the prompt has {placeholders} <image> placeholders, but {images} images were given: {prompt!r}")
@@ -1292,29 +1328,30 @@ class Collate:
             pixels=torch.stack([vision_pixels(i, size) for i in images]) if images else torch.zeros(0, 3, size, size),
             image_slots=(text_ids.flatten() == self.text_tokenizer.image_id).nonzero().flatten(),
             name_ids=names, name_mask=names != self.text_tokenizer.PAD,
-            targets=torch.stack(targets) if targets else torch.zeros(1, 0),
-            unconditional=torch.tensor([s.unconditional for s in samples]),
-            hidden=self.half_of(samples, real),
+            targets=torch.stack(targets) if targets else torch.zeros(0, 3, self.target_size, self.target_size),
+            drop=torch.tensor([s.drop for s in samples]),
+            masked=self.choose_masked(samples, real),
             tasks=[s.task for s in samples],
             lines=[s.line for s in samples])
 
-    def half_of(self, samples, real):
-        """About half of the positions real (B, L) bool, by each sample's own bits, whatever it is batched with."""
-        chances = [torch.rand(real.shape[1], generator=torch.Generator().manual_seed(s.chance)) for s in samples]
-        return real & (torch.stack(chances) < 0.5)
+    def choose_masked(self, samples, real):
+        """Each real token with probability 1/2, given real (B, L) bool; a sample's choice does not depend on its batch."""
+        draws = [torch.rand(real.shape[1], generator=torch.Generator().manual_seed(s.mask_seed)) for s in samples]
+        return real & (torch.stack(draws) < 0.5)
 
 
 def pad(rows, multiple=1):
-    """Lists of ids -> (len(rows), longest) int64, zeros on the right; the longest is rounded up to a multiple."""
+    """Lists of ids -> (len(rows), longest) int64 with zeros on the right; the longest is rounded up to a multiple."""
     longest = -(-max((len(row) for row in rows), default=1) // multiple) * multiple
     return torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.long).view(len(rows), longest)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 6 or sys.argv[1] != "coco":
-        sys.exit("usage: python data.py coco INSTANCES.json CAPTIONS.json IMAGES_DIR OUT_DIR")
     try:
+        if len(sys.argv) != 6 or sys.argv[1] != "coco":
+            raise ValueError("usage: python data.py coco INSTANCES.json CAPTIONS.json IMAGES_DIR OUT_DIR")
         count, written = manifest_of_coco(*sys.argv[2:]), f"{sys.argv[5]}/manifest.jsonl"
         print(f"wrote {written}, {count} lines; train with --data={written}")
-    except ValueError as error:
-        sys.exit(f"data.py: {error}")
+    except (ValueError, OSError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -6,14 +6,15 @@
     hidden states --Projector--> prefix --ImageDecoder--> image codes, one after the other (eqs. 1 and 2)
 
 One sequence, no cross-attention: the decoder sees [prefix | codes] and predicts the next code. The file follows the
-data: configs and PRESETS, vision encoder (CLIP), connectors, text encoder (T5), their union, projector, decoder
-(Llama with a 2-D rotary embedding, as LlamaGen), Mentor, which puts them together, and last the names that released
-weights go by. It knows nothing of training; `sample.py` shows how to draw with it, `train.py` how to train it.
+data: configs and PRESETS, vision encoder (CLIP), connectors, text encoder (T5), the three as one, projector, decoder
+(Llama with LlamaGen's 2-D rotary embedding), Mentor, which puts them together, and last files and the names that released
+weights go by. Nothing here knows about training: see `sample.py` for drawing and `train.py` for training.
 
 Shapes: B samples, M images in all prompts together, L text positions, P prefix positions, N = grid_size**2 codes,
-D the width at hand, V codebook_size.
+D the width of the module in question, V codebook_size.
 """
 
+import argparse
 import json
 import math
 import os
@@ -34,26 +35,34 @@ from safetensors.torch import load_file, save_file
 # ---------------------------------------------------------------------------------------------------------------
 
 
-LIMITS = {  # least and most of a number in a config, by its name; others: 1 to 2**20, or any fraction from 0 up
+LIMITS = {  # smallest and largest legal value of a number, by its name; others: whole 1 to 2**20, fractions from 0 up
     "image_size": (1, 2**14), "patch_size": (1, 2**10), "grid_size": (1, 2**10), "n_layer": (1, 1000), "num_res_blocks": (1, 100),
     "dropout": (0, 1), "top_k": (0, 2**20), "top_p": (0, 1)}
 
 
+def check_value(value, kind, limits):
+    """(whether a value of a config is legal, what would be); kind: its declared type, limits: (low, high) for a number."""
+    if kind in (int, float):
+        low, high = limits
+        is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        legal = f"a {'whole ' if kind is int else ''}number from {low} to {high}" if high != math.inf else f"a number from {low} up"
+        return is_number and low <= value <= high and value != math.inf, legal
+    if kind is str:
+        return isinstance(value, str), "text"
+    if kind is bool:
+        return isinstance(value, bool), "true or false"
+    fine = isinstance(value, tuple) and 0 < len(value) <= 10 and all(type(v) is int and 0 < v <= 1024 for v in value)
+    return fine, "1 to 10 whole numbers from 1 to 1024"
+
+
 def check_fields(config, prefix="", limits=LIMITS):
-    """Raise ValueError naming the first field of a (nested) config that has another type than declared or is out of its limits."""
+    """Raise ValueError naming the first field of a (nested) config whose value has the wrong type or is out of its limits."""
     for f in fields(config):
         name, value = prefix + f.name, getattr(config, f.name)
         if is_dataclass(value):
             check_fields(value, name + ".", limits)
             continue
-        if f.type in (int, float):
-            low, high = limits.get(f.name, (1, 2**20) if f.type is int else (0, math.inf))
-            fine = isinstance(value, (int, f.type)) and not isinstance(value, bool) and low <= value <= high and value != math.inf
-            legal = f"a {'whole ' if f.type is int else ''}number from {low} to {high}" if high != math.inf else f"a number from {low} up"
-        elif f.type in (str, bool):
-            fine, legal = isinstance(value, f.type), "text" if f.type is str else "true or false"
-        else:
-            fine, legal = isinstance(value, tuple) and 0 < len(value) <= 10 and all(type(v) is int and 0 < v <= 1024 for v in value), "1 to 10 whole numbers from 1 to 1024"
+        fine, legal = check_value(value, f.type, limits.get(f.name, (1, 2**20) if f.type is int else (0, math.inf)))
         if not fine:
             raise ValueError(f"{name}={value!r:.80} is not legal: it must be {legal}")
 
@@ -62,72 +71,72 @@ def check_fields(config, prefix="", limits=LIMITS):
 class VisionConfig:
     """CLIP's vision transformer; by default ViT-L/14."""
 
-    image_size: int = 224   # pixels a side
-    patch_size: int = 14
-    width: int = 1024
+    image_size: int = 224   # pixels per side
+    patch_size: int = 14    # pixels per side
+    width: int = 1024       # of a patch's features
     n_layer: int = 24       # features are taken before the last one
-    n_head: int = 16
-    mlp_width: int = 4096
+    n_head: int = 16        # attention heads; must divide the width
+    mlp_width: int = 4096   # hidden width of a block's MLP
 
     @property
     def n_patch(self):
-        """Patches, and so features, an image."""
+        """Patches per image, and so features."""
         return (self.image_size // self.patch_size) ** 2
 
 
 @dataclass(frozen=True)
 class ConnectorConfig:
-    """From patches to tokens of the text encoder."""
+    """The part that turns patches into tokens of the text encoder."""
 
-    kind: str = "mlp"       # mlp: one token a patch; query: n_query learned queries that read patches and words
-    n_query: int = 32
-    width: int = 768        # of the query connector; the MLP has the text encoder's
-    n_layer: int = 6
-    n_head: int = 12
+    kind: str = "mlp"       # mlp: one token per patch; query: n_query learned queries that read patches and words
+    n_query: int = 32       # tokens per image with kind=query
+    width: int = 768        # of the query connector; the MLP uses the text encoder's
+    n_layer: int = 6        # of the query connector
+    n_head: int = 12        # of the query connector
 
 
 @dataclass(frozen=True)
 class TextConfig:
     """T5's encoder; by default Flan-T5-XL's."""
 
-    vocab_size: int = 32128
-    width: int = 2048
-    n_layer: int = 24
-    n_head: int = 32
-    head_width: int = 64
-    mlp_width: int = 5120
-    n_bucket: int = 32      # relative distances share this many biases a head ...
-    max_distance: int = 128 # ... and beyond this many positions they share one
-    dropout: float = 0.1
+    vocab_size: int = 32128 # rows of the word table; at least the text tokenizer's ids
+    width: int = 2048       # of a token
+    n_layer: int = 24       # blocks
+    n_head: int = 32        # attention heads
+    head_width: int = 64    # of each head, whatever the width
+    mlp_width: int = 5120   # hidden width of a block's gated MLP
+    n_bucket: int = 32      # relative distances share this many biases per head ...
+    max_distance: int = 128 # beyond this many positions all distances share one
+    dropout: float = 0.1    # on embeddings, in every block, and at the end
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
     """The image decoder; by default LlamaGen-XL, for 512-pixel images."""
 
-    codebook_size: int = 16384
-    grid_size: int = 32     # codes a side
-    width: int = 1280
-    n_layer: int = 36
-    n_head: int = 20
-    prefix_rotation: str = "identity"  # or zero: LlamaGen's own weights were trained with the prefix's queries and keys erased
+    codebook_size: int = 16384  # codes; as many as the tokenizer has
+    grid_size: int = 32     # codes per side
+    width: int = 1280       # of a position; a multiple of 4 * n_head
+    n_layer: int = 36       # blocks
+    n_head: int = 20        # attention heads
+    prefix_rotation: str = "identity"  # or zero: LlamaGen's own weights were trained with the queries and keys of the prefix erased
     multiple_of: int = 256  # the MLP's hidden width is 8/3 of the width, rounded up to a multiple of this
     dropout: float = 0.1    # on embeddings, attention output and MLP output
 
     @property
     def n_code(self):
-        """Codes an image."""
+        """Codes per image."""
         return self.grid_size**2
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How to draw unless told otherwise; it travels with the weights."""
+    """Default sampling, stored with the weights."""
 
     cfg_scale: float = 7.5      # guidance: 1 is the conditional model alone, 0 the unconditional one
     temperature: float = 1.0    # 0 is greedy
-    top_k: int = 0              # keep this many best codes; 0 keeps all
-    top_p: float = 1.0          # keep the best codes of this total probability; 1 keeps all
+    top_k: int = 0              # keep the k best codes; 0 keeps all
+    top_p: float = 1.0          # keep the best codes up to this total probability; 1 keeps all
 
 
 @dataclass(frozen=True)
@@ -139,42 +148,44 @@ class MentorConfig:
     text: TextConfig = field(default_factory=TextConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    context: int = 512          # the longest prefix; rows of the unconditional table
+    context: int = 512          # longest prefix, and rows of the unconditional table
 
     def __post_init__(self):
         check_fields(self)
-        checks = [
-            ("vision.image_size", self.vision.image_size % self.vision.patch_size == 0, f"a multiple of vision.patch_size={self.vision.patch_size}"),
-            ("vision.width", self.vision.width % self.vision.n_head == 0, f"a multiple of vision.n_head={self.vision.n_head}"),
-            ("connector.kind", self.connector.kind in ("mlp", "query"), "mlp or query"),
-            ("connector.width", self.connector.width % self.connector.n_head == 0, f"a multiple of connector.n_head={self.connector.n_head}"),
-            ("decoder.width", self.decoder.width % (4 * self.decoder.n_head) == 0, f"a multiple of 4 * decoder.n_head={4 * self.decoder.n_head}, so that rotary pairs split into rows and columns"),
-            ("decoder.prefix_rotation", self.decoder.prefix_rotation in ("identity", "zero"), "identity or zero"),
-            ("context", self.context > self.image_tokens, f"more than the {self.image_tokens} tokens of one image"),
-        ]
-        for key, fine, legal in checks:
+        vision, connector, decoder = self.vision, self.connector, self.decoder
+        for key, value, fine, legal in (
+            ("vision.image_size", vision.image_size, vision.image_size % vision.patch_size == 0,
+             f"a multiple of vision.patch_size={vision.patch_size}"),
+            ("vision.width", vision.width, vision.width % vision.n_head == 0, f"a multiple of vision.n_head={vision.n_head}"),
+            ("connector.kind", connector.kind, connector.kind in ("mlp", "query"), "mlp or query"),
+            ("connector.width", connector.width, connector.width % connector.n_head == 0,
+             f"a multiple of connector.n_head={connector.n_head}"),
+            ("decoder.width", decoder.width, decoder.width % (4 * decoder.n_head) == 0,
+             f"a multiple of 4 * decoder.n_head={4 * decoder.n_head}, so that rotary pairs split into rows and columns"),
+            ("decoder.prefix_rotation", decoder.prefix_rotation, decoder.prefix_rotation in ("identity", "zero"), "identity or zero"),
+            ("context", self.context, self.context > self.image_tokens, f"more than the {self.image_tokens} tokens of one image"),
+        ):
             if not fine:
-                value = self
-                for part in key.split("."):
-                    value = getattr(value, part)
                 raise ValueError(f"{key}={value} is not legal: it must be {legal}")
 
     @property
     def image_tokens(self):
-        """Tokens that one <image> takes in the prompt."""
+        """Tokens per <image> in the prompt."""
         return self.connector.n_query if self.connector.kind == "query" else self.vision.n_patch
 
 
 def from_dict(cls, values):
-    """A (nested) config dataclass from what json.loads gives. Raises ValueError for a key that is not one or a value that is not legal."""
+    """Build a (nested) config dataclass from what json.loads returned. Raises ValueError naming an unknown key or an illegal value."""
     if not isinstance(values, dict):
-        raise ValueError(f"{cls.__name__} is made of keys and values, not of {str(values)[:80]}")
-    known = {f.name: f for f in fields(cls)}
-    for key in values:
-        if key not in known:
-            raise ValueError(f"{cls.__name__} has no key {key!r}; it has {', '.join(known)}")
-    nested = {k: type(known[k].default_factory()) for k in known if is_dataclass(known[k].type)}
-    return cls(**{k: from_dict(nested[k], v) if k in nested else tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        raise ValueError(f"{cls.__name__} needs keys and values, not {str(values)[:80]}")
+    types, arguments = {f.name: f.type for f in fields(cls)}, {}
+    for key, value in values.items():
+        if key not in types:
+            raise ValueError(f"{cls.__name__} has no key {key!r}; it has {', '.join(types)}")
+        if is_dataclass(types[key]):
+            value = from_dict(types[key], value)
+        arguments[key] = tuple(value) if isinstance(value, list) else value
+    return cls(**arguments)
 
 
 PRESETS = {
@@ -198,7 +209,7 @@ PRESETS = {
     "base": MentorConfig(
         text=TextConfig(width=768, n_layer=12, n_head=12, mlp_width=2048),
         decoder=DecoderConfig(codebook_size=8192, grid_size=16, width=768, n_layer=12, n_head=12)),
-    # the published model, and the same with room for four images
+    # the published model, and the same with context for four images
     "full": MentorConfig(),
     "multi": MentorConfig(context=1280),
 }
@@ -223,7 +234,7 @@ class Attention(nn.Module):
         context = x if context is None else context
         q, k, v = (linear(y).unflatten(-1, (self.n_head, -1)).transpose(1, 2)             # (B, H, L, D/H)
                    for linear, y in ((self.q, x), (self.k, context), (self.v, context)))
-        if len(x) == 0:  # prompts without images: on CUDA torch before 2.10 refuses; the sum keeps all weights in the graph
+        if len(x) == 0:  # no images in the batch: torch before 2.10 refuses this on CUDA; the sum keeps all weights in the graph
             y = q + k.sum(2, keepdim=True) + v.sum(2, keepdim=True)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                  # (B, H, L, D/H)
@@ -271,18 +282,19 @@ class VisionEncoder(nn.Module):
         return self.pre_norm(torch.cat([first, patches], dim=1) + self.position_embedding)
 
     def before_last(self, pixels):
-        """What enters the last block, class token and patches: (M, 1 + n_patch, D)."""
+        """The input of the last block, class token and patches: (M, 1 + n_patch, D)."""
         x = self.embed(pixels)
         for block in self.blocks[:-1]:
             x = block(x)
         return x
 
     def forward(self, pixels):
-        """Features for the connector, (M, n_patch, D): what enters the last block, without norm and class token."""
+        """Features for the connector, (M, n_patch, D): the input of the last block, without norm and class token."""
         return self.before_last(pixels)[:, 1:]
 
     def pool(self, features):
-        """One vector an image, (M, D), from what enters the last block: the class token after all. Only contrastive pretraining uses it."""
+        """One vector per image, (M, D), from before_last's output: the class token after the last block and norm. Only contrastive
+        pretraining uses it."""
         return self.post_norm(self.blocks[-1](features)[:, 0])
 
 
@@ -292,7 +304,7 @@ class VisionEncoder(nn.Module):
 
 
 class MLPConnector(nn.Module):
-    """Two layers with GELU, as LLaVA's (section 3.1): one token a patch. (M, n_patch, Dv) -> (M, n_patch, Dt)."""
+    """Two layers with GELU, as LLaVA's (section 3.1): one token per patch. (M, n_patch, Dv) -> (M, n_patch, Dt)."""
 
     def __init__(self, config):
         super().__init__()
@@ -322,10 +334,8 @@ class QueryBlock(nn.Module):
 
 
 class QueryConnector(nn.Module):
-    """A small Q-Former: learned queries gather from the patches what the words ask for (section 3.1).
-
-    (M, n_patch, Dv) -> (M, n_query, Dt), few tokens whatever the image's size. The words are the subject's name.
-    """
+    """A small Q-Former (section 3.1): learned queries gather from the patches what the words, a subject's name, ask for.
+    (M, n_patch, Dv) -> (M, n_query, Dt): few tokens for an image of any size."""
 
     def __init__(self, config):
         super().__init__()
@@ -358,15 +368,14 @@ class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight, statistics in float32: no mean, no bias. T5 uses eps 1e-6, Llama 1e-5."""
 
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)   # of one dtype, or no fused kernel takes it
+        # x and weight must share a dtype, or the fused kernel is not used
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def relative_position_bucket(distance, n_bucket, max_distance):
-    """T5's buckets for signed distances (key - query), any shape int64 -> int64 in [0, n_bucket).
-
-    Half the buckets are for keys to the right. Of each half, half are exact and the rest grow logarithmically up to
-    max_distance (T5, arXiv 1910.10683, section 2.1).
-    """
+    """T5's buckets for signed distances (key - query), any shape int64 -> int64 in [0, n_bucket). Half the buckets are for keys to
+    the right. In each half, the first half holds one distance each and the rest grow logarithmically up to max_distance (T5, arXiv
+    1910.10683, section 2.1)."""
     half = n_bucket // 2
     side = (distance > 0).long() * half
     distance = distance.abs()
@@ -405,7 +414,7 @@ class TextBlock(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """T5's encoder on embeddings (B, L, D) of words and image tokens alike."""
+    """T5's encoder, on embeddings (B, L, D) of words and image tokens alike."""
 
     def __init__(self, config):
         super().__init__()
@@ -432,7 +441,7 @@ class TextEncoder(nn.Module):
 
 
 class MultimodalEncoder(nn.Module):
-    """phi of equation 1: words and images of a prompt, read as one sequence."""
+    """phi of equation 1: encodes a prompt's words and images as one sequence."""
 
     def __init__(self, config):
         super().__init__()
@@ -440,28 +449,26 @@ class MultimodalEncoder(nn.Module):
         self.connector = {"mlp": MLPConnector, "query": QueryConnector}[config.connector.kind](config)
         self.text = TextEncoder(config.text)
 
-    def image_tokens(self, batch):
-        """All images of the batch, in order, as tokens of the text encoder: (M, image_tokens, D)."""
+    def encode_images(self, batch):
+        """All images of the batch, in order, as tokens for the text encoder: (M, image_tokens, D)."""
         return self.connector(self.vision(batch.pixels), self.text.embedding(batch.name_ids), batch.name_mask)
 
     def forward(self, batch):
         """batch: a data.Batch (text_ids, lengths, pixels, image_slots, name_ids, name_mask) -> (B, L, D)."""
-        embeddings = splice(self.text.embedding(batch.text_ids), batch.image_slots, self.image_tokens(batch))
-        return self.text(embeddings, positions_below(batch.lengths, batch.text_ids.shape[1]))
+        embeddings = splice(self.text.embedding(batch.text_ids), batch.image_slots, self.encode_images(batch))
+        return self.text(embeddings, length_mask(batch.lengths, batch.text_ids.shape[1]))
 
 
 def splice(embeddings, slots, tokens):
-    """Put image tokens (M, n, D) into embeddings (B, L, D) at the flat positions slots (M * n,), batch-major.
-
-    Raises ValueError when there are not exactly as many placeholders as tokens: nothing is cut or left over.
-    """
+    """Put image tokens (M, n, D) into embeddings (B, L, D) at the flat positions slots (M * n,), batch-major. Raises ValueError
+    unless there are exactly as many placeholders as tokens: nothing is cut off or left over."""
     if len(slots) != tokens.shape[0] * tokens.shape[1]:
         raise ValueError(f"{len(slots)} image placeholders in the text, but {tokens.shape[0]} images of {tokens.shape[1]} tokens each")
     flat = embeddings.flatten(0, 1)
     return flat.index_copy(0, slots, tokens.flatten(0, 1).to(flat.dtype)).view_as(embeddings)
 
 
-def positions_below(lengths, size):
+def length_mask(lengths, size):
     """lengths (B,) -> (B, size) bool, True at the first lengths[b] positions."""
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
@@ -472,7 +479,7 @@ def positions_below(lengths, size):
 
 
 class Projector(nn.Module):
-    """MLP of equation 1, to the decoder's width, and the learned unconditional prefix of classifier-free guidance."""
+    """The MLP of equation 1, to the decoder's width, and the learned unconditional prefix for classifier-free guidance."""
 
     def __init__(self, config):
         super().__init__()
@@ -482,11 +489,8 @@ class Projector(nn.Module):
         self.unconditional = nn.Parameter(torch.randn(config.context, config.text.width) * config.text.width**-0.5)
 
     def forward(self, hidden, lengths, drop):
-        """hidden (B, P, Dt), lengths (B,) int64, drop (B,) bool -> prefix (B, P, D).
-
-        A dropped sample keeps its length n and takes the *last* n rows of the unconditional table, as the
-        released code's right-aligned prefix does.
-        """
+        """hidden (B, P, Dt), lengths (B,) int64, drop (B,) bool -> prefix (B, P, D). A dropped sample keeps its length n and takes
+        the *last* n rows of the unconditional table, as the released code's right-aligned prefix does."""
         rows = len(self.unconditional) - lengths[:, None] + torch.arange(hidden.shape[1], device=hidden.device)
         unconditional = self.unconditional[rows.clamp(max=len(self.unconditional) - 1)]  # (B, P, Dt)
         hidden = torch.where(drop[:, None, None], unconditional.to(hidden.dtype), hidden)
@@ -499,11 +503,9 @@ class Projector(nn.Module):
 
 
 def rotary_table(grid_size, head_width, prefix_rotation="identity", base=10000.0):
-    """Rotations as unit complex numbers, (1 + N, head_width / 2): row 0 for the prefix, row 1 + k for code k.
-
-    Half of a head's pairs turn with the code's row in the grid, half with its column (LlamaGen 2.2). The prefix is not
-    turned: row 0 is the identity. LlamaGen's own code has zeros there ("zero"), which erases the prefix's queries and keys.
-    """
+    """Rotations as unit complex numbers, (1 + N, head_width / 2): row 0 for the prefix, row 1 + k for code k. Half of a head's
+    pairs rotate with the code's row in the grid, half with its column (LlamaGen 2.2). The prefix is not rotated: row 0 is the
+    identity. LlamaGen's own code has zeros there ("zero"), which erases the prefix's queries and keys."""
     quarter = head_width // 4
     frequency = base ** (-torch.arange(quarter).float() / quarter)                       # (quarter,)
     cell = torch.arange(grid_size).float()[:, None] * frequency                          # (grid, quarter)
@@ -516,53 +518,53 @@ def rotary_table(grid_size, head_width, prefix_rotation="identity", base=10000.0
     return table
 
 
-def rotate(x, turns):
-    """Turn the interleaved pairs (2i, 2i + 1) of x (..., hd), as complex numbers, by turns (..., hd / 2) complex."""
+def apply_rotary(x, rotations):
+    """Rotate the interleaved pairs (2i, 2i + 1) of x (..., hd), as complex numbers, by rotations (..., hd / 2) complex."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))                      # (..., hd / 2)
-    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
 
 
 class KVCache:
-    """Keys and values of what the decoder has read: each sample's [prefix | codes | unused], as in training, sized once.
+    """Keys and values of everything read so far: each sample's row is [prefix | codes | unused], allocated once.
 
-    Attention reads whole buckets of slots, the last one partly filled, and `mask` hides what is unused: so shapes stay the
-    same for BUCKET steps, and a sample is read alike whatever the others' lengths. Where the next code goes is in tensors.
+    Attention reads the used slots rounded up to a multiple of BUCKET; `mask` hides the unused ones. So shapes change only
+    every BUCKET steps, and a sample's result does not depend on the others' lengths. The next slot is kept in tensors, so
+    that a step needs nothing from the CPU.
     """
 
     BUCKET = 64
 
     def __init__(self, config, n_sample, n_prefix, device, dtype):
-        """n_prefix: the longest prefix that there must be room for."""
+        """n_prefix: the longest prefix to make room for."""
         size = self.whole_buckets(n_prefix + config.n_code - 1)                          # the last code is never read
         shape = (config.n_layer, n_sample, config.n_head, size, config.width // config.n_head)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.mask = torch.empty(n_sample, 1, 1, size, device=device, dtype=dtype)        # added to the scores: 0 or -inf
         self.slot = torch.empty(n_sample, 1, 1, 1, device=device, dtype=torch.long)      # where the last code went
         self.position = torch.empty(n_sample, 1, device=device, dtype=torch.long)        # the last code's row in the rotary table
         self.used = 0                                                                    # slots used by the longest sample
 
     def whole_buckets(self, slots):
-        """That many slots, rounded up to whole buckets."""
+        """A number of slots rounded up to whole buckets."""
         return -(-slots // self.BUCKET) * self.BUCKET
 
     def start(self, lengths):
-        """Begin anew with prefixes of these lengths (B,)."""
+        """Start again with prefixes of these lengths (B,)."""
         self.used = 0
         self.slot.copy_(lengths.view_as(self.slot) - 1)
         self.position.zero_()
-        self.mask.fill_(-torch.inf).masked_fill_(positions_below(lengths, self.mask.shape[-1])[:, None, None], 0)
+        self.mask.fill_(-torch.inf).masked_fill_(length_mask(lengths, self.mask.shape[-1])[:, None, None], 0)
 
-    def next(self):
-        """Go on to the next code: its slot may be read from now on. Returns its position (B, 1)."""
+    def advance(self):
+        """Make room for the next code: its slot may be read from now on. Returns its position (B, 1)."""
         self.used += 1
         self.mask.scatter_(3, self.slot.add_(1), 0)
         return self.position.add_(1)
 
     def append(self, layer, k, v):
-        """Store k and v (B, H, T, hd) in a layer: the prefix, or the code that next() made room for.
-
-        Returns the keys, the values and the mask that attention needs, no mask for the prefix, where it is causal.
-        """
+        """Store k and v (B, H, T, hd) in a layer: the prefix, or the code that advance() made room for. Returns keys, values and
+        mask for attention; the mask is None for the prefix, where attention is causal."""
         if self.used == 0:
             self.k[layer, :, :, : k.shape[2]], self.v[layer, :, :, : k.shape[2]] = k, v
             return k, v, None
@@ -581,25 +583,25 @@ class DecoderAttention(nn.Module):
         self.wqkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x, turns, layer, cache):
+    def forward(self, x, rotations, layer, cache):
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).transpose(1, 3).unbind(2)  # (B, H, T, hd) each
-        q, k, mask = rotate(q, turns), rotate(k, turns), None
+        q, k, mask = apply_rotary(q, rotations), apply_rotary(k, rotations), None
         if cache is not None:
             k, v, mask = cache.append(layer, k, v)
-        # Without a cache, and when it is filled: plain causal attention, no mask tensor, so the flash kernel runs.
+        # Without a cache, and when it reads the prefix: plain causal attention without a mask tensor, so the flash kernel runs.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.wo(y.transpose(1, 2).flatten(2))
 
 
 class DecoderMLP(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x); three matrices of width 8/3 cost as much as two of width 4."""
+    """SwiGLU: w2(silu(w1 x) * w3 x). Three matrices of width 8/3 cost as much as two of width 4."""
 
     def __init__(self, config):
         super().__init__()
-        hidden = -(-int(8 * config.width / 3) // config.multiple_of) * config.multiple_of  # rounded up
-        self.w1 = nn.Linear(config.width, hidden, bias=False)
-        self.w3 = nn.Linear(config.width, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, config.width, bias=False)
+        width = -(-int(8 * config.width / 3) // config.multiple_of) * config.multiple_of  # rounded up
+        self.w1 = nn.Linear(config.width, width, bias=False)
+        self.w3 = nn.Linear(config.width, width, bias=False)
+        self.w2 = nn.Linear(width, config.width, bias=False)
 
     def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -616,8 +618,8 @@ class DecoderBlock(nn.Module):
         self.mlp = DecoderMLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, turns, layer, cache):
-        x = x + self.dropout(self.attention(self.norm1(x), turns, layer, cache))
+    def forward(self, x, rotations, layer, cache):
+        x = x + self.dropout(self.attention(self.norm1(x), rotations, layer, cache))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
@@ -627,7 +629,7 @@ class ImageDecoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # A table of its own rather than the tokenizer's codebook: 8 dimensions chosen for pixels carry too little.
+        # Not the tokenizer's codebook: its 8 dimensions, chosen for pixels, carry too little.
         self.code_embedding = nn.Embedding(config.codebook_size, config.width)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.width, 1e-5)
@@ -636,98 +638,21 @@ class ImageDecoder(nn.Module):
         self.register_buffer("rotary", rotary_table(config.grid_size, config.width // config.n_head, config.prefix_rotation), persistent=False)
 
     def forward(self, x, positions, cache=None):
-        """Embeddings x (B, T, D) and positions (B, T) int64 (0: prefix, 1 + k: code k) -> hidden states (B, T, D).
-
-        With a cache, x follows what the cache holds and is added to it: first the whole prefix, then code by code.
-        """
-        x, turns = self.dropout(x), self.rotary[positions][:, None]                      # (B, 1, T, hd / 2)
+        """Embeddings x (B, T, D) and positions (B, T) int64 (0: prefix, 1 + k: code k) -> hidden states (B, T, D). With a cache, x
+        follows what the cache holds and is added to it: first the whole prefix, then code by code."""
+        x, rotations = self.dropout(x), self.rotary[positions][:, None]                  # (B, 1, T, hd / 2)
         for layer, block in enumerate(self.blocks):
-            x = block(x, turns, layer, cache)
+            x = block(x, rotations, layer, cache)
         return self.norm(x)
 
 
 def sequence_order(lengths, n_prefix, n_code):
-    """How to reorder [padded prefix | codes] into [prefix | codes | padding], (B, n_prefix + n_code) int64.
-
-    With the padding last, plain causal attention is exact: no code ever sees it. The released code pads in front
-    instead, which needs a dense mask; prefix tokens have no position, so both are the same function.
-    """
+    """Indices that reorder [padded prefix | codes] into [prefix | codes | padding], (B, n_prefix + n_code) int64. With the padding
+    last, plain causal attention is exact: no code ever sees it. The released code pads in front instead, which needs a dense mask.
+    Prefix tokens have no position, so both compute the same function."""
     t, n = torch.arange(n_prefix + n_code, device=lengths.device)[None], lengths[:, None]
     code, padding = n_prefix + t - n, t - n_code
     return torch.where(t < n, t, torch.where(t < n + n_code, code, padding))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Files: a model is a folder with config.json and model.safetensors
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def first_line(error):
-    """What an error says, in one line, or else its kind."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def write_aside(path, write):
-    """Call write(temporary file), then move that to `path`: a kill or a full disk leaves the old file, never half a new one.
-
-    Raises OSError naming the file if it cannot be written; nothing is left of it then.
-    """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # on the disk before it gets its name
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is the first to us, the second to torch, the third to safetensors
-        temporary.unlink(missing_ok=True)
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise OSError(f"{path} could not be written ({first_line(reason)})") from error
-
-
-def write_json(path, values):
-    """Write values as JSON, whole or not at all."""
-    write_aside(path, lambda file: file.write_text(json.dumps(values, indent=2) + "\n"))
-
-
-def read_json(path):
-    """The dictionary in a JSON file. Raises ValueError naming the file if it is missing or holds no such thing."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a readable JSON file ({error})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: holds {str(values)[:80]}, not a JSON object of keys and values")
-    return values
-
-
-def save_folder(folder, config, tensors):
-    """Write a config, then a model's {name: tensor}; the folder is whole when `model.safetensors` is there."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    write_json(Path(folder) / "config.json", asdict(config))
-    write_aside(Path(folder) / "model.safetensors", lambda file: save_file(tensors, file))
-
-
-def load_folder(cls, config_class, folder, command, config=None):
-    """The module, a `cls`, that save_folder wrote; `config` stands in for the stored one.
-
-    Raises ValueError naming the file that is missing (and the command that makes it), unreadable, or does not fit the other.
-    """
-    file, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
-    for path in (file, weights):
-        if not path.is_file():
-            raise ValueError(f"{path} is missing; `{command}` makes it")
-    stored = read_json(file)
-    try:
-        config = config or from_dict(config_class, stored)
-        tensors = read_weights(weights)
-        with torch.device("meta"):  # compare before any memory is taken: a wrong config may ask for a lot
-            check_fit(cls(config).state_dict(), tensors)
-    except ValueError as error:
-        raise ValueError(str(error) if str(weights) in str(error) else f"{file if config is None else weights}: {error}") from None
-    model = cls(config)
-    model.load_state_dict(tensors)
-    return model.eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -747,23 +672,20 @@ class Mentor(nn.Module):
         init_weights(self)
 
     def prefix(self, batch, drop):
-        """The prefix of a batch's prompts, (B, P, D); drop (B,) bool: samples to get the unconditional one."""
+        """The prefix of a batch's prompts, (B, P, D); drop (B,) bool: samples that get the unconditional one."""
         return self.projector(self.encoder(batch), batch.lengths, drop)
 
     def forward(self, batch, codes, drop):
-        """Logits for every code given the prompt and the codes before it.
+        """Logits for every code given the prompt and the codes before it: teacher forcing in one pass.
 
-        batch: a data.Batch; codes (B, N) int64; drop (B,) bool: samples trained without their prompt.
-        Returns (B, N, V) float32.
+        batch: a data.Batch; codes (B, N) int64; drop (B,) bool: samples that get no prompt. Returns (B, N, V) float32.
+        Training stops at next_code_hidden: see train.next_code_losses.
         """
-        return self.next_code_logits(self.prefix(batch, drop), batch.lengths, codes)
-
-    def next_code_logits(self, prefix, lengths, codes):
-        """prefix (B, P, D) with lengths (B,), codes (B, N) -> logits (B, N, V) float32. Teacher forcing in one pass."""
-        return self.decoder.output(self.next_code_hidden(prefix, lengths, codes)).float()
+        hidden = self.next_code_hidden(self.prefix(batch, drop), batch.lengths, codes)
+        return self.decoder.output(hidden).float()
 
     def next_code_hidden(self, prefix, lengths, codes):
-        """The same before the output head: the hidden states that predict the codes, (B, N, D)."""
+        """prefix (B, P, D) with lengths (B,), codes (B, N) -> the hidden states that predict the codes, (B, N, D)."""
         (B, P, D), N = prefix.shape, codes.shape[1]
         order = sequence_order(lengths, P, N - 1)                                        # the last code is never read
         x = torch.cat([prefix, self.decoder.code_embedding(codes[:, :-1]).to(prefix.dtype)], dim=1)
@@ -774,10 +696,8 @@ class Mentor(nn.Module):
         return hidden.gather(1, predicts[..., None].expand(-1, -1, D))                   # only these go through the head
 
     def prefill(self, prefix, lengths, cache=None):
-        """Read the prefix (B, P, D) of lengths (B,) into the cache, by default a new one.
-
-        Returns the first code's logits (B, V) float32 and the cache.
-        """
+        """Read the prefix (B, P, D) of lengths (B,) into the cache, a new one by default. Returns the logits of the first code (B,
+        V) float32 and the cache."""
         B, P, _ = prefix.shape
         cache = cache or KVCache(self.config.decoder, B, P, prefix.device, prefix.dtype)
         cache.start(lengths)
@@ -787,8 +707,8 @@ class Mentor(nn.Module):
         return self.decoder.output(last).float(), cache
 
     def decode_step(self, codes, cache):
-        """Read one more code of every sample, codes (B,) int64; returns the next code's logits (B, V) float32."""
-        positions = cache.next()
+        """Read one more code per sample, codes (B,) int64; returns the logits of the next one (B, V) float32."""
+        positions = cache.advance()
         hidden = self.decoder(self.decoder.code_embedding(codes)[:, None], positions, cache)
         return self.decoder.output(hidden[:, 0]).float()
 
@@ -798,18 +718,18 @@ class Mentor(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, config=None):
-        """Read what save_pretrained wrote; `config` stands in for the stored one. Raises ValueError naming a missing file."""
+        """Load what save_pretrained wrote; `config` replaces the stored one. Raises ValueError naming a missing file."""
         return load_folder(cls, MentorConfig, folder, "python train.py PRESET", config)
 
 
 def init_weights(model):
-    """Draw the weights of a new model.
+    """Initialise the weights of a new model.
 
     projector, decoder     N(0, 0.02) as LlamaGen; output head zero, so that the first loss is ln(V)
-    text encoder           T5's: 1/sqrt(fan in), queries also / sqrt(head_width) in place of the missing score scaling
-    vision, connectors     PyTorch's defaults; queries N(0, 0.02). Features must know where they are and still hold the pixels
-                           after a short contrastive training, so vision positions are N(0, 1), as large as the patches
-                           they are added to, and the norm in front scales by 4, well above what blocks add
+    text encoder           T5's: 1/sqrt(fan in), queries also / sqrt(head_width), since attention does not scale its scores
+    vision, connectors     PyTorch's defaults; queries N(0, 0.02). The short contrastive training must not erase position and
+                           pixels from the features, so vision positions are N(0, 1), as large as the patches they are
+                           added to, and the norm before the blocks scales by 4, well above what the blocks add
     """
     for module in (*model.projector.modules(), *model.decoder.modules()):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -828,10 +748,79 @@ def init_weights(model):
 
 @torch.no_grad()
 def start_from_codebook(decoder, codebook):
-    """Draw a new decoder's table of codes and output head along the tokenizer's codebook (V, C), whose rows have length 1:
-    codes that look alike start alike, and what is learnt of one holds for its neighbours."""
+    """Initialise a new decoder's code embeddings and output head from the tokenizer's codebook (V, C), whose rows have length 1:
+    codes that look alike start alike, so what is learnt about one holds for its neighbours."""
     for weight, std in ((decoder.code_embedding.weight, 0.1), (decoder.output.weight, 0.05)):
         weight.copy_(std * codebook @ torch.randn(codebook.shape[1], weight.shape[1], device=codebook.device))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files: a model is a folder with config.json and model.safetensors
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def first_line(error):
+    """The first line of an error's message, or its type if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def write_atomically(path, write):
+    """Call write(temporary file), then rename that to `path`: a kill or a full disk leaves the old file, never half a new one.
+    Raises OSError naming the file if it cannot be written; the temporary file is removed then."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # on disk before it gets its name
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, from Python, torch, safetensors
+        temporary.unlink(missing_ok=True)
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{path} could not be written ({first_line(reason)})") from error
+
+
+def write_json(path, values):
+    """Write values as JSON, atomically."""
+    write_atomically(path, lambda file: file.write_text(json.dumps(values, indent=2) + "\n"))
+
+
+def read_json(path):
+    """Read the dictionary in a JSON file. Raises ValueError naming the file if it is missing or holds anything else."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a readable JSON file ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds {str(values)[:80]}, not a JSON object of keys and values")
+    return values
+
+
+def save_folder(folder, config, tensors):
+    """Write a config, then a model's {name: tensor}: once `model.safetensors` exists, the folder is complete."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_json(Path(folder) / "config.json", asdict(config))
+    write_atomically(Path(folder) / "model.safetensors", lambda file: save_file(tensors, file))
+
+
+def load_folder(cls, config_class, folder, command, config=None):
+    """Load the module, a `cls`, that save_folder wrote; `config` replaces the stored one. Raises ValueError naming a file that is
+    missing (and the command that makes it), cannot be read or does not fit the other."""
+    file, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
+    for path in (file, weights):
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; `{command}` makes it")
+    stored = read_json(file)
+    try:
+        config = config or from_dict(config_class, stored)
+        tensors = read_weights(weights)
+        with torch.device("meta"):  # compare before allocating: a wrong config may ask for a lot
+            check_fit(cls(config).state_dict(), tensors)
+    except ValueError as error:
+        raise ValueError(str(error) if str(weights) in str(error) else f"{file if config is None else weights}: {error}") from None
+    model = cls(config)
+    model.load_state_dict(tensors)
+    return model.eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -853,7 +842,7 @@ RELEASED_NAMES = [  # ours -> the released checkpoint's, applied in order; \1 is
     (r"^encoder\.vision\.", "multimodal_encoder.vision_model.vision_tower.vision_model."),
     (r"vision_model\.(class|patch)_embedding", r"vision_model.embeddings.\1_embedding"),
     (r"vision_model\.position_embedding", "vision_model.embeddings.position_embedding.weight"),
-    (r"vision_model\.pre_norm", "vision_model.pre_layrnorm"),  # so spelt
+    (r"vision_model\.pre_norm", "vision_model.pre_layrnorm"),  # spelled so there
     (r"vision_model\.post_norm", "vision_model.post_layernorm"),
     (r"vision_model\.blocks\.(\d+)\.norm", r"vision_model.encoder.layers.\1.layer_norm"),
     (r"vision_model\.blocks\.(\d+)\.attention\.([qkv])\.", r"vision_model.encoder.layers.\1.self_attn.\2_proj."),
@@ -877,10 +866,12 @@ def released_name(name):
 
 
 def check_fit(parameters, tensors, fresh=()):
-    """Raise ValueError listing the missing, unexpected and mis-shaped names of tensors against parameters, {name: tensor} both."""
+    """Raise ValueError listing the names that are missing, unexpected or of another shape in tensors as compared with parameters,
+    both {name: tensor}. Names that start with one of `fresh` may be missing."""
     missing = [n for n in parameters if n not in tensors and not n.startswith(tuple(fresh))]
     unexpected = [n for n in tensors if n not in parameters]
-    shapes = [f"{n} {tuple(t.shape)} where the model has {tuple(parameters[n].shape)}" for n, t in tensors.items() if n in parameters and t.shape != parameters[n].shape]
+    shapes = [f"{n} {tuple(t.shape)} where the model has {tuple(parameters[n].shape)}"
+              for n, t in tensors.items() if n in parameters and t.shape != parameters[n].shape]
     problems = [f"{len(names)} {kind}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
                 for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)) if names]
     if problems:
@@ -893,40 +884,38 @@ def released_parameters(model):
 
 
 def fit_unconditional(model, tensors):
-    """The one change allowed to released tensors: the unconditional table cut or grown to the model's rows.
-
-    Prefixes use its last rows, so rows go from its front, and new ones, random, come there. Returns the tensors and a
-    sentence that says what was done, empty if nothing.
-    """
+    """Cut or grow the unconditional table to the model's rows, the one change allowed to released tensors. Prefixes use its last
+    rows, so rows are removed, or random ones added, at its front. Returns the tensors and a sentence about the change, empty if
+    there was none."""
     name, (rows, width) = released_name("projector.unconditional"), model.projector.unconditional.shape
     table = tensors.get(name)
     if table is None or table.shape == (rows, width) or table.shape[1:] != (width,):
         return tensors, ""
     new = torch.randn(max(0, rows - len(table)), width) * width**-0.5
-    return {**tensors, name: torch.cat([new.to(table.dtype), table[-rows:]])}, f"the unconditional table {'grew' if len(new) else 'was cut'} from {len(table)} to {rows} rows"
+    change = f"the unconditional table {'grew' if len(new) else 'was cut'} from {len(table)} to {rows} rows"
+    return {**tensors, name: torch.cat([new.to(table.dtype), table[-rows:]])}, change
 
 
 def read_pickle(path, **options):
-    """What torch.save wrote, opened with weights_only: it cannot run code. Raises ValueError naming a file that is torn or no such file.
-
-    The checksums inside are compared first, which torch.load leaves out.
-    """
+    """Load what torch.save wrote, with weights_only, so that it cannot run code: of classes it may hold only argparse's Namespace,
+    the options beside LlamaGen's weights. Checks the checksums first, which torch.load does not. Raises ValueError naming a file that is damaged or was not written by torch.save."""
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
         if broken:
             raise ValueError(f"{broken} in it is damaged")
-        return torch.load(path, weights_only=True, map_location="cpu", **options)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, weights_only=True, map_location="cpu", **options)
     except (OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a readable file of torch.save ({first_line(error)})") from None
+        refused = re.search(r"GLOBAL (\S+)", str(error))  # in the middle of advice on how to load it all the same
+        reason = f"it asks for {refused[1]}, which may run code: save its tensors alone" if refused else first_line(error)
+        raise ValueError(f"{path}: not a readable file of torch.save ({reason})") from None
 
 
 def read_weights(path):
-    """{name: tensor} from what people have: a .safetensors, .pt or .bin file, or a Hub folder with one file or shards.
-
-    Pickles are opened with weights_only (they cannot run code); safetensors are mapped, not copied. A checkpoint that wraps
-    its weights in a `model` key is unwrapped. Raises ValueError naming a file that is missing or is not such a file.
-    """
+    """Read {name: tensor} from a .safetensors, .pt or .bin file, or from a Hub folder with one file or shards. Pickles are opened
+    with weights_only, so that they cannot run code; safetensors are mapped, not copied. Weights under a `model` key are unwrapped.
+    Raises ValueError naming a file that is missing or of another kind."""
     path = Path(path)
     if path.is_dir():
         for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
@@ -952,7 +941,7 @@ def read_weights(path):
     return tensors
 
 
-NOT_OURS = {  # what a source holds beside the part that is wanted
+NOT_OURS = {  # names in each source to leave out
     "clip": r"^(text_model\.|text_projection|visual_projection|logit_scale)|position_ids$",
     "t5": r"^(decoder\.|lm_head\.|encoder\.embed_tokens\.)",
     "connector": r"^(?!model\.mm_projector\.)",
@@ -960,14 +949,21 @@ NOT_OURS = {  # what a source holds beside the part that is wanted
     "mentor": r"language_model\.encoder\.embed_tokens|position_ids$|freqs_cis",  # embed_tokens is `shared` a second time
     "vq": r"codebook_used",
 }
-IN_CHECKPOINT = {  # from a source's names to those of the released checkpoint
+IN_CHECKPOINT = {  # from each source's names to those of the released checkpoint
     "clip": (r"^(vision_model\.)?", "multimodal_encoder.vision_model.vision_tower.vision_model."),
     "t5": (r"^", "multimodal_encoder.language_model."),
     "connector": (r"^model\.mm_projector\.", "multimodal_encoder.language_projection."),
 }
 
 
-def released_tensors(source, path):
-    """The tensors of one source ("clip", "t5", "connector", "generator", "mentor", "vq") under the released checkpoint's names."""
+def released_tensors(source, path, say=lambda words: None):
+    """Read one source ("clip", "t5", "connector", "generator", "mentor", "vq") as {name in the released checkpoint: tensor}. Says
+    what else its file holds, which is left aside. Raises ValueError if there is nothing but that."""
     pattern, replacement = IN_CHECKPOINT.get(source, ("^", ""))
-    return {re.sub(pattern, replacement, name, count=1): tensor.contiguous() for name, tensor in read_weights(path).items() if not re.search(NOT_OURS[source], name)}
+    tensors = read_weights(path)
+    others = [name for name in tensors if re.search(NOT_OURS[source], name)]
+    names = f"{', '.join(others[:3])}{', ...' if len(others) > 3 else ''}"
+    if len(others) == len(tensors):
+        raise ValueError(f"--released.{source}={path}: none of its {len(tensors)} tensors is of that part ({names}); give another file")
+    say(f"{len(tensors) - len(others)} tensors from {path}" + f", {len(others)} of other parts left aside ({names})" * bool(others))
+    return {re.sub(pattern, replacement, name, count=1): tensor.contiguous() for name, tensor in tensors.items() if name not in others}

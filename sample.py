@@ -2,8 +2,10 @@
 
     python sample.py out/tiny "The star in <image>.\\nA big star at the top left on a green background" --images=ref.png
 
-Read in order: choosing a code (filters, guidance), generate (prefill, then one cached step a code), the judge that
-reads a drawing back into a scene, the scores (CP, PF and their bounds), pictures for people, and the command line.
+Read in order: choosing a code (filters, guidance), generate (prefill, then one cached step per code), what makes that
+faster (CUDA graphs, packed matrices; no result depends on it), the judge that reads a drawing back into a scene, Pipeline
+(a trained model and its tokenizers), the scores (CP, PF and their bounds), --bench, and the command line with
+DreamBench's layouts.
 """
 
 import argparse
@@ -29,9 +31,10 @@ from tqdm import tqdm
 import data
 import mentor
 import tokenizer
-from data import Collate, Sample, Scene, ShapeSubject, Placed, TextTokenizer, WORLDS, contact_sheet, to_picture, tokenizer_pixels
+from data import (WORLDS, Collate, Placed, Sample, Scene, ShapeSubject, TextTokenizer, contact_sheet, object_line, to_picture,
+                  tokenizer_pixels)
 from mentor import KVCache, Mentor, SamplingConfig, first_line, read_json
-from tokenizer import VQGAN, TokenizerConfig
+from tokenizer import VQGAN
 
 # ---------------------------------------------------------------------------------------------------------------
 # Choosing a code
@@ -39,13 +42,13 @@ from tokenizer import VQGAN, TokenizerConfig
 
 
 def guide(conditional, unconditional, cfg_scale):
-    """Classifier-free guidance on logits: l_u + (l_c - l_u) * cfg_scale. 1 is conditional, 0 unconditional."""
+    """Classifier-free guidance on logits: l_u + (l_c - l_u) * cfg_scale. Scale 1 is conditional, 0 unconditional."""
     return unconditional + (conditional - unconditional) * cfg_scale
 
 
 def filter_logits(logits, temperature, top_k, top_p):
-    """Temperature, then top-k (ties of the k-th stay), then top-p (the best code always stays): (B, V) -> (B, V),
-    minus infinity where a code is out. top_k 0 and top_p 1 keep all."""
+    """Temperature, then top-k (ties with the k-th stay), then top-p (the best code always stays): (B, V) -> (B, V), with
+    minus infinity for codes that are out. top_k 0 and top_p 1 keep all."""
     logits = logits / max(temperature, 1e-5)
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
@@ -58,11 +61,11 @@ def filter_logits(logits, temperature, top_k, top_p):
 
 
 def choose(logits, sampling, generator):
-    """One code a row: logits (B, V) float32 -> (B,) int64. Temperature 0 takes the best."""
+    """Choose one code per row: logits (B, V) float32 -> (B,) int64. Temperature 0 takes the best."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     probabilities = filter_logits(logits, sampling.temperature, sampling.top_k, sampling.top_p).softmax(-1)
-    # argmax(p / Exp(1)) is a draw from p, without multinomial's wait for the GPU
+    # argmax(p / Exp(1)) is a draw from p; unlike multinomial it does not wait for the GPU
     noise = torch.empty(probabilities.shape, device=generator.device).exponential_(generator=generator).to(probabilities.device)
     return (probabilities / noise).argmax(-1)
 
@@ -77,65 +80,55 @@ def generate(model, batch, sampling, generator, decoder=None):
     """Draw the codes of every prompt in the batch.
 
     model: Mentor in eval mode; batch: a data.Batch on its device; sampling: a mentor.SamplingConfig; generator: a
-    torch.Generator; decoder: what prefills and steps, the model itself or its GraphedDecoder. Returns codes (B, N) int64.
+    torch.Generator; decoder: the object whose prefill and decode_step to call, a GraphedDecoder or (default) the model.
+    Returns codes (B, N) int64.
 
-    With guidance the batch runs twice as tall: the conditional half above the unconditional one, whose prefixes have
-    the same lengths.
+    With guidance the batch is doubled: first conditional, then unconditional prefixes of the same lengths.
     """
-    guided, unguided = sampling.cfg_scale not in (0, 1), sampling.cfg_scale == 1
     hidden, lengths = model.encoder(batch), batch.lengths
-    drop = torch.zeros(len(batch), dtype=torch.bool, device=lengths.device)
-    halves = [drop, ~drop] if guided else [drop if unguided else ~drop]
-    prefix = torch.cat([model.projector(hidden, lengths, half) for half in halves])
-    return continue_prefix(decoder or model, prefix, lengths.repeat(len(halves)), guided, model.config.decoder.n_code,
+    conditional = torch.zeros(len(batch), dtype=torch.bool, device=lengths.device)
+    unconditional = ~conditional
+    drops = {0: [unconditional], 1: [conditional]}.get(sampling.cfg_scale, [conditional, unconditional])
+    prefix = torch.cat([model.projector(hidden, lengths, drop) for drop in drops])
+    return continue_prefix(decoder or model, prefix, lengths.repeat(len(drops)), len(drops) == 2, model.config.decoder.n_code,
                            sampling, generator, least_rows(model))
 
 
-# prompts are padded to whole multiples, so that attention on a CPU cuts its sums into the same pieces alone and in a batch
+def continue_prefix(decoder, prefix, lengths, guided, n_code, sampling, generator, least_rows=1):
+    """Read the prefixes (R, P, D) of lengths (R,), R = B or with guidance 2B, then draw code by code. Returns (B, n_code).
+    Fewer rows than least_rows are repeated until there are enough."""
+    R, codes = len(prefix), []
+    repeats = -(-least_rows // R)
+    logits, cache = decoder.prefill(prefix.repeat(repeats, 1, 1), lengths.repeat(repeats))
+    for k in range(n_code):
+        logits = guide(*logits[:R].chunk(2), sampling.cfg_scale) if guided else logits[:R]
+        codes.append(choose(logits, sampling, generator))                                # (B,)
+        if k + 1 < n_code:
+            logits = decoder.decode_step(codes[-1].repeat(repeats * (2 if guided else 1)), cache)
+    return torch.stack(codes, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The same numbers, sooner: prepare a model for a device. Nothing here changes a result; a first reader can skip it.
+# ---------------------------------------------------------------------------------------------------------------
+
+# Prompts are padded to a multiple of this, so that a CPU splits attention's sums alike for a prompt alone and in a batch.
 PROMPT_MULTIPLE = 32
 
 
 def least_rows(model):
-    """How many rows the decoder must have on a CPU, so that a prompt's logits are the same bits alone and in a batch.
-
-    For less than four, products with small matrices take other kernels, which round otherwise; with those in oneDNN's layout not.
-    """
+    """Rows the decoder needs on a CPU, so that a prompt's logits are the same bits alone and in a batch. With fewer than four,
+    products with small matrices use other kernels, which round differently; oneDNN's layout does not."""
     return 4 if model.decoder.norm.weight.device.type == "cpu" and not is_large(model) else 1
 
 
-def continue_prefix(decoder, prefix, lengths, guided, n_code, sampling, generator, least_rows=1):
-    """Read the prefixes (R, P, D) of lengths (R,) once, then code by code. R is B, with guidance 2B. Returns (B, n_code).
-
-    Where there are fewer than least_rows, some are read twice.
-    """
-    R, device = len(prefix), prefix.device
-    B = R // 2 if guided else R
-    rows = torch.arange(R, device=device).repeat(-(-least_rows // R))
-    samples = rows.remainder(B)                                                          # whose code each row reads
-    codes = torch.empty(B, n_code, dtype=torch.long, device=device)
-    logits, cache = decoder.prefill(prefix[rows], lengths[rows])
-    for k in range(n_code):
-        logits = logits[:R]
-        codes[:, k] = choose(guide(*logits.chunk(2), sampling.cfg_scale) if guided else logits, sampling, generator)
-        if k + 1 < n_code:
-            logits = decoder.decode_step(codes[samples, k], cache)
-    return codes
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The same numbers, sooner: a model made ready for a device. What is here changes no result and can be left out.
-# ---------------------------------------------------------------------------------------------------------------
-
-
 def record_graph(step):
-    """Record the kernels that step() launches on the current device.
-
-    Returns a function that runs them again, and step's tensor, which each run fills anew.
-    """
+    """Record the kernels that step() launches on the current device. Returns a function that runs them again, and step's tensor,
+    which each run overwrites."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step()  # once as it is: libraries set up for this stream what may not be recorded
+        step()  # once unrecorded: libraries make allocations for this stream that may not be recorded
     with torch.cuda.graph(graph, stream=stream):
         result = step()
     torch.cuda.current_stream().wait_stream(stream)
@@ -143,28 +136,26 @@ def record_graph(step):
 
 
 class GraphedDecoder:
-    """Mentor's prefill and decode_step, where a step is a recorded CUDA graph: one launch in place of hundreds.
-
-    A graph knows fixed shapes and addresses. So codes, logits and cache stay where they are from prompt to prompt, and each
-    number of buckets that attention reads has its own graph, recorded when first met. A batch of another size starts anew.
-    """
+    """Mentor's prefill and decode_step, with each step a recorded CUDA graph: one launch instead of hundreds. A graph has fixed
+    shapes and addresses. So codes, logits and cache stay in place from prompt to prompt, and each number of buckets that attention
+    reads has its own graph, recorded when first needed. Another batch size starts over."""
 
     def __init__(self, model, record=record_graph):
         self.model, self.record, self.cache = model, record, None
         self.warmup = 0.0                       # seconds spent recording
 
     def prefill(self, prefix, lengths):
-        """Mentor.prefill, always into the same cache, which has room for the longest prompt there can be."""
+        """Mentor.prefill, always into the same cache, which has room for the longest possible prompt."""
         R, P, _ = prefix.shape
         if self.cache is None or R != len(self.codes):
             config = self.model.config
-            self.graphs, self.cache = {}, None  # their memory is free before the new cache takes its own
+            self.graphs, self.cache = {}, None  # free their memory before the new cache takes its own
             self.cache = KVCache(config.decoder, R, max(P, config.context), prefix.device, prefix.dtype)
             self.codes = torch.zeros(R, dtype=torch.long, device=prefix.device)
         return self.model.prefill(prefix, lengths, self.cache)
 
     def decode_step(self, codes, cache):
-        """Mentor.decode_step; the logits are overwritten by the next one."""
+        """Mentor.decode_step; the next call overwrites the logits."""
         self.codes.copy_(codes)
         read = cache.whole_buckets(cache.used + 1)
         if read not in self.graphs:
@@ -178,7 +169,7 @@ class GraphedDecoder:
         return logits
 
     def recorded(self, cache):
-        """The next step as a graph; the cache is left as it was."""
+        """Record the next step as a graph, leaving the cache unchanged."""
         used, state = cache.used, (cache.mask, cache.slot, cache.position)
         before = [tensor.clone() for tensor in state]
 
@@ -192,7 +183,7 @@ class GraphedDecoder:
         return graph
 
 
-PACK_FROM = 512  # a decoder's width: the matrices of narrower ones lie in the CPU's cache, and oneDNN's calls cost more than they save
+PACK_FROM = 512  # decoder width: narrower matrices fit the CPU's cache, where oneDNN's calls cost more than they save
 
 
 def packed_linear(weight, x):
@@ -206,11 +197,9 @@ def is_large(model):
 
 
 def pack(model):
-    """On a CPU, copy the decoder's matrices (none has a bias) into the layout that few rows go through fastest.
-
-    Large ones go into oneDNN's own, so that they are read at the memory's speed; small ones are transposed, which halves the
-    time of a call. The weights stay too, for whoever saves them; if they change, this must run again.
-    """
+    """On a CPU, copy the decoder's matrices (none has a bias) into the layout that is fastest for few rows. Large ones get
+    oneDNN's layout and are read at the memory's speed; small ones are transposed, which halves the time of a call. The weights
+    themselves stay, for saving; if they change, this must run again."""
     for linear in (module for module in model.decoder.modules() if isinstance(module, nn.Linear)):
         weight = linear.weight.detach()
         if is_large(model):
@@ -220,18 +209,16 @@ def pack(model):
 
 
 def halve(model):
-    """Turn the weights into bfloat16, half the bytes to read a step; the rotary table stays exact."""
+    """Convert the weights to bfloat16, half the bytes to read per step; the rotary table stays exact."""
     for p in model.parameters():
         p.data = p.data.bfloat16()
 
 
 def make_ready(model, device):
-    """Put a Mentor on the device in the form in which it draws fastest there. Returns what prefills and steps.
-
-    Not for a model in training: its weights may lose half their bits, or be copied and then no longer followed.
-    """
+    """Put a Mentor on the device in its fastest form for drawing. Returns the object whose prefill and decode_step to call. Not
+    for a model in training: its weights may lose half their bits, or drawing may use copies that do not follow them."""
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # graphs are recorded on the current one, and on another would come out empty
+        torch.cuda.set_device(device)  # graphs are recorded on the current device; on another they would be empty
         if torch.cuda.is_bf16_supported(including_emulation=False):
             halve(model)
     model.to(device).eval()
@@ -246,10 +233,10 @@ def make_ready(model, device):
 
 
 class ShapesJudge:
-    """Analysis by synthesis: every scene of one subject is rendered, the nearest one is what the picture shows.
+    """Analysis by synthesis: of all scenes with one subject, the picture shows the one whose render is nearest.
 
     8 shapes x 9 places x 2 sizes x 176 fills x 32 backgrounds are too many to render one by one, but the squared
-    distance falls apart into regions (outside, first colour, second colour), so the search over fills and backgrounds
+    distance splits into regions (outside, first colour, second colour), so the search over fills and backgrounds
     is a few matrix products. The best geometries are then compared exactly, antialiased edges included.
     """
 
@@ -270,7 +257,7 @@ class ShapesJudge:
         self.forbidden = torch.stack([~same if p == "solid" else same for p in data.PATTERNS])             # (4, 8, 8)
 
     def distances(self, picture):
-        """A picture's pixels, the squared distance of each geometry and pattern under its best colours, of each pixel to each ground."""
+        """A picture's pixels; the squared distance of each geometry and pattern with its best colours; of each pixel to each ground."""
         x = torch.from_numpy(picture.reshape(-1, 3).astype(np.float32)) / 255                              # (P, 3)
         to_color = (x[:, None] - self.colors).square().sum(-1)                                             # (P, 8)
         to_ground = (x[:, None] - self.grounds.transpose(0, 1)).square().sum(-1)                           # (P, 32)
@@ -286,7 +273,7 @@ class ShapesJudge:
         return min(candidates, key=lambda candidate: candidate[0])[1]
 
     def read_two(self, picture):
-        """The nearest scene of two small subjects: their masks are apart, so what each changes in the distance adds up."""
+        """The nearest scene of two small subjects: their masks do not overlap, so their changes to the distance add up."""
         x, fill, to_ground = self.distances(picture)
         change = fill.amin(1)[:, None] - (1 - self.outside) @ to_ground                                    # (G, 32)
         change = change.view(len(data.SHAPES), len(data.PLACES), len(data.SIZES), -1)[:, :, 0].amin(0)     # (9, 32), of small ones
@@ -305,7 +292,7 @@ class ShapesJudge:
         color, ground_pattern = divmod(ground[geometry].item(), len(data.PATTERNS))
         w1, w2 = self.first[geometry, pattern], self.second[geometry, pattern]
         rest = x - self.outside[geometry][:, None] * self.grounds[ground[geometry]]
-        # |rest - w1 a - w2 b|^2 for all pairs of colours a, b, multiplied out
+        # |rest - w1 a - w2 b|^2 for all pairs of colours a, b, expanded
         one = (w1 @ w1) * self.colors.square().sum(1) - 2 * self.colors @ (w1 @ rest)
         two = (w2 @ w2) * self.colors.square().sum(1) - 2 * self.colors @ (w2 @ rest)
         error = one[:, None] + two[None] + 2 * (w1 @ w2) * (self.colors @ self.colors.T) + rest.square().sum()
@@ -315,25 +302,29 @@ class ShapesJudge:
 
 
 def concept_preservation(seen, meant):
-    """Share of the subjects' attributes (shape, colours, pattern) that are as in the references, in [0, 1]."""
+    """Share of the subjects' attributes (shape, colours, pattern) that match the references, in [0, 1]."""
     pairs = [pair for a, b in zip(seen.subjects, meant.subjects) for pair in zip(a.subject, b.subject)]
     return sum(x == y for x, y in pairs) / len(pairs)
 
 
 def prompt_following(seen, meant):
-    """Share of what the prompt asked for (background colour and pattern, place, size; of two, always small, the places), in [0, 1]."""
-    pairs = [pair for a, b in zip(seen.subjects, meant.subjects) for pair in zip(a[1:], b[1:] if len(meant.subjects) == 1 else b[1:2])]
-    pairs += [(seen.color, meant.color), (seen.pattern, meant.pattern)]
+    """Share of what the prompt asked for that is there, in [0, 1]: background colour and pattern, place, and for a single
+    subject its size."""
+    pairs = [(seen.color, meant.color), (seen.pattern, meant.pattern)]
+    for a, b in zip(seen.subjects, meant.subjects):
+        pairs.append((a.place, b.place))
+        if len(meant.subjects) == 1:
+            pairs.append((a.size, b.size))
     return sum(x == y for x, y in pairs) / len(pairs)
 
 
 class EmojiJudge:
-    """Analysis by synthesis for emoji: the background that most pixels fit, then the nearest of all emoji at all places."""
+    """Analysis by synthesis for emoji: the background that fits most pixels, then the nearest of all emoji at all places."""
 
     def __init__(self, world):
         self.grounds = np.stack([world.background(c, p) for c in range(len(data.COLORS)) for p in range(len(data.PATTERNS))]) / 255
         self.subjects = world.all_subjects()
-        self.candidates = []  # every place and size: (place, size, window, and per emoji its colours and what shows through)
+        self.candidates = []  # for every place and size: (place, size, window, and per emoji its colours and transparency)
         for size, width in enumerate(world.widths):
             for place in range(len(data.PLACES)):
                 x, y, half = *world.center(place, size), (width + 1) // 2
@@ -347,11 +338,11 @@ class EmojiJudge:
         """The nearest scene of one emoji to a picture, uint8 (S, S, 3)."""
         x = picture.astype(np.float32) / 255
         distance = np.square(x - self.grounds).sum(-1)                                   # (32, S, S)
-        ground = int(np.minimum(distance, 0.05).sum((1, 2)).argmin())                    # a subject's pixels count little
+        ground = int(np.minimum(distance, 0.05).sum((1, 2)).argmin())                    # limits the weight of a subject's pixels
         best = None
         for place, size, window, colors, through, both, squared in self.candidates:
             seen, behind = x[window], self.grounds[ground][window]
-            # |seen - colors - through * behind|^2 for all emoji at once, multiplied out
+            # |seen - colors - through * behind|^2 for all emoji at once, expanded
             error = (squared - 2 * colors @ seen.ravel() - 2 * through @ (seen * behind).sum(-1).ravel() + 2 * both @ behind.ravel()
                      + np.square(through) @ np.square(behind).sum(-1).ravel() + np.square(seen).sum())
             error += distance[ground].sum() - distance[ground][window].sum()
@@ -373,61 +364,78 @@ def weights_hash(folder):
     file = Path(folder) / "model.safetensors"
     if not file.is_file():
         stage = Path(folder).name
-        raise ValueError(f"{file} is missing: train the stage {stage} first (--stage={stage}, or all stages by leaving --stage out)")
+        raise ValueError(f"{file} is missing: train the stage {stage} first (--stage={stage}, or all stages without --stage)")
     with open(file, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
 def check_text_model(folder, text_tokenizer):
-    """Raise ValueError if the folder's stage was trained with another text model."""
+    """Raise ValueError if the stage in a folder was trained with another text model."""
     trained_with = read_json(folder / "stage.json").get("text model", text_tokenizer.digest)
     if trained_with != text_tokenizer.digest:
         raise ValueError(f"{folder} was trained with another text model (hash {trained_with}) than {folder.parent / 'spiece.model'} "
                          f"({text_tokenizer.digest}): its words would mean nothing; put the right one there")
 
 
+def check_tokenizer(folder):
+    """Raise ValueError if the folder's stage was trained with another tokenizer than lies beside it."""
+    beside = folder.parent / "tokenizer"
+    trained_with, there = read_json(folder / "stage.json").get("weights of tokenizer"), weights_hash(beside)
+    if trained_with != there:
+        raise ValueError(f"{folder} was trained with another tokenizer (weights {trained_with}) than {beside} holds ({there}): "
+                         f"its codes would mean nothing; put the right one there, or make {folder.name} again")
+
+
+def best_device():
+    """The first that this machine has of cuda, mps and cpu."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def usable_device(name):
-    """A torch.device. Raises ValueError if torch does not know it or this machine has none."""
+    """The torch.device of that name. Raises ValueError if torch does not know it or this machine does not have it."""
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = first_line(error)[:100]
-        raise ValueError(f"--device={name}: torch cannot use it here ({reason}); leave the key out, or give cpu, cuda or mps") from None
+        raise ValueError(f"--device={name}: torch cannot use it here ({reason}); leave out --device, or give cpu, cuda or mps") from None
+
+
+STAGES = ("instruct", "align", "pretrain")  # those whose models draw, the last one first
+
+
+def finished_stages(root):
+    """The folders of a run's finished stages that draw, the last one first."""
+    return [root / s for s in STAGES if (root / s / "model.safetensors").is_file()]
 
 
 def newest_stage(folder):
-    """(a run's folder, its last finished stage's), given that folder or one of a stage in it.
-
-    Raises ValueError if there is none, or if it was trained with another tokenizer than lies beside it.
-    """
-    folder, stages = Path(folder), ("instruct", "align", "pretrain")
-    root = folder.parent if folder.name in stages and not (folder / "run.json").is_file() else folder
-    found = [folder] if root != folder else [root / s for s in stages if (root / s / "model.safetensors").is_file()]
+    """(a run's folder, the folder of its last finished stage), given the first or the folder of a stage in it. Raises ValueError
+    if there is no such stage, or if it was trained with another tokenizer than the one beside it."""
+    folder = Path(folder)
+    root = folder.parent if folder.name in STAGES and not (folder / "run.json").is_file() else folder
+    found = [folder] if root != folder else finished_stages(root)
     if not found or not (root / "run.json").is_file():
         raise ValueError(f"{folder} holds no trained model; `python train.py tiny --out={folder}` makes one")
-    trained_with, there = read_json(found[0] / "stage.json").get("weights of tokenizer"), weights_hash(root / "tokenizer")
-    if trained_with != there:
-        raise ValueError(f"{found[0]} was trained with another tokenizer (weights {trained_with}) than {root / 'tokenizer'} "
-                         f"holds ({there}): its codes would mean nothing")
+    check_tokenizer(found[0])
     return root, found[0]
 
 
 class Pipeline:
-    """Model, image tokenizer and text tokenizer, opened from the folder that train.py writes."""
+    """Model, image tokenizer and text tokenizer, opened from a folder that train.py wrote."""
 
     def __init__(self, model, vqgan, text_tokenizer, run, device):
-        """The model is made ready to draw, after which it must not train."""
+        """Prepares the model for drawing, after which it must not be trained."""
         self.model, self.vqgan, self.text_tokenizer, self.run, self.device = model, vqgan, text_tokenizer, run, torch.device(device)
         self.decoder = make_ready(model, self.device)
         self.vqgan.to(self.device, memory_format=torch.channels_last).eval()
         config = model.config
         self.collate = Collate(text_tokenizer, config.vision.image_size, config.image_tokens, config.context,
                                vqgan.config.image_size, PROMPT_MULTIPLE)
-        self.seconds = {}  # what the last draw took
+        self.seconds = {}  # of the last draw, by part
 
     @classmethod
     def open(cls, folder, device):
-        """Open a run's folder (its last finished stage) or one stage's folder in it. Raises ValueError if incomplete."""
+        """Open a run's folder (its last finished stage) or the folder of a stage in it. Raises ValueError if incomplete."""
         (root, stage), device = newest_stage(folder), usable_device(device)
         model, vqgan = Mentor.from_pretrained(stage), VQGAN.from_pretrained(root / "tokenizer")
         text_tokenizer = TextTokenizer.from_file(root / "spiece.model")
@@ -435,17 +443,16 @@ class Pipeline:
         return cls(model, vqgan, text_tokenizer, read_json(root / "run.json"), device)
 
     def world(self):
-        """The built-in world of the run. Raises ValueError if it was trained on own pictures, or if its run.json names none."""
+        """The built-in world of the run. Raises ValueError if it was trained on other pictures, or if run.json names no world."""
         if self.run.get("data"):
-            raise ValueError(f"this model was trained on {self.run['data']}, not on a built-in world: "
-                             "its pictures cannot be scored, only drawn")
+            raise ValueError(f"this model was trained on {self.run['data']}, not on a built-in world: it can draw, but not be scored")
         name, font = str(self.run.get("world")), str(self.run.get("emoji_font", ""))
         if name not in WORLDS:
             raise ValueError(f"the run's run.json names the world {name!r}; it must be one of {', '.join(WORLDS)}")
         return WORLDS[name](self.vqgan.config.image_size, **({"font": font} if name == "emoji" else {}))
 
     def draw(self, samples, sampling=None, seed=0, batch_size=128):
-        """Draw the prompts of the samples: pictures, uint8 (S, S, 3) each, and their codes (B, N)."""
+        """Draw the samples' prompts. Returns pictures, uint8 (S, S, 3) each, and their codes (B, N)."""
         sampling, generator = sampling or self.model.config.sampling, torch.Generator(self.device).manual_seed(seed)
         warmup, started, codes = self.warmup(), time.perf_counter(), []
         for i in range(0, len(samples), batch_size):
@@ -459,7 +466,7 @@ class Pipeline:
         return pictures, codes
 
     def warmup(self):
-        """Seconds spent so far on making steps fast."""
+        """Seconds spent so far on recording graphs."""
         return getattr(self.decoder, "warmup", 0.0)
 
     def decode(self, codes):
@@ -472,7 +479,7 @@ class Pipeline:
         return torch.cat([self.vqgan.encode(part) for part in images.split(64)])
 
     def rebuild(self, pictures):
-        """What the tokenizer alone makes of pictures: the best that the model could draw."""
+        """Pictures encoded and decoded by the tokenizer alone: the best that the model could draw."""
         return self.decode(self.tokenize(pictures))
 
 
@@ -481,17 +488,18 @@ class Pipeline:
 # ---------------------------------------------------------------------------------------------------------------
 
 PROMPTS, FEWER_PROMPTS, SCALES = 512, 128, (1.0, 2.0, 4.0, 7.5)
+MEASURES = {"cp": "CP", "pf": "PF", "cp_pf": "CP*PF"}
 
 
 def held_out_samples(world, task, count):
-    """The fixed prompts all scores are computed on: subjects that no training stage has seen."""
+    """The fixed samples that all scores use: subjects that no training stage has seen."""
     dataset = data.WorldDataset(world, {task: 1.0}, "scores", held_out=True)
     return [dataset[i] for i in range(count)]
 
 
 def judge_pictures(judge, pictures, samples):
-    """CP, PF, CP*PF and CP/PF of pictures against the scenes that were asked for, means over the prompts, and the standard
-    errors of the first three. Two subjects may be read in either order; the better one counts."""
+    """Mean CP and PF of pictures against the scenes asked for, CP*PF and CP/PF, and the standard errors of the first three.
+    Two subjects may be read in either order; the better one counts."""
     marks = []
     for picture, sample in zip(pictures, samples, strict=True):
         meant = sample.scene
@@ -506,29 +514,29 @@ def judge_pictures(judge, pictures, samples):
 
 
 def pixel_l2(pictures, samples):
-    """Root of the mean squared pixel difference to the targets, pixels in [0, 1], mean over the pictures."""
+    """Root mean squared difference from the target, pixels in [0, 1], averaged over the pictures."""
     differences = [(p.astype(np.float32) - s.target) / 255 for p, s in zip(pictures, samples, strict=True)]
     return float(np.mean([np.sqrt(np.square(difference).mean()) for difference in differences]))
 
 
 def segmentation_iou(pictures, samples):
-    """Intersection over union of the pixels that are not black (any channel above 64 of 255), mean over the pictures."""
+    """Intersection over union of the pixels that are not black (any channel above 64 of 255), averaged over the pictures."""
     masks = [(p.max(-1) > 64, s.target.max(-1) > 64) for p, s in zip(pictures, samples, strict=True)]
     return float(np.mean([(a & b).sum() / max((a | b).sum(), 1) for a, b in masks]))
 
 
 def naming_samples(world, count):
-    """Held-out scenes of two subjects, each asked for in its turn: segmentation where only the name tells which."""
+    """Held-out scenes of two subjects, a sample for each: segmentation in which only the name tells which is meant."""
     samples = []
     for scene in (s.scene for s in held_out_samples(world, "multi_image", count // 2)):
         for placed in scene.subjects:
             label = world.label(placed.subject)
-            samples.append(Sample("segmentation", f"The {label} in <image>.", [world.draw(scene)], [label], world.cut_out(placed), None))
+            samples.append(Sample("segmentation", object_line(label), [world.draw(scene)], [label], world.cut_out(placed), None))
     return samples
 
 
 def rule_following(world, pictures, samples):
-    """Which rule's outcome is nearest to each in-context drawing: the share of right rules, and of right parts of rules."""
+    """Find the rule whose outcome is nearest to each in-context drawing. Returns the share of right rules and of right parts."""
     every, right = [data.Rule(None, None, False), *data.rules(world.name), *data.rules(world.name, new=True)], []
     for picture, sample in zip(pictures, samples, strict=True):
         outcomes = np.stack([data.draw_rule(world, rule, sample.scene) for rule in every]).astype(np.float32)
@@ -538,17 +546,17 @@ def rule_following(world, pictures, samples):
 
 
 def claim_scores(pipeline):
-    """What the paper's claims are told by, all on held-out subjects: {name: number or scores}."""
+    """The measurements behind the paper's claims, all on held-out subjects: {name: number or scores}."""
     world = pipeline.world()
     judge = JUDGES[world.name](world)
 
     def held_out(task, count=FEWER_PROMPTS):
-        """Samples of a task and what the model draws for them."""
+        """(drawings, samples) of a task."""
         samples = held_out_samples(world, task, count)
         return pipeline.draw(samples)[0], samples
 
     def rules(new):
-        """The shares of rules followed, of those trained on or of new combinations of their parts."""
+        """rule_following for the rules of training, or for new combinations of their parts."""
         samples = [data.in_context(world, random.Random(f"scores {i}"), True, new) for i in range(FEWER_PROMPTS)]
         return rule_following(world, pipeline.draw(samples)[0], samples)
 
@@ -566,19 +574,19 @@ def claim_scores(pipeline):
 
 @torch.no_grad()
 def next_code_loss(pipeline, samples):
-    """Mean cross entropy of the targets' codes given the prompts and the codes before, nats a code."""
+    """Mean cross entropy of the targets' codes given the prompts and the codes before, in nats per code."""
     batch = pipeline.collate(samples).to(pipeline.device)
     codes = pipeline.vqgan.encode(batch.targets)
-    return F.cross_entropy(pipeline.model(batch, codes, batch.unconditional).transpose(1, 2), codes).item()
+    return F.cross_entropy(pipeline.model(batch, codes, batch.drop).transpose(1, 2), codes).item()
 
 
 def balance_scores(pipeline):
-    """What each modality carries and what guidance shifts, on subject-driven prompts: {what: loss, CP, PF, ...}."""
+    """What each modality and guidance contribute, on subject-driven prompts: {case: loss, CP, PF, ...}."""
     world, default = pipeline.world(), pipeline.model.config.sampling
     judge, whole = JUDGES[world.name](world), held_out_samples(world, "subject_driven", FEWER_PROMPTS)
     only_text = [replace(s, prompt=s.prompt.split("\n")[1], images=[], names=[]) for s in whole]
     only_image = [replace(s, prompt="<image>", names=[data.WHOLE]) for s in whole]
-    nothing = [replace(s, unconditional=True) for s in whole]
+    nothing = [replace(s, drop=True) for s in whole]
     cases = {"image and text": (whole, default.cfg_scale), "image dropped": (only_text, default.cfg_scale),
              "text dropped": (only_image, default.cfg_scale), "both dropped": (nothing, 0.0),
              **{f"guidance {scale:g}": (whole, scale) for scale in SCALES}}
@@ -590,7 +598,7 @@ def balance_scores(pipeline):
 
 
 def score(pipeline, out):
-    """Score a model on held-out subjects; print the table, write scores.json, sheet.png and guidance.png into `out`."""
+    """Score a model on held-out subjects: print the table, write scores.json, sheet.png and guidance.png into `out`."""
     started, world = time.perf_counter(), pipeline.world()
     judge, default = JUDGES[world.name](world), pipeline.model.config.sampling
     subject = held_out_samples(world, "subject_driven", PROMPTS)
@@ -614,16 +622,14 @@ def score(pipeline, out):
               "guidance": guidance, "seconds": time.perf_counter() - started}
     out.mkdir(parents=True, exist_ok=True)
     (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
-    rows = {f"{i + 1}. {s.prompt}": [s.images[0], drawn[i], s.target] for i, s in enumerate(subject[:12])}
-    sheet = titled_rows(rows, ["reference", "output", "ideal"], before=1, label="prompt", text_width=330, top=24)
-    Image.fromarray(sheet).save(out / "sheet.png")
+    save_sheet(subject[:12], drawn, out / "sheet.png")
     Image.fromarray(contact_sheet([[s.images[0] for s in few[:8]], *strip], scale=2)).save(out / "guidance.png")
     print(score_table(scores))
     return scores
 
 
 def score_table(scores):
-    """The scores as a table in markdown."""
+    """The scores as a markdown table."""
     rows = [(f"**model**, guidance {scores['cfg_scale']:g}, {scores['prompts']} prompts", scores)]
     rows += [(f"model, guidance {scale}, {FEWER_PROMPTS} prompts", row) for scale, row in scores["guidance"].items()]
     rows += list(scores["bounds"].items())
@@ -634,21 +640,19 @@ def score_table(scores):
 
 
 def table(header, rows, number="{:.3f}".format):
-    """A table in markdown, its fractions written as number() says."""
+    """A markdown table, with floats formatted by number()."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(number(cell) if isinstance(cell, float) else str(cell) for cell in line)} |" for line in lines)
 
 
 def print_table(header, rows):
-    """Print measurements, each with three digits, as a table."""
+    """Print measurements, with three digits each, as a table."""
     print("\n" + table(header, rows, lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.3g}") + "\n", flush=True)
 
 
 def titled_rows(rows, titles, before=0, label="", scale=3, text_width=190, top=100):
-    """Rows of pictures under one title a column: uint8 (H, W, 3).
-
-    rows: {the row's text: its pictures}; the text comes after the first `before` pictures, in a column called `label`.
-    """
+    """Rows of pictures with a title over each column: uint8 (H, W, 3). rows: {the row's text: its pictures}; the text comes after
+    the first `before` pictures, in a column titled `label`."""
     grid = contact_sheet(list(rows.values()), scale=scale)
     step = (grid.shape[1] - 2 * scale) // len(titles)
     at = before * step
@@ -665,19 +669,35 @@ def titled_rows(rows, titles, before=0, label="", scale=3, text_width=190, top=1
     return np.asarray(sheet)
 
 
+def save_sheet(samples, drawn, path):
+    """A contact sheet of samples, a row each: reference, prompt, output, ideal."""
+    rows = {f"{i + 1}. {s.prompt}": [data.center_crop(s.images[0], len(picture)) if s.images else None, picture, s.target]
+            for i, (s, picture) in enumerate(zip(samples, drawn))}
+    Image.fromarray(titled_rows(rows, ["reference", "output", "ideal"], before=1, label="prompt", text_width=330, top=24)).save(path)
+
+
+def show_pictures(pipeline, samples, out):
+    """Draw samples of own pictures into out/sheet.png, and their targets from themselves; print how near those come."""
+    save_sheet(samples, pipeline.draw(samples)[0], out / "sheet.png")
+    targets = [s.target for s in samples]
+    again = [Sample("reconstruction", "The image is <image>", [target], [data.WHOLE], target, None) for target in targets]
+    print(f"reconstruction L2 of {len(samples)} pictures: {pixel_l2(pipeline.draw(again)[0], again):.4f}, "
+          f"the tokenizer alone {pixel_l2(pipeline.rebuild(targets), again):.4f}; look at {out}/sheet.png")
+
+
 # ---------------------------------------------------------------------------------------------------------------
-# How fast (--bench): every variant beside its baseline, in turns, so that noise hits both
+# Speed (--bench): every variant beside its baseline, in turns, so that noise affects both
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def synchronize(device):
-    """Wait for a GPU's work to be done."""
+    """Wait until a GPU has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def median_seconds(variants, device, rounds=5):
-    """{name: function} -> {name: median seconds of a call}: each once to warm up, then `rounds` times all in turn."""
+    """{name: function} -> {name: median seconds per call}: each once to warm up, then all in turn, `rounds` times."""
     seconds = {name: [] for name in variants}
     for turn in range(rounds + 1):
         for name, function in variants.items():
@@ -691,7 +711,7 @@ def median_seconds(variants, device, rounds=5):
 
 
 def measure_limits(device, dtype):
-    """What the device can do: bytes a second of a copy (read and written both count), FLOPs a second of a matrix product."""
+    """Measure a device's limits: bytes per second of a copy (read plus written), FLOPs per second of a matrix product."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, 2**28 if device.type == "cuda" else 2**25, device=device)
     x = torch.randn(size, size, device=device, dtype=dtype)
@@ -700,13 +720,13 @@ def measure_limits(device, dtype):
 
 
 class CacheFreeDecoder:
-    """The baseline of a KV cache: reads prefix and codes anew for every code."""
+    """The baseline for the KV cache: reads prefix and codes again for every code."""
 
     def __init__(self, model):
         self.model = model
 
     def prefill(self, prefix, lengths):
-        """As Mentor.prefill; the cache is all that there is to read again."""
+        """As Mentor.prefill; the cache holds everything to read again."""
         cache = [prefix, lengths, lengths.new_empty(len(lengths), 0)]
         return self.logits(*cache), cache
 
@@ -716,13 +736,16 @@ class CacheFreeDecoder:
         return self.logits(*cache)
 
     def logits(self, prefix, lengths, codes):
-        """Logits of the code after `codes`, (R, V)."""
+        """Logits of the code that follows `codes`, (R, V)."""
         hidden = self.model.next_code_hidden(prefix, lengths, F.pad(codes, (0, 1)))      # the code to predict is never read
         return self.model.decoder.output(hidden[:, -1]).float()
 
 
-def some_steps(decoder, prefix, done=0, count=8):
-    """A function that reads `count` codes after prefix (R, P, D) and `done` codes, as often as it is called."""
+STEPS = 8  # codes that a measurement reads
+
+
+def some_steps(decoder, prefix, done=0):
+    """A function that reads STEPS codes after prefix (R, P, D) and `done` codes, the same ones at every call."""
     R, P, _ = prefix.shape
     _, cache = decoder.prefill(prefix, torch.full((R,), P, device=prefix.device))
     codes = torch.zeros(R, dtype=torch.long, device=prefix.device)
@@ -732,15 +755,15 @@ def some_steps(decoder, prefix, done=0, count=8):
         cache.used = P + done
         cache.slot.fill_(P + done - 1)
         cache.position.fill_(done)
-        for _ in range(count):
+        for _ in range(STEPS):
             decoder.decode_step(codes, cache)
 
     return run
 
 
 class Bench:
-    """What drawing costs with random weights at a preset's sizes: each method prints a table of seconds, ratios or what the device
-    would allow."""
+    """Cost of drawing with random weights at a preset's sizes: each method prints a table of seconds, ratios or the device's
+    limits."""
 
     def __init__(self, preset, device):
         if preset not in mentor.PRESETS:
@@ -748,7 +771,7 @@ class Bench:
         torch.manual_seed(0)
         small, config = mentor.PRESETS["tiny"], mentor.PRESETS[preset]
         self.preset, self.device = preset, device
-        self.config = replace(config, vision=small.vision, connector=small.connector, text=small.text)  # read once a prompt
+        self.config = replace(config, vision=small.vision, connector=small.connector, text=small.text)  # read once per prompt
         self.decoder = make_ready(self.new(), device)
         self.graphed = isinstance(self.decoder, GraphedDecoder)
         self.model = self.decoder.model if self.graphed else self.decoder
@@ -758,19 +781,19 @@ class Bench:
         self.weights = sum(p.numel() for p in self.model.decoder.parameters()) - self.model.decoder.code_embedding.weight.numel()
 
     def new(self, **sizes):
-        """A model with other sizes of its decoder."""
+        """A new model, with other decoder sizes."""
         return Mentor(replace(self.config, decoder=replace(self.config.decoder, **sizes)))
 
     def prefixes(self, samples, length):
-        """Prefixes of that many guided samples, (2 * samples, length, D)."""
+        """Prefixes for that many guided samples, (2 * samples, length, D)."""
         return torch.randn(2 * samples, length, self.config.decoder.width, device=self.device, dtype=self.dtype)
 
     def again(self):
-        """What prefills and steps, with a cache of its own."""
+        """The model's decoder with a new cache."""
         return GraphedDecoder(self.model) if self.graphed else self.model
 
     def against_plain(self):
-        """Codes/s of one prompt: each way to be fast beside the plain way."""
+        """Codes/s for one prompt: each optimisation beside the plain way."""
         generator, lengths = torch.Generator(self.device).manual_seed(0), torch.full((2,), self.n_prefix, device=self.device)
 
         def loop(decoder, rows=least_rows(self.model)):
@@ -790,28 +813,30 @@ class Bench:
             print("(CUDA graphs: no CUDA here)")
 
     def by_samples(self, copied, multiplied):
-        """Steps of more and more prompts at once, beside what copying (bytes/s) and multiplying (FLOPs/s) allow."""
+        """Steps with more and more prompts at once, beside the limits of copying (bytes/s) and multiplying (FLOPs/s)."""
         samples, size, decoder = (1, 2, 4, 8, 16, 32, 64), self.dtype.itemsize, self.config.decoder
         seconds = {}
-        for n in samples:  # one after the other: the caches of all together would fill a GPU
+        for n in samples:  # one at a time: all caches together would fill a GPU
             try:
-                seconds.update(median_seconds({n: some_steps(self.again(), self.prefixes(n, self.n_prefix), count=4)}, self.device, 3))
+                seconds.update(median_seconds({n: some_steps(self.again(), self.prefixes(n, self.n_prefix))}, self.device, 3))
             except torch.OutOfMemoryError:
                 break  # the table ends where memory does
         cached = 2 * self.n_prefix * decoder.n_layer * decoder.width * size
         limits = {n: max((self.weights * size + 2 * n * cached) / copied, 4 * n * self.weights / multiplied) for n in seconds}
-        print_table(["prompts at once", "codes/s", "ms a step", "limit, ms", "of the limit"],
-                    [[str(n), 4 * n / seconds[n], 250 * seconds[n], 1e3 * limits[n], f"{4 * limits[n] / seconds[n]:.0%}"] for n in seconds])
+        print_table(["prompts at once", "codes/s", "ms per step", "limit, ms", "of the limit"],
+                    [[str(n), STEPS * n / seconds[n], 1e3 * seconds[n] / STEPS, 1e3 * limits[n], f"{STEPS * limits[n] / seconds[n]:.0%}"]
+                     for n in seconds])
 
     def by_grid(self):
         """Steps early and late in an image, for images of more and more codes."""
         rows = []
         for side in (16, 32, 64):
             decoder = make_ready(self.new(grid_size=side), self.device)
-            at = [int((side**2 - 9) * share) for share in (0, 1 / 3, 2 / 3, 1)]
+            at = [int((side**2 - 1 - STEPS) * share) for share in (0, 1 / 3, 2 / 3, 1)]
             seconds = list(median_seconds({k: some_steps(decoder, self.prefix, k) for k in at}, self.device, 3).values())
-            rows.append([f"{side} x {side}", 125 * seconds[0], 125 * seconds[-1], side**2 * np.mean(seconds) / 8])
-        print_table(["codes", "ms a code, first", "last", "s an image"], rows)
+            first, last, mean = seconds[0] / STEPS, seconds[-1] / STEPS, np.mean(seconds) / STEPS
+            rows.append([f"{side} x {side}", 1e3 * first, 1e3 * last, side**2 * mean])
+        print_table(["codes", "ms per code, first", "last", "s per image"], rows)
 
     def by_prefix(self):
         """Prefill and steps for longer and longer prefixes."""
@@ -820,24 +845,24 @@ class Bench:
             prefix, lengths = self.prefixes(1, length), torch.full((2,), length, device=self.device)
             seconds = median_seconds({"prefill": lambda: self.model.prefill(prefix, lengths),
                                       "steps": some_steps(self.again(), prefix)}, self.device, 3)
-            rows.append([str(length), 1e3 * seconds["prefill"], 125 * seconds["steps"]])
-        print_table(["prefix tokens", "prefill, ms", "ms a code"], rows)
+            rows.append([str(length), 1e3 * seconds["prefill"], 1e3 * seconds["steps"] / STEPS])
+        print_table(["prefix tokens", "prefill, ms", "ms per code"], rows)
 
     def pixels(self):
-        """The VQ decoder in two layouts of memory, and its share of drawing one image."""
-        vqgan, plain = (VQGAN(TokenizerConfig(**tokenizer.PRESETS[self.preset])).to(self.device).eval() for _ in range(2))
+        """The VQ decoder in two memory layouts, and its share of the time of one image."""
+        vqgan, plain = (VQGAN(tokenizer.PRESETS[self.preset]).to(self.device).eval() for _ in range(2))
         vqgan.to(memory_format=torch.channels_last)
         codes = torch.zeros(1, self.config.decoder.n_code, dtype=torch.long, device=self.device)
         last, first, steps = median_seconds({"last": lambda: vqgan.decode(codes), "first": lambda: plain.decode(codes),
                                              "steps": some_steps(self.decoder, self.prefix)}, self.device, 3).values()
-        share = last / (codes.numel() * steps / 8 + last)
+        share = last / (codes.numel() * steps / STEPS + last)
         print_table(["VQ decoder, one image", "ms", "against", "ms", "ratio", "of the time"],
                     [["channels last", 1e3 * last, "channels first", 1e3 * first, first / last, f"{share:.0%}"]])
 
 
 @torch.no_grad()
 def bench(preset, device):
-    """Print all that there is to know of a preset's speed in drawing."""
+    """Measure and print a preset's speed in drawing."""
     tables = Bench(preset, device)
     copied, multiplied = measure_limits(device, tables.dtype)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device
@@ -856,13 +881,13 @@ def bench(preset, device):
 
 
 def enlarged(picture, least=256):
-    """Repeat the pixels of a small picture until it is at least `least` wide, so that people can see it."""
+    """Repeat a small picture's pixels until it is at least `least` wide, so that people can see it."""
     scale = max(1, least // picture.shape[1])
     return picture.repeat(scale, 0).repeat(scale, 1)
 
 
 def save_gif(pipeline, codes, path, frames=32):
-    """An animation of one image appearing code by code, codes (N,): cells not yet drawn are grey."""
+    """Save an animation of one image appearing code by code, codes (N,): cells not yet drawn are grey."""
     side, order = pipeline.model.config.decoder.grid_size, torch.arange(len(codes), device=codes.device)
     counts = np.linspace(1, len(codes), min(frames, len(codes))).round().astype(int).tolist()
     so_far = torch.stack([torch.where(order < count, codes, codes[count - 1]) for count in counts])
@@ -875,13 +900,13 @@ def save_gif(pipeline, codes, path, frames=32):
 
 
 def chosen_sampling(pipeline, options):
-    """The model's SamplingConfig with what the command line says."""
-    said = {f.name: getattr(options, f.name) for f in fields(SamplingConfig)}
-    return replace(pipeline.model.config.sampling, **{key: value for key, value in said.items() if value is not None})
+    """The model's SamplingConfig with the command line's changes."""
+    given = {f.name: getattr(options, f.name) for f in fields(SamplingConfig)}
+    return replace(pipeline.model.config.sampling, **{key: value for key, value in given.items() if value is not None})
 
 
 def draw_prompt(pipeline, options):
-    """Draw one prompt `--n` times; returns the grid of pictures, one row of up to four after the other."""
+    """Draw one prompt `--n` times; returns the pictures in rows of up to four."""
     images = [data.load_image(path) for path in options.images]
     names = re.findall(r"[Tt]he ([^.\n]*?) in <image>", options.prompt)
     names = names if len(names) == len(images) else [data.WHOLE] * len(images)
@@ -893,6 +918,8 @@ def draw_prompt(pipeline, options):
     print(f"{options.n} x {codes.shape[1]} codes in {drawing:.2f} s, {codes.numel() / drawing:.0f} codes/s, "
           f"then {decoding:.2f} s for the pixels ({decoding / (drawing + decoding):.0%} of the time)"
           + f", warm-up {warmup:.1f} s before" * (warmup > 0) + "; " + ", ".join(f"{k}={v}" for k, v in asdict(sampling).items()))
+    if sampling.temperature == 0:
+        print("temperature 0 takes the likeliest code each time: such pictures are flat; 0.6 to 1 gives them detail")
     if options.gif:
         save_gif(pipeline, codes[0], Path(options.out).with_suffix(".gif"))
         print(f"wrote {Path(options.out).with_suffix('.gif')}")
@@ -900,7 +927,7 @@ def draw_prompt(pipeline, options):
 
 
 def reconstruct(pipeline, options):
-    """The image, what the tokenizer alone makes of it, and what the model draws when asked for it; prints their L2."""
+    """An image, its reconstruction by the tokenizer alone, and by the model; prints the L2 of both."""
     size = pipeline.vqgan.config.image_size
     image = data.center_crop(data.load_image(options.reconstruct), size)
     ceiling = pipeline.rebuild([image])[0]
@@ -911,11 +938,21 @@ def reconstruct(pipeline, options):
     return [[image, ceiling, drawn]]
 
 
+def reconstruct_alone(folder, options):
+    """The image and what the tokenizer in a folder makes of it, before there is a model; prints their L2."""
+    device, vqgan = usable_device(options.device), VQGAN.from_pretrained(folder)
+    image = data.center_crop(data.load_image(options.reconstruct), vqgan.config.image_size)
+    pixels = tokenizer_pixels(image, vqgan.config.image_size)[None].to(device)
+    rebuilt = to_picture(vqgan.to(device).decode(vqgan.encode(pixels))[0])
+    print(f"pixel L2: tokenizer {pixel_l2([rebuilt], [Sample('reconstruction', '', [], [], image, None)]):.4f} (image | tokenizer)")
+    return [[image, rebuilt]]
+
+
 def dreambench_subjects(folder):
     """[(id, picture file, label, prompts)] of DreamBench's dataset. Raises ValueError naming what is missing.
 
-    It holds SUBJECT/*.jpg, of which the first is the reference, and prompts_and_classes.txt with SUBJECT,LABEL lines and two
-    lists of 'a {0} {1} on ...'.format(...), for objects and for cats and dogs; {0} is DreamBooth's rare word, left out.
+    It has SUBJECT/*.jpg, the first of which is the reference, and prompts_and_classes.txt with SUBJECT,LABEL lines and two
+    lists of 'a {0} {1} on ...'.format(...), for objects and for cats and dogs; {0} is DreamBooth's rare word, left out here.
     """
     file, subjects = Path(folder) / "prompts_and_classes.txt", []
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
@@ -925,20 +962,20 @@ def dreambench_subjects(folder):
         if not pictures:
             raise ValueError(f"{file}: there is no picture in {Path(folder) / name}")
         if len(list(filter(None, lists))) < 2:
-            raise ValueError(f"{file}: want two lists of 'a {{0}} {{1}} ...'.format(...), the second after Live Subject Prompts")
+            raise ValueError(f"{file}: needs two lists of 'a {{0}} {{1}} ...'.format(...), the second after Live Subject Prompts")
         prompts = [prompt.replace("{0} ", "").replace("{1}", label) for prompt in lists[label in ("cat", "dog")]]
         subjects.append((name, pictures[0], label, prompts))
     return subjects
 
 
 def dreambench_plus_subjects(folder):
-    """The same of DreamBench++'s data: images/**/N.jpg and captions/**/N.txt, a label on the first line, prompts on the others."""
+    """The same for DreamBench++'s data: images/**/N.jpg and captions/**/N.txt, a label on the first line, prompts on the others."""
     subjects, captions = [], Path(folder) / "captions"
     for file in sorted(captions.rglob("*.txt")):
         picture = Path(folder) / "images" / file.relative_to(captions).with_suffix(".jpg")
         label, *prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()] or [""]
         if not prompts:
-            raise ValueError(f"{file}: want a label on the first line and prompts on the others")
+            raise ValueError(f"{file}: needs a label on the first line and prompts on the others")
         if not picture.is_file():
             raise ValueError(f"{file}: there is no picture {picture} to go with it")
         group = f"live_subject_{file.parent.name}" if file.parent.name in ("animal", "human") else file.parent.name
@@ -947,14 +984,14 @@ def dreambench_plus_subjects(folder):
 
 
 def draw_dreambench(pipeline, options, out):
-    """Draw every prompt of DreamBench or DreamBench++ options.n times, in the layout that DreamBench++'s scorer reads:
-    src_image/, text/ and tgt_image/, in each a folder per subject with PROMPT_SAMPLE.jpg or .txt."""
+    """Draw every prompt of DreamBench or DreamBench++ options.n times, in the layout of DreamBench++'s scorer: src_image/,
+    text/ and tgt_image/, each with a folder per subject that has PROMPT_SAMPLE.jpg or .txt."""
     folder = options.dreambench
     subjects = dreambench_subjects(folder) + dreambench_plus_subjects(folder)
     if not subjects:
         raise ValueError(f"--dreambench={folder}: no captions/**/*.txt and no prompts_and_classes.txt in it; give DreamBench++'s "
-                         "data folder, which holds images/ and captions/, or DreamBench's dataset folder")
-    prompts = {name: [f"The {label} in <image>.\n{prompt}" for prompt in asked] for name, _, label, asked in subjects}
+                         "data folder, which has images/ and captions/, or DreamBench's dataset folder")
+    prompts = {name: [f"{object_line(label)}\n{prompt}" for prompt in asked] for name, _, label, asked in subjects}
     for prompt in (p for asked in prompts.values() for p in asked):
         pipeline.text_tokenizer.check_words(prompt)
     for name, file, label, asked in tqdm(subjects, desc="subjects"):
@@ -972,60 +1009,78 @@ def draw_dreambench(pipeline, options, out):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are a ValueError."""
+    """argparse that raises ValueError."""
 
     def error(self, message):
-        raise ValueError(f"{message}; `python sample.py --help` lists what there is")
+        raise ValueError(f"{message}; `python sample.py --help` lists the arguments")
 
 
 def parse(arguments):
-    """The command line, as an argparse Namespace. Raises ValueError naming the argument that is wrong."""
+    """Parse the command line into an argparse Namespace. Raises ValueError naming the argument that is wrong."""
     parser = Parser(prog="sample.py", description="Draw with a trained model, or score it.")
-    parser.add_argument("folder", nargs="?", default="", help="what train.py wrote, for example out/tiny or out/tiny/align")
-    parser.add_argument("prompt", nargs="?", default="", help=r"text with one <image> for each of --images; \n is a line break")
+    parser.add_argument("folder", nargs="?", default="", help="folder that train.py wrote, for example out/tiny or out/tiny/align")
+    parser.add_argument("prompt", nargs="?", help=r"text with one <image> for each of --images; \n is a line break")
     parser.add_argument("--images", nargs="+", default=[], metavar="FILE", help="reference images, in the order of their <image>")
     parser.add_argument("--segment", metavar="NAME", help="cut the named subject out of the one image in --images")
-    parser.add_argument("--reconstruct", metavar="FILE", help="draw this image again, beside the tokenizer's own reconstruction")
+    parser.add_argument("--reconstruct", metavar="FILE", help="reconstruct this image, beside the tokenizer's own reconstruction")
     parser.add_argument("--score", action="store_true", help="score the model on held-out subjects of its world")
-    parser.add_argument("--bench", metavar="PRESET", help="measure how fast that preset's sizes draw, with random weights; needs no folder")
+    parser.add_argument("--bench", metavar="PRESET", help="measure how fast a preset draws, with random weights; needs no folder")
     parser.add_argument("--dreambench", metavar="FOLDER",
                         help="draw all prompts of DreamBench++'s data folder, or DreamBench's dataset, --n times each, for a scorer")
     parser.add_argument("--out", default="sample.png",
                         help="file to write (--score, --dreambench: folder to write into; default %(default)s)")
     parser.add_argument("--n", type=int, default=1, help="how many samples to draw, as a grid (default %(default)s)")
     parser.add_argument("--cfg_scale", type=float,
-                        help="guidance: 0 unconditional, 1 conditional, more follows the prompt harder (default: the model's)")
+                        help="guidance: 0 unconditional, 1 conditional, more follows the prompt more closely (default: the model's)")
     parser.add_argument("--temperature", type=float, help="0 is greedy (default: the model's)")
     parser.add_argument("--top_k", type=int, help="keep this many codes, 0 all (default: the model's)")
-    parser.add_argument("--top_p", type=float, help="keep codes of this total probability (default: the model's)")
+    parser.add_argument("--top_p", type=float, help="keep the best codes up to this total probability (default: the model's)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same picture (default %(default)s)")
     parser.add_argument("--gif", action="store_true", help="also write an animation of the first sample appearing")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    parser.add_argument("--device", default=best_device(), help="default %(default)s")
     options = parser.parse_args(arguments)
-    options.prompt = options.prompt.replace("\\n", "\n")
+    nothing = options.prompt is None  # "" is a prompt
+    options.prompt = (options.prompt or "").replace("\\n", "\n")
     if options.segment:
-        options.prompt = f"The {options.segment} in <image>."
+        if len(options.images) != 1:
+            raise ValueError(f"--segment={options.segment}: give one image to cut it out of, --images=FILE; got {len(options.images)}")
+        options.prompt = object_line(options.segment)
     legal = {"n": (1, None), "cfg_scale": (0, None), "temperature": (0, None), "top_k": (0, None), "top_p": (0, 1), "seed": (0, 2**63)}
     for key, (low, high) in legal.items():
         value = getattr(options, key)
         if value is not None and not low <= value <= (sys.float_info.max if high is None else high):
             raise ValueError(f"--{key}={value}: must be at least {low}" + (f" and at most {high}" if high is not None else ""))
     out = Path(options.out)
-    if not (options.score or options.dreambench) and (out.suffix.lower() not in Image.registered_extensions() or not out.parent.is_dir()):
-        raise ValueError(f"--out={out}: must end in .png, .jpg or .webp and lie in a folder that exists")
+    writable = Image.registered_extensions().get(out.suffix.lower()) in Image.SAVE
+    if not (options.score or options.dreambench) and not (writable and out.parent.is_dir()):
+        raise ValueError(f"--out={out}: must end in .png, .jpg or .webp, in a folder that exists")
+    if options.gif and out.suffix.lower() == ".gif":
+        raise ValueError(f"--out={out}: --gif would write its animation over it; let it end in .png, .jpg or .webp")
+    own = [f"--{key}" for key in ("cfg_scale", "temperature", "top_k", "top_p", "seed") if getattr(options, key) != parser.get_default(key)]
+    if options.score and own:
+        raise ValueError(f"--score draws as the model's config.json says, with seed 0: leave out {', '.join(own)}")
     if not (options.folder or options.bench):
-        raise ValueError("give the folder that train.py wrote, for example out/tiny; `python sample.py --help` lists what there is")
-    if not (options.prompt or options.score or options.reconstruct or options.dreambench or options.bench):
+        raise ValueError("give the folder that train.py wrote, for example out/tiny; `python sample.py --help` lists the arguments")
+    if nothing and not (options.segment or options.score or options.reconstruct or options.dreambench or options.bench):
         raise ValueError('give a prompt ("A big red star at the top on a green background"), '
                          "--segment, --reconstruct, --dreambench or --score")
     return options
 
 
+def save_rows(rows, out):
+    """Write rows of pictures as one."""
+    Image.fromarray(contact_sheet([[enlarged(p) for p in row] for row in rows], pad=8)).save(out)
+    print(f"wrote {out}")
+
+
 def main(arguments):
-    """Do what the command line asks for."""
+    """Run the command line."""
     options = parse(arguments)
     if options.bench:
         return bench(options.bench, usable_device(options.device))
+    folder = Path(options.folder)
+    if options.reconstruct and (folder / "tokenizer" / "model.safetensors").is_file() and not finished_stages(folder):
+        return save_rows(reconstruct_alone(folder / "tokenizer", options), options.out)
     pipeline = Pipeline.open(options.folder, options.device)
     if options.score:
         score(pipeline, Path(options.folder if options.out == "sample.png" else options.out))
@@ -1033,9 +1088,7 @@ def main(arguments):
     if options.dreambench:
         draw_dreambench(pipeline, options, Path(options.folder, "dreambench") if options.out == "sample.png" else Path(options.out))
         return
-    rows = reconstruct(pipeline, options) if options.reconstruct else draw_prompt(pipeline, options)
-    Image.fromarray(contact_sheet([[enlarged(p) for p in row] for row in rows], pad=8)).save(options.out)
-    print(f"wrote {options.out}")
+    save_rows(reconstruct(pipeline, options) if options.reconstruct else draw_prompt(pipeline, options), options.out)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
     image (B, 3, S, S) in [-1, 1] --Encoder--> z --VectorQuantizer--> codes (B, N) --PixelDecoder--> image
 
-This is LlamaGen's VQ-16 (arXiv 2406.06525, section 2.1), which MENTOR uses as it is: the convolutional
+This is LlamaGen's VQ-16 (arXiv 2406.06525, section 2.1), which MENTOR uses unchanged: the convolutional
 encoder and decoder of taming-transformers' VQGAN (arXiv 2012.09841) around a codebook of many short,
-L2-normalised vectors. Parameters carry the released names, so `vq_ds16_t2i.pt` fits name for name.
+L2-normalised vectors. Parameters have their released names, so `vq_ds16_t2i.pt` loads name for name.
 
 Read in order: TokenizerConfig and PRESETS, the blocks, Encoder, VectorQuantizer, PixelDecoder, VQGAN; then
-what only its training needs: PatchDiscriminator, LPIPS, the losses, collages, and CodebookUsage and where its codes start.
+what only its training needs: PatchDiscriminator, LPIPS, the losses, collages, spread_codes and CodebookUsage.
 """
 
 import pickle
@@ -26,13 +26,13 @@ from mentor import check_fields, first_line, load_folder, save_folder
 class TokenizerConfig:
     """Sizes of the VQGAN; the defaults are the published VQ-16."""
 
-    image_size: int = 512                 # pixels a side; must divide by `downsample`
+    image_size: int = 512                 # pixels per side; a multiple of `downsample`
     ch: int = 128                         # channels at full resolution
-    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # channels per level, in units of `ch`; each level halves the image
-    num_res_blocks: int = 2               # ResNet blocks a level (the decoder has one more)
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # channels of each level, in units of `ch`; each level halves the image
+    num_res_blocks: int = 2               # ResNet blocks per level (the decoder has one more)
     norm_groups: int = 32                 # groups of every GroupNorm; must divide every level's channels
     z_channels: int = 256                 # channels at the grid, before the codebook's projection
-    codebook_size: int = 16384
+    codebook_size: int = 16384            # codes; the image decoder must have as many
     codebook_dim: int = 8                 # few dimensions keep every code in use (LlamaGen, table 2)
     beta: float = 0.25                    # weight of the commitment loss, the pull of z towards its code
 
@@ -40,39 +40,40 @@ class TokenizerConfig:
         check_fields(self)
         if self.image_size % self.downsample:
             legal = ", ".join(str(self.downsample * g) for g in (8, 16, 24, 32))
-            raise ValueError(f"image_size={self.image_size} is no multiple of the downsampling factor {self.downsample}; legal sizes are for example {legal}")
+            raise ValueError(f"image_size={self.image_size} is no multiple of the downsampling factor {self.downsample}; "
+                             f"legal sizes are for example {legal}")
         for multiple in self.ch_mult:
             if self.ch * multiple % self.norm_groups:
                 raise ValueError(f"norm_groups={self.norm_groups} does not divide {self.ch * multiple} channels (ch={self.ch}, ch_mult={self.ch_mult})")
 
     @property
     def downsample(self):
-        """Pixels a side of one code's cell."""
+        """Pixels per side of one code's cell."""
         return 2 ** (len(self.ch_mult) - 1)
 
     @property
     def grid_size(self):
-        """Codes a side: an image is grid_size**2 codes in raster order."""
+        """Codes per side: an image is grid_size**2 codes in raster order."""
         return self.image_size // self.downsample
 
 
 PRESETS = {
-    "tiny": dict(image_size=32, ch=16, ch_mult=(1, 2, 2), num_res_blocks=1, norm_groups=1, z_channels=64, codebook_size=256),
-    "small": dict(image_size=64, ch=64, ch_mult=(1, 2, 2), num_res_blocks=2, norm_groups=32, z_channels=128, codebook_size=2048),
-    "base": dict(image_size=256, ch=128, ch_mult=(1, 1, 2, 2, 4), codebook_size=8192),
-    "full": dict(),
-    "multi": dict(),
+    "tiny": TokenizerConfig(image_size=32, ch=16, ch_mult=(1, 2, 2), num_res_blocks=1, norm_groups=1, z_channels=64, codebook_size=256),
+    "small": TokenizerConfig(image_size=64, ch=64, ch_mult=(1, 2, 2), z_channels=128, codebook_size=2048),
+    "base": TokenizerConfig(image_size=256, codebook_size=8192),
+    "full": TokenizerConfig(),
+    "multi": TokenizerConfig(),
 }
 
 
-def normalize(channels, groups):
+def group_norm(channels, groups):
     """The GroupNorm used everywhere in the VQGAN (eps 1e-6, not PyTorch's 1e-5)."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 def start_silent(conv):
-    """Make the last layer of a residual branch zero: a new VQGAN is plain local convolutions, and what its blocks add, normalised
-    over the whole picture or attending to it, has to earn its place. A code then says more about its own cell."""
+    """Zero the last layer of a residual branch. A new VQGAN is then purely local; normalisation over the picture and attention
+    come in only where training wants them, so a code says more about its own cell."""
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)
 
@@ -82,18 +83,17 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, in_channels, out_channels, groups):
         super().__init__()
-        self.norm1 = normalize(in_channels, groups)
+        self.norm1 = group_norm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = normalize(out_channels, groups)
+        self.norm2 = group_norm(out_channels, groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         start_silent(self.conv2)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return h + self.nin_shortcut(x)
 
 
 class AttnBlock(nn.Module):
@@ -102,7 +102,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels, groups):
         super().__init__()
-        self.norm = normalize(channels, groups)
+        self.norm = group_norm(channels, groups)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -139,27 +139,19 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The ResNet blocks of one resolution, each followed by attention at the lowest one, then the change of size."""
+    """The ResNet blocks of one resolution, each followed by attention at the lowest one, then down- or upsampling."""
 
     def __init__(self, in_channels, out_channels, blocks, groups, attention, resize=None):
         super().__init__()
         self.res = nn.ModuleList(ResnetBlock(in_channels if i == 0 else out_channels, out_channels, groups) for i in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(out_channels, groups) for _ in range(blocks if attention else 0))
-        if resize is Downsample:
-            self.downsample = Downsample(out_channels)
-        elif resize is Upsample:
-            self.upsample = Upsample(out_channels)
+        self.attn = nn.ModuleList(AttnBlock(out_channels, groups) if attention else nn.Identity() for _ in range(blocks))
+        self.downsample = Downsample(out_channels) if resize is Downsample else nn.Identity()
+        self.upsample = Upsample(out_channels) if resize is Upsample else nn.Identity()
 
     def forward(self, x):
-        for i, block in enumerate(self.res):
-            x = block(x)
-            if self.attn:
-                x = self.attn[i](x)
-        if hasattr(self, "downsample"):
-            x = self.downsample(x)
-        if hasattr(self, "upsample"):
-            x = self.upsample(x)
-        return x
+        for block, attention in zip(self.res, self.attn):
+            x = attention(block(x))
+        return self.upsample(self.downsample(x))
 
 
 def middle(channels, groups):
@@ -180,7 +172,7 @@ class Encoder(nn.Module):
             before = widths[level - 1] if level else config.ch
             self.conv_blocks.append(Level(before, width, config.num_res_blocks, groups, lowest, None if lowest else Downsample))
         self.mid = middle(widths[-1], groups)
-        self.norm_out = normalize(widths[-1], groups)
+        self.norm_out = group_norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
 
     def forward(self, x):
@@ -191,11 +183,8 @@ class Encoder(nn.Module):
 
 
 class VectorQuantizer(nn.Module):
-    """Replace every vector by the nearest of `codebook_size` learned ones, both L2-normalised (LlamaGen 2.1).
-
-    On the unit sphere "nearest" is "largest cosine", so a code cannot win by being long, and 8 dimensions
-    are enough to keep 16,384 codes in use.
-    """
+    """Replace every vector by the nearest of `codebook_size` learned ones, both L2-normalised (LlamaGen 2.1). On the unit sphere
+    "nearest" is "largest cosine", so a code cannot win by being long, and 8 dimensions are enough to keep 16,384 codes in use."""
 
     def __init__(self, config):
         super().__init__()
@@ -210,8 +199,8 @@ class VectorQuantizer(nn.Module):
     def forward(self, z):
         """Quantize z (B, C, h, w) of any dtype.
 
-        Returns the straight-through codes' vectors (B, C, h, w) float32, the loss (codebook + beta * commitment,
-        scalar), and codes (B, h, w) int64. Runs in float32 inside autocast: half precision merges close codes.
+        Returns the codes' vectors (B, C, h, w) float32 with a straight-through gradient, the loss (codebook + beta *
+        commitment, scalar), and codes (B, h, w) int64. Autocast is off: half precision merges close codes.
         """
         with torch.autocast(z.device.type, enabled=False):
             z = F.normalize(z.float().permute(0, 2, 3, 1), dim=-1)    # (B, h, w, C)
@@ -219,7 +208,7 @@ class VectorQuantizer(nn.Module):
             with torch.no_grad():
                 codes = self.nearest(z.flatten(0, 2), codebook).view(z.shape[:3])
             z_q = F.embedding(codes, codebook)                        # (B, h, w, C)
-            # The codebook loss moves the codes to the encoder's outputs; beta holds the outputs near their codes.
+            # The codebook loss moves codes to the encoder's outputs; the commitment loss keeps outputs near their codes.
             loss = F.mse_loss(z_q, z.detach()) + self.beta * F.mse_loss(z, z_q.detach())
             z_q = z + (z_q - z).detach()                              # straight-through: the gradient skips the argmin
             return z_q.permute(0, 3, 1, 2), loss, codes
@@ -247,13 +236,8 @@ class PixelDecoder(nn.Module):
             before = widths[level - 1] if level else widths[0]
             highest = level == len(widths) - 1
             self.conv_blocks.append(Level(before, width, config.num_res_blocks + 1, groups, level == 0, None if highest else Upsample))
-        self.norm_out = normalize(widths[-1], groups)
+        self.norm_out = group_norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
-
-    @property
-    def last_layer(self):
-        """The weight whose gradients balance reconstruction against the discriminator (see adaptive_weight)."""
-        return self.conv_out.weight
 
     def forward(self, z):
         x = self.conv_in(z)
@@ -262,11 +246,12 @@ class PixelDecoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-PIXELS_AT_ONCE = 2**21  # that `encode` takes: a picture of 512 x 512 needs half a gigabyte on its way
+PIXELS_AT_ONCE = 2**21  # in `encode`: a picture of 512 x 512 takes half a gigabyte on the way
 
 
 class VQGAN(nn.Module):
-    """The whole tokenizer. `encode` and `decode` are all that the rest of the project ever calls."""
+    """The whole tokenizer. Elsewhere only `encode`, `decode` and the codebook are used; its own training (train.TokenizerStage)
+    uses the parts."""
 
     def __init__(self, config):
         super().__init__()
@@ -310,15 +295,13 @@ class VQGAN(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What only the training needs
+# For training only
 # ---------------------------------------------------------------------------------------------------------------
 
 
 class PatchDiscriminator(nn.Module):
-    """Says for every patch whether it looks real (PatchGAN, arXiv 1611.07004): (B, 3, S, S) -> (B, 1, h, w) logits.
-
-    GroupNorm in place of pix2pix's BatchNorm, so that a sample's score does not hang on its batch or its GPU.
-    """
+    """Judges whether each patch looks real (PatchGAN, arXiv 1611.07004): (B, 3, S, S) -> (B, 1, h, w) logits. GroupNorm instead of
+    pix2pix's BatchNorm, so that a sample's score does not depend on its batch or its GPU."""
 
     def __init__(self, ch=64, layers=3):
         super().__init__()
@@ -334,11 +317,9 @@ class PatchDiscriminator(nn.Module):
 
 
 class LPIPS(nn.Module):
-    """Perceptual distance in VGG16's features (arXiv 1801.03924), from two local files.
-
-    `folder` holds torchvision's `vgg16-397923af.pth` and LPIPS v0.1's linear heads `vgg.pth`. There is no random
-    fallback: without the files the loss is off, and train.py says so. Raises ValueError naming a missing or broken file.
-    """
+    """Perceptual distance in VGG16's features (arXiv 1801.03924), from two local files. `folder` holds torchvision's
+    `vgg16-397923af.pth` and LPIPS v0.1's linear heads `vgg.pth`. There is no random fallback: without them train.py runs without
+    this loss and prints that. Raises ValueError naming a missing or broken file."""
 
     LAYERS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # VGG16's five convolution blocks
 
@@ -347,11 +328,12 @@ class LPIPS(nn.Module):
         files, loaded = [Path(folder) / "vgg16-397923af.pth", Path(folder) / "vgg.pth"], []
         for file in files:
             if not file.is_file():
-                raise ValueError(f"lpips={folder}: {file} is missing; give a folder with torchvision's vgg16-397923af.pth and LPIPS v0.1's vgg.pth, or leave lpips empty")
+                raise ValueError(f"lpips={folder}: {file} is missing; give a folder with torchvision's vgg16-397923af.pth and "
+                                 "LPIPS v0.1's vgg.pth, or leave lpips empty")
             try:
                 loaded.append(torch.load(file, map_location="cpu", weights_only=True))
             except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, pickle.UnpicklingError, EOFError) as error:
-                raise ValueError(f"lpips={folder}: {file} is broken ({first_line(error)}): get it again") from None
+                raise ValueError(f"lpips={folder}: {file} is broken ({first_line(error)}): download it again") from None
         vgg, heads = loaded
         self.blocks, index, before = nn.ModuleList(), 0, 3
         for widths in self.LAYERS:
@@ -362,7 +344,7 @@ class LPIPS(nn.Module):
                 block.extend([conv, nn.ReLU()])
                 index, before = index + 2, width
             self.blocks.append(block)
-            index += 1  # the max-pool that follows each block
+            index += 1  # the max-pool after each block
         for i in range(len(self.LAYERS)):
             self.register_buffer(f"head{i}", heads[f"lin{i}.model.1.weight"])  # (1, C, 1, 1)
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
@@ -370,7 +352,7 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, a, b):
-        """Mean distance of two image batches (B, 3, S, S) in [-1, 1]: scalar."""
+        """Mean distance between two image batches (B, 3, S, S) in [-1, 1]: scalar."""
         x, total = (torch.cat([a, b]) - self.shift) / self.scale, 0.0
         for i, block in enumerate(self.blocks):
             x = block(x if i == 0 else F.max_pool2d(x, 2))
@@ -384,33 +366,37 @@ def hinge_d_loss(real, fake):
     return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
 
 
-def adaptive_weight(reconstruction_loss, generator_loss, last_layer, limit=1e4):
-    """VQGAN's balance (eq. 7): how strongly each loss pulls at the decoder's last layer, as a ratio in [0, limit]."""
-    reconstruction_grad, = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
-    generator_grad, = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)
-    return (reconstruction_grad.norm() / (generator_grad.norm() + 1e-4)).clamp(0, limit).detach()
+WEIGHT_LIMIT = 1e4  # of the adaptive weight
+
+
+def adaptive_weight(reconstruction_loss, generator_loss, last_layer, average=lambda gradient: gradient):
+    """VQGAN's balance of its two losses (eq. 7): the ratio of their gradients at the decoder's last layer, in [0, WEIGHT_LIMIT].
+    `average` turns the gradient of one process's loss into that of all."""
+    losses = reconstruction_loss, generator_loss
+    norms = [average(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]).norm() for loss in losses]
+    return (norms[0] / (norms[1] + 1e-4)).clamp(0, WEIGHT_LIMIT).detach()
 
 
 def collages(targets, cells, step):
-    """Every second picture becomes a collage: its own content in some cells, that of the picture before it in the others.
-
-    targets (B, 3, S, S), `cells` a side. Which cells, a window or all but one, hangs on `step` alone. Returns the new targets
-    and `kept` (cells, cells) bool: where a collage shows the picture before it.
-    """
+    """Turn every second of the targets (B, 3, S, S) into a collage: some of its cells, `cells` per side, keep their own content,
+    the others show the picture before it. Which ones (a window, or all but one) depends only on `step`. Returns the new targets
+    and `kept` (cells, cells) bool: where a collage shows the picture before it."""
     rng = random.Random(step)
-    (top, bottom), (left, right) = (sorted(rng.sample(range(cells + 1), 2)) for _ in "yx")
+    top, bottom = sorted(rng.sample(range(cells + 1), 2))
+    left, right = sorted(rng.sample(range(cells + 1), 2))
     kept = torch.full((cells, cells), rng.random() < 0.5)
     kept[top:bottom, left:right] ^= True
     kept = kept.to(targets.device)
-    pixels, pairs = kept.repeat_interleave(targets.shape[-1] // cells, 0).repeat_interleave(targets.shape[-1] // cells, 1), len(targets) // 2 * 2
+    cell, paired = targets.shape[-1] // cells, len(targets) // 2 * 2  # pixels per side; all but an odd last one
+    pixels = kept.repeat_interleave(cell, 0).repeat_interleave(cell, 1)                  # (S, S)
     targets = targets.clone()
-    targets[1:pairs:2] = torch.where(pixels, targets[:pairs:2], targets[1:pairs:2])
+    targets[1:paired:2] = torch.where(pixels, targets[:paired:2], targets[1:paired:2])
     return targets, kept
 
 
 def consistency_loss(z, kept):
-    """How far a cell's encoder output z (B, C, h, w) moves when other things lie around it: mean square over the kept cells of
-    pictures and collages, as `collages` paired them, on the unit sphere where codes are chosen."""
+    """Mean squared change of a kept cell's encoder output, z (B, C, h, w), between a picture and its collage, where its
+    surroundings differ, on the unit sphere on which codes are chosen."""
     z = F.normalize(z.float(), dim=1)
     before, after = z[: len(z) // 2 * 2 : 2], z[1::2]
     return ((before - after).square().mean(1) * kept).sum() / (kept.sum() * len(after)).clamp(min=1)
@@ -418,11 +404,9 @@ def consistency_loss(z, kept):
 
 def spread_codes(z, size, generator):
     """`size` codes (size, C) for encoder outputs z (M, C): k-means++ (Arthur and Vassilvitskii, 2007), then one step of k-means.
-
-    Each next centre is drawn from z, outputs far from all centres so far being likelier. k-means++ weighs them by their squared
-    distance; its 16th power here puts a rare sight before one more shade of a common one. Codes that mean the same are
-    a choice which nothing in the picture explains, and all of that the image decoder would have to guess.
-    """
+    Each next centre is drawn from z, and outputs far from all centres so far are likelier. k-means++ weights them by the squared
+    distance; the 16th power here prefers rare content to one more shade of common content. Two codes with one meaning are a choice
+    that nothing in the picture explains, and the image decoder would have to guess it."""
     z = F.normalize(z.float(), dim=-1)
     centers, distance = z[:1], torch.full_like(z[:, 0], torch.inf)
     while len(centers) < size:
@@ -434,10 +418,8 @@ def spread_codes(z, size, generator):
 
 
 class CodebookUsage:
-    """How often each code was chosen since the codes were last placed.
-
-    Counted over a window of steps: the perplexity of one batch says more about the batch than about the codebook.
-    """
+    """How often each code was chosen since the codes were last placed. Counted over a window of steps: one batch's perplexity
+    depends more on the batch than on the codebook."""
 
     def __init__(self, codebook_size, device):
         self.counts = torch.zeros(codebook_size, device=device)

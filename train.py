@@ -1,22 +1,21 @@
-"""Train Mentor from nothing, or any one stage of it.
+"""Train Mentor from scratch, or a single stage of it.
 
     python train.py tiny                                    # everything, on the built-in world
     python train.py tiny --stage=align --align.lr=0.001     # one stage, one key changed
     python train.py tiny --stage=claims                     # what each stage and task is worth: the paper's ablation, small
     torchrun --nproc_per_node=8 train.py full --stage=align # the same on 8 GPUs
 
-The four stages, each starting from what the one before wrote:
+Four stages, each starting from the weights of the one before:
 
     tokenizer   VQGAN: pixels to codes and back
-    pretrain    what the paper downloads: next-code loss on captions for text encoder and decoder, contrastive loss for the
-                vision encoder, and words to fill in from the picture for the connector
+    pretrain    instead of the paper's downloads: next-code loss on captions for text encoder and decoder, contrastive loss
+                for the vision encoder, masked tokens to predict from the picture for the connector
     align       the paper's stage 1: reconstruction, segmentation and text-to-image teach what an image prompt means
-    instruct    the paper's stage 2: subject-driven generation and recovery teach to keep and to change
+    instruct    the paper's stage 2: subject-driven generation and recovery teach what to keep and what to change
 
-Read in order: the configuration and its presets, processes and devices, the stages (what is trained and on which loss),
-where their samples come from, the optimizer, the one loop, checkpoints. That is all of training. Then the command
-line, what is checked before a run starts, released weights, the plan of a run (a dry run), the paper's claims, how fast a
-step is, the report, main.
+Read in order: the configuration and its presets, processes and devices, the stages (what they train, with which loss),
+where their samples come from, the optimizer, the loop, checkpoints. That is all of training. Then the command line, checks
+before a run starts, released weights, the plan of a run (--dry_run), the paper's claims, speed (--bench), the report, main.
 """
 
 import json
@@ -28,7 +27,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from difflib import get_close_matches
@@ -36,6 +35,7 @@ from functools import cache, partial
 from inspect import getsource
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ import tokenizer
 from data import (CLIP_MEAN, CLIP_STD, TASKS, WORLDS, Batch, Collate, Manifest, ManifestDataset, TextTokenizer, WorldDataset,
                   entry_prompt, manifest_of_folder, rules, tokenizer_pixels)
 from mentor import Mentor, MentorConfig
-from tokenizer import (VQGAN, CodebookUsage, LPIPS, PatchDiscriminator, TokenizerConfig, adaptive_weight, collages,
+from tokenizer import (VQGAN, WEIGHT_LIMIT, CodebookUsage, LPIPS, PatchDiscriminator, TokenizerConfig, adaptive_weight, collages,
                        consistency_loss, hinge_d_loss, spread_codes)
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -70,30 +70,30 @@ from tokenizer import (VQGAN, CodebookUsage, LPIPS, PatchDiscriminator, Tokenize
 
 @dataclass(frozen=True)
 class TokenizerStageConfig:
-    """How the tokenizer is trained."""
+    """Training of the tokenizer."""
 
-    steps: int = 100000
-    global_batch: int = 128        # images a step, over all processes and micro-batches
-    lr: float = 1e-4               # AdamW's peak
-    final_lr: float = 0.1          # fraction of the peak at which the cosine ends
-    disc_start: float = 0.3        # fraction of the run after which the discriminator joins; 1 leaves it out
-    disc_weight: float = 0.5       # of the generator's loss, on top of the adaptive weight
-    codebook_weight: float = 1.0   # of the quantizer's loss beside the reconstruction's
-    codebook_start: float = 0.0    # fraction of the run after which pictures are rounded to codes; until then nothing is rounded
-    consistency: float = 0.0       # weight of the loss that keeps a cell's code free of what lies around it; 0 leaves it out
-    lpips: str = ""                # folder with VGG16 and LPIPS weights; empty leaves the perceptual loss out
-    restart_every: int = 2000      # steps in a usage window, after which the codes are placed anew, the dead ones with them
+    steps: int = 100000            # of the optimizer
+    global_batch: int = 128        # images per step, over all processes and micro-batches
+    lr: float = 1e-4               # AdamW's peak learning rate
+    final_lr: float = 0.1          # final learning rate, as a fraction of the peak
+    disc_start: float = 0.3        # fraction of the steps after which the discriminator joins; 1: never
+    disc_weight: float = 0.5       # of the generator's loss, times the adaptive weight
+    codebook_weight: float = 1.0   # of the quantizer's loss, relative to the reconstruction's
+    codebook_start: float = 0.0    # fraction of the steps after which features are rounded to codes
+    consistency: float = 0.0       # weight of the loss that makes a cell's code independent of its surroundings; 0: without
+    lpips: str = ""                # folder with VGG16 and LPIPS weights; empty: no perceptual loss
+    restart_every: int = 2000      # steps per usage window, after which all codes are placed again
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """How one of Mentor's stages is trained."""
+    """Training of one of Mentor's stages."""
 
-    steps: int = 20000
-    global_batch: int = 128        # samples a step, over all processes and micro-batches
-    lr: float = 5e-4               # AdamW's peak
-    muon_lr: float = 0.0           # Muon's peak, for the matrices of hidden layers; 0 leaves all to AdamW
-    final_lr: float = 0.1          # fraction of the peak at which the cosine ends
+    steps: int = 20000             # of the optimizer
+    global_batch: int = 128        # samples per step, over all processes and micro-batches
+    lr: float = 5e-4               # AdamW's peak learning rate
+    muon_lr: float = 0.0           # Muon's peak, for the matrices of hidden layers; 0: AdamW for all
+    final_lr: float = 0.1          # final learning rate, as a fraction of the peak
     mix: str = "text_to_image:1"   # tasks and their shares
 
 
@@ -105,16 +105,16 @@ class ReleasedConfig:
     t5: str = ""                   # T5, whole or its encoder: a Hub folder with spiece.model in it
     connector: str = ""            # LLaVA's mm_projector.bin
     generator: str = ""            # LlamaGen's or MENTOR's generator checkpoint
-    mentor: str = ""               # MENTOR's checkpoint of stage 1 or 2, with everything but the VQ in it
+    mentor: str = ""               # MENTOR's checkpoint of stage 1 or 2, which has everything but the VQ
     vq: str = ""                   # LlamaGen's vq_ds16_t2i.pt
     spiece: str = ""               # T5's spiece.model, if there is no T5 folder
-    into: str = "pretrain"         # the stage whose weights these are: pretrain for parts, align or instruct for MENTOR's own
-    fresh: str = ""                # parts that nothing is given for and that start new, comma-separated: connector, projector, ...
+    into: str = "pretrain"         # stage to import into: pretrain for parts, align or instruct for MENTOR's own weights
+    fresh: str = ""                # parts to initialise instead of reading, comma-separated: connector, projector, ...
 
 
 ALIGN_MIX = "text_to_image:700,reconstruction:180,segmentation:1600"                       # thousands of samples,
 INSTRUCT_MIX = "text_to_image:600,segmentation:150,recovery:150,subject_driven:400"        # as published
-# 29 thousand samples, not 2.6 million: more of the hardest
+# 29 thousand samples, not 2.6 million: a larger share of the hardest task
 TINY_INSTRUCT_MIX = "text_to_image:300,segmentation:100,recovery:100,subject_driven:800"
 
 
@@ -123,33 +123,33 @@ class RunConfig:
     """A whole run. Nested keys are written with dots: --align.lr=0.001 --model.decoder.n_layer=6."""
 
     out: str = ""                  # folder to write; empty: out/PRESET
-    stage: str = "all"             # all, tokenizer, pretrain, align, instruct, claims (the paper's), or import or export (released weights)
+    stage: str = "all"             # all, tokenizer, pretrain, align, instruct, claims (the paper's), import or export (released weights)
     world: str = "shapes"          # built-in world: shapes or emoji
-    emoji_font: str = ""           # colour emoji font file; empty looks where systems keep theirs
-    data: str = ""                 # your own pictures in place of a world: a manifest (.jsonl) or a folder
-    data_root: str = ""            # folder that file names in the manifest start from; empty: the manifest's own
-    backgrounds: str = ""          # manifest or folder of pictures to put behind recovery's objects; empty: those of data
-    cache_codes: bool = False      # keep the codes of data's targets in OUT/codes, so that each is encoded once
-    skip_bad: bool = False         # leave wrong lines of a manifest out and list them, instead of stopping at the first
-    seed: int = 0                  # everything random follows from it
-    train_scale: float = 1.0       # stretches the steps of every stage
-    recipe: str = "scratch"        # which parts train in which stage, a row of TRAINED: scratch, paper or released
-    micro_batch: int = 0           # samples a process takes at once; 0: all of its share of global_batch
+    emoji_font: str = ""           # colour emoji font file; empty: the system's
+    data: str = ""                 # your own pictures instead of a world: a manifest (.jsonl) or a folder
+    data_root: str = ""            # folder that the manifest's file names are relative to; empty: the manifest's own
+    backgrounds: str = ""          # manifest or folder of pictures to put behind recovery's objects; empty: data's
+    cache_codes: bool = False      # keep the codes of data's targets in OUT/codes, to encode each only once
+    skip_bad: bool = False         # skip and list wrong lines of a manifest, instead of stopping at the first
+    seed: int = 0                  # determines everything random
+    train_scale: float = 1.0       # multiplies the steps of every stage
+    recipe: str = "scratch"        # which parts train in which stage (TRAINED): scratch, paper or released
+    micro_batch: int = 0           # samples per process and pass; 0: its whole share of global_batch
     weight_decay: float = 0.05     # AdamW's and Muon's, on matrices
-    clip: float = 1.0              # largest gradient norm
-    warmup: float = 0.05           # fraction of a stage's steps with rising learning rate
+    grad_clip: float = 1.0         # largest gradient norm
+    warmup: float = 0.05           # fraction of a stage's steps with a rising learning rate
     prefix_drop: float = 0.1       # share of samples trained without their prompt, for guidance
     device: str = "auto"           # auto (cuda, then mps, then cpu) or a torch device
-    dtype: str = "auto"            # of autocast: auto (bfloat16 on a GPU that has it), bfloat16 or float32
+    dtype: str = "auto"            # of autocast: auto (bfloat16 on a GPU that supports it), bfloat16 or float32
     workers: int = 0               # data processes
     save_every: int = 1000         # steps between checkpoints
-    score_every: int = 0           # steps of align and instruct between CP and PF in their logs; 0: never
-    claims_seeds: int = 1          # how many seeds, from `seed` on, --stage=claims trains align and instruct with
+    score_every: int = 0           # steps between CP and PF in the logs of align and instruct; 0: never
+    claims_seeds: int = 1          # seeds, from `seed` on, of --stage=claims: for the full run, and rows that one does not tell from it
     checkpoint: bool = False       # recompute activations in the backward pass: less memory, a third slower
-    compile: str = "auto"          # torch.compile for the blocks of text encoder and decoder: true, false, or auto (true on CUDA)
-    dry_run: bool = False          # train nothing: check what is needed, print parameters, FLOPs, memory and hours
-    bench: bool = False            # train nothing: measure steps of instruct, each way to make them fast beside the plain way
-    keep: int = 2                  # checkpoints of a stage to keep, the newest ones
+    compile: str = "auto"          # torch.compile the blocks of text encoder and decoder: true, false, or auto (on CUDA)
+    dry_run: bool = False          # train nothing: check the run, print parameters, FLOPs, memory and hours
+    bench: bool = False            # train nothing: measure steps of instruct with and without each optimisation
+    keep: int = 2                  # newest checkpoints of a stage to keep
     released: ReleasedConfig = field(default_factory=ReleasedConfig)
     vqgan: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: MentorConfig = field(default_factory=MentorConfig)
@@ -162,37 +162,39 @@ class RunConfig:
 PRESETS = {
     "tiny": RunConfig(
         weight_decay=0.1,
-        tokenizer=TokenizerStageConfig(steps=2000, global_batch=8, lr=1.5e-3, final_lr=0.0, disc_start=1.0, codebook_weight=0.2, codebook_start=0.4, consistency=0.2, restart_every=400),
+        tokenizer=TokenizerStageConfig(steps=2000, global_batch=8, lr=1.5e-3, final_lr=0.0, disc_start=1.0, codebook_weight=0.2,
+                                       codebook_start=0.4, consistency=0.2, restart_every=400),
         pretrain=StageConfig(steps=850, global_batch=24, lr=1e-2, muon_lr=0.02, final_lr=0.3),
         align=StageConfig(steps=850, global_batch=24, lr=4e-3, muon_lr=0.01, final_lr=0.6, mix=ALIGN_MIX),
         instruct=StageConfig(steps=1200, global_batch=24, lr=3e-3, muon_lr=0.008, final_lr=0.0, mix=TINY_INSTRUCT_MIX)),
     "small": RunConfig(
         weight_decay=0.01, world="emoji", workers=4,
-        tokenizer=TokenizerStageConfig(steps=8000, global_batch=32, lr=5e-4, disc_start=0.5, codebook_start=0.2, consistency=0.2, restart_every=1600),
+        tokenizer=TokenizerStageConfig(steps=8000, global_batch=32, lr=5e-4, disc_start=0.5, codebook_start=0.2, consistency=0.2,
+                                       restart_every=1600),
         pretrain=StageConfig(steps=8000, global_batch=64, lr=1e-3, muon_lr=0.02),
         align=StageConfig(steps=8000, global_batch=64, lr=1e-3, muon_lr=0.02, mix=ALIGN_MIX),
         instruct=StageConfig(steps=16000, global_batch=64, lr=1e-3, muon_lr=0.02, mix=INSTRUCT_MIX)),
     "base": RunConfig(workers=8),
     "full": RunConfig(workers=8, recipe="paper"),
-    # stage 2's samples once more, with 1.5M of several images, from the weights of stage 2 (imported as align's)
+    # stage 2's samples again, with 1.5M of several images, from the weights of stage 2 (imported as align)
     "multi": RunConfig(workers=8, recipe="paper", instruct=StageConfig(steps=21875, lr=5e-5, mix=INSTRUCT_MIX + ",multi_image:1500")),
 }
-PRESETS = {name: replace(run, out=f"out/{name}", vqgan=TokenizerConfig(**tokenizer.PRESETS[name]), model=mentor.PRESETS[name])
+PRESETS = {name: replace(run, out=f"out/{name}", vqgan=tokenizer.PRESETS[name], model=mentor.PRESETS[name])
            for name, run in PRESETS.items()}
 
 
-STARTS_FROM = {  # stage -> the stages before it whose weights it needs
+STARTS_FROM = {  # stage -> the earlier stages whose weights it needs
     "tokenizer": (), "pretrain": ("tokenizer",), "align": ("tokenizer", "pretrain"), "instruct": ("tokenizer", "align")}
 STAGES = tuple(STARTS_FROM)
 
 EVERYTHING_BUT_VISION = ("encoder.connector", "encoder.text", "projector", "decoder")
 EVERYTHING = ("encoder", "projector", "decoder")
-TRAINED = {  # recipe -> stage -> the parts of Mentor that train, as prefixes of parameter names; the rest is frozen
-    # a connector of minutes, not LLaVA's of days, still has to learn in alignment
+TRAINED = {  # recipe -> stage -> parts of Mentor that train, as prefixes of parameter names; the rest is frozen
+    # a connector pretrained for minutes, not LLaVA's of days, still has to learn in alignment
     "scratch": {"pretrain": EVERYTHING, "align": EVERYTHING_BUT_VISION, "instruct": EVERYTHING_BUT_VISION},
     # section 3.2: alignment trains projector and generator
     "paper": {"pretrain": EVERYTHING, "align": ("projector", "decoder"), "instruct": EVERYTHING_BUT_VISION},
-    # the released stage 1 script
+    # the released script for stage 1
     "released": {"pretrain": EVERYTHING, "align": ("encoder.text", "encoder.connector", "decoder.code_embedding", "decoder.output"),
                  "instruct": EVERYTHING_BUT_VISION},
 }
@@ -204,7 +206,7 @@ TRAINED = {  # recipe -> stage -> the parts of Mentor that train, as prefixes of
 
 @dataclass(frozen=True)
 class Machine:
-    """Where this process runs, and how it speaks with the others of a run."""
+    """This process's place in a run: its device, and its exchange with the other processes."""
 
     rank: int
     world_size: int
@@ -217,33 +219,37 @@ class Machine:
         return self.rank == 0
 
     def autocast(self):
-        """Autocast to the run's dtype; nothing for float32."""
+        """Autocast to the run's dtype; off for float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def wrap(self, module):
-        """The module, averaging gradients over processes if there are several."""
+        """The module, made to average gradients over the processes if there are several."""
         if self.world_size == 1:
             return module
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, devices, broadcast_buffers=False)  # tables, the same everywhere
+        return DistributedDataParallel(module, devices, broadcast_buffers=False)  # buffers are constant tables
 
-    def wait(self):
+    def barrier(self):
         """Wait for all processes."""
         if self.world_size > 1:
             dist.barrier()
 
-    def add_up(self, tensor):
-        """Turn a tensor into the sum of all processes' ones, in place, and return it."""
+    def sum(self, tensor):
+        """Sum a tensor over all processes, in place, and return it."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
+    def average(self, tensor):
+        """Turn a tensor into the mean of all processes' ones, in place, and return it."""
+        return self.sum(tensor).div_(self.world_size)
+
     def gather(self, tensor):
-        """All processes' tensors, one after the other along the first dimension, in rank order; gradients flow back."""
+        """Concatenate all processes' tensors along the first dimension, in rank order; gradients flow back."""
         return tensor if self.world_size == 1 else torch.cat(all_gather(tensor.contiguous()))
 
-    def largest(self, number):
-        """The largest of all processes' whole numbers, so that all decide alike. Waits for no GPU."""
+    def max(self, number):
+        """The largest of all processes' integers, so that all decide alike. Does not wait for a GPU."""
         if self.world_size == 1:
             return number
         numbers = torch.tensor(number)
@@ -251,7 +257,7 @@ class Machine:
         return int(numbers)
 
     def mean(self, values):
-        """{key: number} with the mean of the processes that have the key."""
+        """{key: number}, averaged over the processes that have the key."""
         if self.world_size == 1:
             return values
         everyone = [None] * self.world_size
@@ -262,29 +268,27 @@ class Machine:
         return {key: sum(numbers) / len(numbers) for key, numbers in found.items()}
 
     def say(self, *words):
-        """Print, once."""
+        """Print, in the first process only."""
         if self.main:
             tqdm.write(" ".join(str(w) for w in words), file=sys.stdout)
 
 
 def start_machine(run):
-    """Read torchrun's environment, choose device and dtype, and say why."""
+    """Read torchrun's environment, choose device and dtype, and print why."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = run.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = sample.best_device() if run.device == "auto" else run.device
     device = sample.usable_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world_size > 1 and not dist.is_initialized():
-        # torchrun stops the others at once when a process dies; the timeout is for one that hangs, and longer than the largest
-        # checkpoint takes
+        # when a process dies, torchrun stops the others at once; the timeout is for one that hangs, and longer than writing the
+        # largest checkpoint takes
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
     if run.dtype != "auto":
         dtype, why = getattr(torch, run.dtype), "asked for"
     elif device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        dtype, why = torch.bfloat16, "the GPU has it"
+        dtype, why = torch.bfloat16, "the GPU supports it"
     else:
         dtype, why = torch.float32, f"{device.type} gains nothing from bfloat16 here, and float16 is never chosen: T5 overflows in it"
     machine = Machine(rank, world_size, device, dtype)
@@ -293,26 +297,37 @@ def start_machine(run):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The stages: what is trained, on which samples, on which loss
+# The stages: what they train, on which samples, with which loss
 # ---------------------------------------------------------------------------------------------------------------
 
 
 class Stage(nn.Module):
-    """What the loop asks of a stage, beside forward(batch, step) -> (loss, what to log), validation_loss(batch) -> loss, the
-    `model` that it trains, and the `mix` of tasks that it learns from."""
+    """Base of the stages. A subclass has `model`, `mix` (tasks and shares), forward(batch, step) -> (loss, logs) and
+    validation_loss(batch) -> loss."""
 
-    own_optimizers = ()  # those that it steps itself
+    own_optimizers = ()  # optimizers that it steps itself
 
     def trained(self):
         """Named parameters to train."""
         return [(n, p) for n, p in self.named_parameters() if p.requires_grad]
 
     def after_step(self, step):
-        """What is to be done when the optimizers have stepped; returns what to log."""
+        """Called when the optimizers have stepped; returns logs."""
         return {}
 
 
-OUTPUTS_A_CODE = 64  # encoder outputs for each code that is placed
+OUTPUTS_PER_CODE = 64  # encoder outputs per code, from which the codes are placed
+
+
+class Reconstruction(NamedTuple):
+    """What the tokenizer makes of targets (B, 3, S, S), and its loss."""
+
+    loss: torch.Tensor              # reconstruction + codebook_weight * quantizer
+    reconstruction: torch.Tensor
+    quantizer: torch.Tensor
+    images: torch.Tensor            # (B, 3, S, S)
+    z: torch.Tensor                 # encoder outputs (B, C, h, w)
+    codes: torch.Tensor             # (B, h, w)
 
 
 class TokenizerStage(Stage):
@@ -321,88 +336,112 @@ class TokenizerStage(Stage):
     mix = {"text_to_image": 3.0, "segmentation": 2.0}  # every kind of target, scenes and cut-outs
 
     def __init__(self, run, machine, pictures=None):
-        """pictures: a dataset, whose first targets place the codes."""
+        """pictures: a dataset whose first targets place the codes."""
         super().__init__()
         self.config, self.machine, self.pictures = run.tokenizer, machine, pictures
         self.model = VQGAN(run.vqgan)
         self.usage = CodebookUsage(run.vqgan.codebook_size, machine.device)
-        self.register_buffer("counts", self.usage.counts)  # so that checkpoints hold them
+        self.register_buffer("counts", self.usage.counts)  # so that checkpoints include them
         self.perceptual = self.disc = None
+        self.d_weight, self.warned = 0.0, False
+        self.seen = []  # of each micro-batch of a step: reconstructions and pictures, for the discriminator
         if self.config.lpips:
-            self.perceptual = LPIPS(self.config.lpips).to(machine.device).forward  # the method alone: no part of this module
+            # the bound method, so that its weights are not registered here
+            self.perceptual = LPIPS(self.config.lpips).to(machine.device).forward
         else:
             machine.say("tokenizer: no LPIPS weights given (--tokenizer.lpips=FOLDER), so no perceptual loss")
         self.disc_start = round(self.config.disc_start * self.config.steps)
         self.codebook_start = round(self.config.codebook_start * self.config.steps)
         if self.config.disc_start < 1:
-            self.disc = PatchDiscriminator().requires_grad_(False)  # but in its own step, in after_step
+            self.disc = PatchDiscriminator().requires_grad_(False)  # except in its own step
             self.own_optimizers = [torch.optim.AdamW(self.disc.parameters(), self.config.lr, betas=(0.5, 0.9))]
 
     def reconstruct(self, targets, step):
-        """(loss, its reconstruction and quantizer parts, pictures (B, 3, S, S), encoder outputs (B, C, h, w), codes) of targets."""
+        """The Reconstruction of targets (B, 3, S, S). Before codebook_start, features are not rounded to codes: the encoder first
+        learns what to tell apart."""
         z = self.model.quant_conv(self.model.encoder(targets))
         z_q, quantizer_loss, codes = self.model.quantize(z)
-        if step < self.codebook_start:  # until the encoder has learnt what to tell apart, nothing is rounded to codes
+        if step < self.codebook_start:
             z_q, quantizer_loss = F.normalize(z.float(), dim=1), 0 * quantizer_loss
-        fake = self.model.decoder(self.model.post_quant_conv(z_q.to(z.dtype))).float()
-        reconstruction = F.mse_loss(fake, targets)
+        images = self.model.decoder(self.model.post_quant_conv(z_q.to(z.dtype))).float()
+        reconstruction = F.mse_loss(images, targets)
         if self.perceptual:
-            reconstruction = reconstruction + self.perceptual(fake, targets)
-        return reconstruction + self.config.codebook_weight * quantizer_loss, reconstruction, quantizer_loss, fake, z, codes
+            reconstruction = reconstruction + self.perceptual(images, targets)
+        loss = reconstruction + self.config.codebook_weight * quantizer_loss
+        return Reconstruction(loss, reconstruction, quantizer_loss, images, z, codes)
 
     def validation_loss(self, batch):
-        """Mean loss of a batch's samples, without the discriminator's part and without collages."""
-        return self.reconstruct(batch.targets, self.config.steps)[0]
+        """Mean loss of a batch's samples, without discriminator and collages."""
+        return self.reconstruct(batch.targets, self.config.steps).loss
 
     def forward(self, batch, step):
-        """Loss of a batch and what to log. Keeps images for after_step."""
+        """(loss, logs) of a batch. Keeps its images for after_step. Each micro-batch has an adaptive weight of its own."""
         targets, kept = batch.targets, None
         if self.config.consistency:
             targets, kept = collages(targets, self.model.config.grid_size, step)
-        loss, reconstruction, quantizer_loss, fake, z, codes = self.reconstruct(targets, step)
-        logs = {"reconstruction": reconstruction.detach(), "quantizer": quantizer_loss.detach()}
+        made = self.reconstruct(targets, step)
+        loss, logs = made.loss, {"reconstruction": made.reconstruction.detach(), "quantizer": made.quantizer.detach()}
         if kept is not None:
-            consistency = consistency_loss(z, kept)
+            consistency = consistency_loss(made.z, kept)
             loss, logs["consistency"] = loss + self.config.consistency * consistency, consistency.detach()
         if self.disc and step >= self.disc_start * 1.05:  # the discriminator learns a little first
-            generator_loss = -self.disc(fake).mean()
-            d_weight = adaptive_weight(reconstruction, generator_loss, self.model.decoder.last_layer)
+            generator_loss = -self.disc(made.images).mean()
+            d_weight = adaptive_weight(made.reconstruction, generator_loss, self.model.decoder.conv_out.weight, self.machine.average)
             loss, logs["d_weight"] = loss + self.config.disc_weight * d_weight * generator_loss, d_weight
-        self.usage.add(self.machine.gather(codes))
-        self.last = fake.detach(), targets
+            self.d_weight = d_weight
+        self.usage.add(self.machine.gather(made.codes))
+        if self.disc and step >= self.disc_start:
+            self.seen.append((made.images.detach(), targets))
         return loss, logs
 
     def after_step(self, step):
-        """The discriminator's step, and at a window's end new places for the codes."""
+        """The discriminator's step, and at the end of a usage window new places for the codes."""
         logs, done = {}, step + 1 - self.codebook_start
-        if self.disc and step >= self.disc_start:
-            logs["disc"] = self.discriminator_step(*self.last)
+        if self.seen:
+            logs["disc"], self.seen = self.discriminator_step(self.seen), []
         if done >= 0 and done % self.config.restart_every == 0:
             logs["usage"], logs["perplexity"] = self.usage.usage(), self.usage.perplexity()
-            if step + 1 <= 0.8 * self.config.steps:  # the last codes to move need time to settle
+            if done:  # until now the codes lay where they were drawn
+                self.describe_window(step, logs["usage"], logs["perplexity"])
+            if step + 1 <= 0.8 * self.config.steps:  # codes placed later would have no time to settle
                 logs["restarted"] = self.place_codes(step)
             self.usage.reset()
         return logs
 
-    def discriminator_step(self, fake, real):
-        """Teach the discriminator to tell the step's last pictures (B, 3, S, S) from their reconstructions. Returns its loss."""
+    def describe_window(self, step, usage, perplexity):
+        """Print the codebook's usage in a window, with a warning where it is low or the discriminator has nothing to say."""
+        say = self.machine.say
+        say(f"tokenizer: up to step {step + 1} {usage:.0%} of {len(self.usage.counts)} codes in use, perplexity {perplexity:.0f}")
+        if usage < 0.1:
+            say("tokenizer: warning: so few codes tell little apart; lower --vqgan.codebook_size (and --model.decoder.codebook_size), or "
+                f"--tokenizer.restart_every={self.config.restart_every}, to place dead codes again more often")
+        if not self.warned and self.d_weight >= WEIGHT_LIMIT:
+            say(f"tokenizer: warning: d_weight is at its limit {WEIGHT_LIMIT:g}: the discriminator gives next to no gradient; lower "
+                "--tokenizer.lr, or start it later (--tokenizer.disc_start)")
+            self.warned = True
+
+    def discriminator_step(self, seen):
+        """Train the discriminator to tell reconstructed images (B, 3, S, S) from their targets, a pair per micro-batch. Returns its
+        mean loss."""
+        losses = []
         self.disc.requires_grad_(True)
-        with self.machine.autocast():
-            loss = hinge_d_loss(self.disc(real).float(), self.disc(fake).float())
-        loss.backward()
+        for images, targets in seen:
+            with self.machine.autocast():
+                losses.append(hinge_d_loss(self.disc(targets).float(), self.disc(images).float()))
+            (losses[-1] / len(seen)).backward()
         for p in self.disc.parameters():
-            self.machine.add_up(p.grad).div_(self.machine.world_size)
+            self.machine.average(p.grad)
         for optimizer in self.own_optimizers:
             optimizer.step()
             optimizer.zero_grad()
         self.disc.requires_grad_(False)
-        return loss.detach()
+        return torch.stack(losses).detach().mean()
 
     @torch.no_grad()
     def place_codes(self, step):
-        """Place the whole codebook anew on what the encoder says now of the first pictures; returns how many codes were dead."""
+        """Place all codes on the encoder's current outputs for the first pictures; returns how many codes were dead."""
         config, weight = self.model.config, self.model.quantize.embedding.weight
-        dead, few = int((self.usage.counts == 0).sum()), max(1, OUTPUTS_A_CODE * len(weight) // config.grid_size**2)
+        dead, few = int((self.usage.counts == 0).sum()), max(1, OUTPUTS_PER_CODE * len(weight) // config.grid_size**2)
         z = []
         for first in range(0, few, 16):
             pictures = [self.pictures[i].target for i in range(first, min(first + 16, few))]
@@ -415,8 +454,8 @@ class TokenizerStage(Stage):
 
 
 class ContrastiveHead(nn.Module):
-    """CLIP's loss (arXiv 2103.00020): each image should be nearest to its own caption, and each caption to its image.
-    The others are all the micro-batch's on all processes."""
+    """CLIP's loss (arXiv 2103.00020): each image should be nearest to its own caption, and each caption to its image, among
+    those of the micro-batch on all processes."""
 
     def __init__(self, config, machine, width=128):
         super().__init__()
@@ -428,36 +467,34 @@ class ContrastiveHead(nn.Module):
     def forward(self, image, text):
         """Pooled features (B, Dv) and (B, Dt) -> scalar loss."""
         image, text = (self.machine.gather(F.normalize(x.float(), dim=-1)) for x in (self.image(image), self.text(text)))
-        with torch.autocast(image.device.type, enabled=False):  # scores of up to 100: bfloat16 would round them to halves
+        with torch.autocast(image.device.type, enabled=False):  # bfloat16 would round scores of up to 100 to halves
             logits = self.log_scale.clamp(max=math.log(100)).exp() * image @ text.T
         own = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
-def fill_in_loss(model, batch, patches):
-    """T5's own pretraining, with the picture: the prompt is `<image>{caption}` with every second word hidden, the loss is
-    that of the hidden words, read off the table of word embeddings (T5, arXiv 1910.10683, section 2.1).
+def masked_token_loss(model, batch, patches):
+    """Masked language modelling (as BERT, arXiv 1810.04805) with a picture: predict the masked tokens of `<image>{caption}`.
 
-    It stands for LLaVA's connector as well, whose image tokens are learnt by telling captions from pictures. patches
-    (B, n_patch, Dv): the vision encoder's features of the pictures. Returns a scalar, the mean over samples.
+    About half of the caption's tokens, </s> too, are replaced by <unk>; the loss is their cross entropy, read off the word
+    embedding table and scaled as in T5. It stands in for T5's pretraining and LLaVA's connector training. patches (B, n_patch,
+    Dv): the pictures' vision features. Returns a scalar, the mean over samples of their own means.
     """
     encoder, n, (B, L), device = model.encoder, model.config.image_tokens, batch.text_ids.shape, batch.text_ids.device
-    ids = F.pad(batch.text_ids.masked_fill(batch.hidden, TextTokenizer.UNKNOWN), (n, 0))  # (B, n + L)
+    ids = F.pad(batch.text_ids.masked_fill(batch.masked, TextTokenizer.UNKNOWN), (n, 0))  # (B, n + L)
     slots = (torch.arange(B, device=device)[:, None] * (n + L) + torch.arange(n, device=device)).flatten()
     nameless = torch.full((B, 1), TextTokenizer.EOS, device=device)
     tokens = encoder.connector(patches, encoder.text.embedding(nameless), nameless > 0)   # (B, n, Dt)
     embeddings = mentor.splice(encoder.text.embedding(ids), slots, tokens)               # (B, n + L, Dt)
-    states = encoder.text(embeddings, mentor.positions_below(batch.lengths + n, n + L))[:, n:] * model.config.text.width**-0.5
+    states = encoder.text(embeddings, mentor.length_mask(batch.lengths + n, n + L))[:, n:] * model.config.text.width**-0.5
     logits = F.linear(states, encoder.text.embedding.weight).float()                     # (B, L, vocabulary)
-    losses = F.cross_entropy(logits.transpose(1, 2), batch.text_ids, reduction="none") * batch.hidden
-    return (losses.sum(1) / batch.hidden.sum(1).clamp(min=1)).mean()                     # each sample counts alike
+    losses = F.cross_entropy(logits.transpose(1, 2), batch.text_ids, reduction="none") * batch.masked
+    return (losses.sum(1) / batch.masked.sum(1).clamp(min=1)).mean()                     # each sample counts alike
 
 
 class CodeCache:
-    """The codes of a manifest's targets on disk: each is encoded when it is first met and read from then on.
-
-    The file is of one tokenizer and one manifest, by the hashes in its name; any other gets a file of its own.
-    """
+    """The codes of a manifest's targets on disk: each target is encoded when first needed and read from then on. There is one file
+    per tokenizer and manifest, with their hashes in its name."""
 
     def __init__(self, run, machine, manifest):
         tokenizer_hash = sample.weights_hash(Path(run.out) / "tokenizer")
@@ -465,9 +502,9 @@ class CodeCache:
         shape, dtype = (len(manifest), run.vqgan.grid_size**2), np.min_scalar_type(run.vqgan.codebook_size)
         if machine.main and not path.is_file():
             path.parent.mkdir(exist_ok=True)
-            mentor.write_aside(path, lambda file: np.lib.format.open_memmap(file, "w+", dtype, shape).flush())  # zeros, and sparse
-        machine.wait()
-        self.rows = np.lib.format.open_memmap(path, "r+")                                # code + 1, 0 where none is yet
+            mentor.write_atomically(path, lambda file: np.lib.format.open_memmap(file, "w+", dtype, shape).flush())  # zeros, a sparse file
+        machine.barrier()
+        self.rows = np.lib.format.open_memmap(path, "r+")                                # code + 1; 0 where there is none yet
 
     def encode(self, vqgan, batch):
         """The codes (B, N) of a batch's targets."""
@@ -481,7 +518,7 @@ class CodeCache:
 
 
 class MentorStage(Stage):
-    """Pretraining, alignment and instruction tuning: the next-code loss (eq. 3) on the stage's mix of tasks."""
+    """Pretraining, alignment and instruction tuning: the next-code loss (equation 3) on the stage's mix of tasks."""
 
     def __init__(self, name, run, machine, model, vqgan):
         super().__init__()
@@ -494,52 +531,54 @@ class MentorStage(Stage):
             compile_blocks(model.to(machine.device), machine)
         if run.checkpoint:
             recompute_activations(model)
-        self.vqgan = (vqgan.requires_grad_(False),)  # in a tuple: outside the module tree, never trained or saved
-        self.cache = None                            # a CodeCache, where codes are kept
+        self.vqgan = (vqgan.requires_grad_(False),)  # in a tuple: not a submodule, never trained or saved
+        self.cache = None                            # a CodeCache if codes are kept
 
-    def code_losses(self, batch):
-        """Mean next-code loss of each sample (B,), and the text encoder's hidden states (B, P, Dt)."""
-        with torch.no_grad(), torch.autocast(batch.targets.device.type, enabled=False):
-            codes = self.cache.encode(self.vqgan[0], batch) if self.cache else self.vqgan[0].encode(batch.targets)  # (B, N)
-        return self.losses(batch, codes)
+    @torch.no_grad()
+    def encode_targets(self, batch):
+        """The codes (B, N) of a batch's targets, from the cache if there is one; always in float32."""
+        with torch.autocast(batch.targets.device.type, enabled=False):
+            return self.cache.encode(self.vqgan[0], batch) if self.cache else self.vqgan[0].encode(batch.targets)
 
-    def losses(self, batch, codes):
-        """The same, given the codes (B, N) of the targets."""
-        hidden = self.model.encoder(batch)
-        prefix = self.model.projector(hidden, batch.lengths, batch.unconditional)
-        states = self.model.next_code_hidden(prefix, batch.lengths, codes)               # (B, N, D)
-        return next_code_losses(self.model.decoder.output, states, codes), hidden
+    def code_losses(self, batch, codes):
+        """Each sample's mean next-code loss (B,), given codes (B, N), and the text encoder's hidden states (B, P, Dt)."""
+        states = self.model.encoder(batch)
+        prefix = self.model.projector(states, batch.lengths, batch.drop)
+        hidden = self.model.next_code_hidden(prefix, batch.lengths, codes)               # (B, N, D)
+        return next_code_losses(self.model.decoder.output, hidden, codes), states
+
+    def pretraining_losses(self, batch, states):
+        """The two losses that pretraining adds, {name: loss}, given the text encoder's hidden states (B, P, Dt)."""
+        pixels = as_vision_pixels(batch.targets, self.model.config.vision.image_size)
+        features = self.model.encoder.vision.before_last(pixels)                         # (B, 1 + n_patch, Dv)
+        real = mentor.length_mask(batch.lengths, states.shape[1])[..., None]
+        text = (states * real).sum(1) / batch.lengths[:, None]                           # (B, Dt), mean over real positions
+        return {"contrastive": self.contrastive(self.model.encoder.vision.pool(features), text),
+                "fill_in": masked_token_loss(self.model, batch, features[:, 1:])}
 
     def validation_loss(self, batch):
-        """Mean loss of a batch's samples, without the contrastive part, which hangs on what else is in the batch."""
-        return self.code_losses(batch)[0].mean()
+        """Mean next-code loss of a batch's samples. (The contrastive loss depends on what else is in the batch.)"""
+        return self.code_losses(batch, self.encode_targets(batch))[0].mean()
 
     def forward(self, batch, step):
-        """Loss of a batch and what to log: the loss of each task, and pretraining's two more."""
-        losses, hidden = self.code_losses(batch)
+        """(loss, logs) of a batch. Logs the loss of each task, and in pretraining two more."""
+        losses, states = self.code_losses(batch, self.encode_targets(batch))
         loss, logs = losses.mean(), {"tokens": batch.lengths.float().mean(), "images": len(batch.pixels) / len(batch)}
         for task in set(batch.tasks):  # one by one: a mask would wait for the GPU
             logs[task] = torch.stack([loss for loss, t in zip(losses.detach(), batch.tasks) if t == task]).mean()
         if self.contrastive:
-            pixels = as_vision_pixels(batch.targets, self.model.config.vision.image_size)
-            real = mentor.positions_below(batch.lengths, hidden.shape[1])[..., None]
-            text = (hidden * real).sum(1) / batch.lengths[:, None]                       # (B, Dt), mean over real positions
-            features = self.model.encoder.vision.before_last(pixels)                     # (B, 1 + n_patch, Dv)
-            more = {"contrastive": self.contrastive(self.model.encoder.vision.pool(features), text),
-                    "fill_in": fill_in_loss(self.model, batch, features[:, 1:])}
+            more = self.pretraining_losses(batch, states)
             loss = loss + sum(more.values())
             logs.update({name: value.detach() for name, value in more.items()})
         return loss, logs
 
 
-LOSS_VALUES = 2**26  # logits that the loss may hold at once
+LOSS_VALUES = 2**26  # most logits that the loss computes at once
 
 
 def next_code_losses(head, hidden, codes):
-    """Mean cross entropy of each sample's codes, (B,), from hidden states (B, N, D) and codes (B, N).
-
-    Many logits are never all there: they come a few positions at a time, and again in the backward pass.
-    """
+    """Mean cross entropy of each sample's codes, (B,), from hidden states (B, N, D) and codes (B, N). Large logits are never all
+    in memory: they are computed a few positions at a time, and again in the backward pass."""
     def losses(hidden, codes):
         return F.cross_entropy(head(hidden).float().transpose(1, 2), codes, reduction="none")
 
@@ -551,29 +590,25 @@ def next_code_losses(head, hidden, codes):
 
 
 def recompute_activations(model):
-    """Let every block of decoder and text encoder keep only what enters it, and run again in the backward pass.
-
-    Without gradients, so with a KV cache too, nothing changes. The model's names and weights stay as they are.
-    """
+    """Make every block of decoder and text encoder keep only its input and run again in the backward pass. Without gradients, and
+    so with a KV cache, nothing changes. Names and weights of the model stay the same."""
     for block in (*model.decoder.blocks, *model.encoder.text.blocks):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def compile_blocks(model, machine):
-    """Let torch.compile make one program of all blocks of the text encoder, and one of the decoder's, for any lengths.
-
-    Returns whether that worked. If not (there may be no compiler), the blocks stay as they are, and the reason is said.
-    """
+    """torch.compile one program for all blocks of the text encoder and one for the decoder's, for any lengths. Returns whether
+    that worked. If not (there may be no compiler), prints why and leaves the blocks unchanged."""
     text, decoder, started = model.encoder.text, model.decoder, time.perf_counter()
     try:
         if machine.world_size > 1:
-            torch._dynamo.config.optimize_ddp = False  # it would cut the programs where DDP's buckets end; a block is small enough
+            torch._dynamo.config.optimize_ddp = False  # it would split programs at the ends of DDP's buckets; a block is small enough
         for part in (text, decoder):
             program = torch.compile(type(part.blocks[0]).forward, dynamic=True)
             for block in part.blocks:
                 block.forward = partial(program, block)
-        model.train()  # as a step runs them: programs are for one mode, and for inputs with or without gradients
-        ids = torch.zeros(7, 11, dtype=torch.long, device=machine.device)                # numbers that no other size equals
+        model.train()  # as in a step: a program is for one mode, and for inputs with or without gradients
+        ids = torch.zeros(7, 11, dtype=torch.long, device=machine.device)                # sizes that nothing else has
         x = torch.randn(7, 11, decoder.config.width, device=machine.device, requires_grad=True)
         with machine.autocast():
             states = text(text.embedding(ids), ids == 0).sum() + decoder(x, ids).sum()
@@ -588,7 +623,7 @@ def compile_blocks(model, machine):
 
 
 def as_vision_pixels(targets, size):
-    """Targets (B, 3, S, S) in [-1, 1] as the vision encoder wants them, (B, 3, size, size) CLIP-normalised."""
+    """Targets (B, 3, S, S) in [-1, 1] as the vision encoder's input: (B, 3, size, size), CLIP-normalised."""
     if targets.shape[-1] != size:
         targets = F.interpolate(targets, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
     channels = zip(((targets + 1) / 2).unbind(1), CLIP_MEAN, CLIP_STD)
@@ -601,26 +636,30 @@ def as_vision_pixels(targets, size):
 
 
 def open_source(run, machine):
-    """The World of --world or the Manifest of --data, and the text tokenizer. Raises ValueError if that has more words than the
-    model, if a prompt is longer than the context, or if a stage wants tasks that the data lacks."""
+    """Open the World of --world or the Manifest of --data, and the text tokenizer. Raises ValueError if that has more words than
+    the model, if a prompt is longer than the context, or if a stage needs tasks that the data lacks."""
     if run.data:
         backgrounds = open_manifest(run.backgrounds, "backgrounds", run, machine) if run.backgrounds else None
         source = open_manifest(run.data, "data", run, machine, backgrounds)
     else:
         source = WORLDS[run.world](run.vqgan.image_size, **({"font": run.emoji_font} if run.world == "emoji" else {}))
+        machine.say(f"world: {run.world}, built in; --data=FOLDER_OR_MANIFEST trains on your pictures")
     spiece = Path(run.out) / "spiece.model"
     text_tokenizer = TextTokenizer.from_file(spiece) if spiece.is_file() else source.text_tokenizer()
     check_vocabulary(text_tokenizer, run)
     if run.data:
         if run.stage != "tokenizer":
             source.check_prompts(make_collate(run, text_tokenizer))
+        if run.skip_bad:
+            for manifest in dict.fromkeys((source.backgrounds, source)):
+                manifest.check_files(run.vqgan.image_size, run.workers)
         describe_data(run, source, machine)
         check_tasks(run, source)
     return source, text_tokenizer
 
 
 def open_manifest(path, name, run, machine, backgrounds=None):
-    """The Manifest of a file, or of a folder: then it becomes run.out's NAME.jsonl, when the run may start."""
+    """Open the Manifest of a file or a folder. A folder's is written as run.out's NAME.jsonl once the run starts."""
     root, content = run.data_root if name == "data" else "", None
     if Path(path).is_dir():
         root, content, path = path, manifest_of_folder(path), Path(run.out) / f"{name}.jsonl"
@@ -628,7 +667,7 @@ def open_manifest(path, name, run, machine, backgrounds=None):
 
 
 def describe_data(run, source, machine):
-    """Say which lines were left out, and what the others are."""
+    """Print which lines were left out, and what the others are."""
     for manifest in dict.fromkeys((source.backgrounds, source)):
         good = sum(len(lines) for tasks in (manifest.tasks, manifest.held_out) for lines in tasks.values())
         for message in manifest.bad:
@@ -641,7 +680,7 @@ def describe_data(run, source, machine):
 
 
 def check_tasks(run, source):
-    """Raise ValueError naming the tasks that a stage of the run wants and the data has no lines for."""
+    """Raise ValueError naming the tasks of a stage for which the data has no lines."""
     for stage in STAGES[1:] if run.stage == "all" else {run.stage} - {"tokenizer"}:
         mix = getattr(run, stage).mix
         lacking = [task for task, share in parse_mix(stage, mix).items() if share and task not in source.tasks]
@@ -651,15 +690,15 @@ def check_tasks(run, source):
 
 
 def check_vocabulary(text_tokenizer, run):
-    """Raise ValueError if the text model's table has no row for some of the words; more rows than words are fine, as in T5."""
+    """Raise ValueError if the model has fewer word embeddings than the text tokenizer has ids; more are fine, as in T5."""
     rows, words = run.model.text.vocab_size, text_tokenizer.vocab_size
     if words > rows:
         raise ValueError(f"--model.text.vocab_size={rows}: the text tokenizer has {words} ids; give at least as many")
 
 
-def check_words(text_tokenizer, run, source, machine):
-    """Raise ValueError naming the first word that the text model does not know, if it is the world's, or if more than half of
-    the lines of the data have such words; fewer, as rare signs make them, are counted and said."""
+def check_text_tokenizer(text_tokenizer, run, source, machine):
+    """Raise ValueError naming the first word that the text tokenizer does not know, for a world, or for data if more than half
+    of its lines have such words; fewer, due to rare characters, are only counted and printed."""
     lines = [" ".join((e.text, *e.labels)) for e in source.some(10_000)] if run.data else source.sentences()
     unknown = [word for word in map(text_tokenizer.unknown_word, lines) if word]
     if len(unknown) > len(lines) * (0.5 if run.data else 0):
@@ -667,17 +706,17 @@ def check_words(text_tokenizer, run, source, machine):
                          f"{run.data or 'the world ' + run.world}, so it was made for something else; choose another --out, or put "
                          "the right spiece.model there")
     if unknown:
-        machine.say(f"data: {len(unknown) / len(lines):.2%} of the lines have words that the text model does not know, the first is "
-                    f"{unknown[0]!r}; it reads them as <unk>")
+        machine.say(f"data: {len(unknown) / len(lines):.2%} of the lines have words that the text model does not know and reads as "
+                    f"<unk>; the first is {unknown[0]!r}")
 
 
 def make_collate(run, text_tokenizer):
-    """What makes batches of samples for the run's model."""
+    """The Collate for the run's model."""
     return Collate(text_tokenizer, run.model.vision.image_size, run.model.image_tokens, run.model.context, run.vqgan.image_size)
 
 
 def make_dataset(name, run, mix, source, held_out=False):
-    """The samples that a stage learns from; or, held_out, what it is validated on, whatever the seed."""
+    """A stage's training samples; or with held_out its validation samples, the same for every seed."""
     seed, prefix_drop = ("validation", 0.0) if held_out else (f"{run.seed} {name}", run.prefix_drop)
     if not isinstance(source, Manifest):
         return WorldDataset(source, mix, seed, held_out, prefix_drop)
@@ -692,9 +731,9 @@ def make_dataset(name, run, mix, source, held_out=False):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised, so that all directions of a matrix learn at one rate
-    (Keller Jordan, 2024). The same update as torch.optim.Muon, but matrices of one shape go through the
-    Newton-Schulz iteration together, and in float32 on a CPU, where torch's bfloat16 is 50 times slower."""
+    """Momentum with an orthogonalised update, so that all directions of a matrix learn at one rate (Keller Jordan, 2024). The same
+    update as torch.optim.Muon, but matrices of one shape go through the Newton-Schulz iteration together, and in float32 on a CPU,
+    where torch's bfloat16 is 50 times slower."""
 
     MOMENTUM, ITERATIONS, COEFFICIENTS = 0.95, 5, (3.4445, -4.7750, 2.0315)
 
@@ -714,7 +753,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """One update of every matrix that has a gradient."""
+        """One update of every matrix; all must have a gradient."""
         for group in self.param_groups:
             shapes = {}
             for p in group["params"]:
@@ -730,17 +769,17 @@ class Muon(torch.optim.Optimizer):
                     p.add_(update, alpha=-group["lr"] * scale)
 
 
-TABLES = re.compile("embedding|relative_bias|unconditional|queries|decoder.output|contrastive")  # their rows are separate things
+TABLES = re.compile("embedding|relative_bias|unconditional|queries|decoder.output|contrastive")  # matrices whose rows are independent
 
 
-def make_optimizers(stage, recipe, run):
-    """AdamW (betas 0.9, 0.95, decay on matrices) for everything; or Muon for the matrices of hidden layers, and AdamW for the rest."""
-    muon_lr, named = getattr(recipe, "muon_lr", 0.0), stage.trained()
+def make_optimizers(stage, config, run):
+    """AdamW (betas 0.9, 0.95, decay on matrices) for everything; or with muon_lr Muon for hidden layers' matrices, AdamW for the rest."""
+    muon_lr, named = getattr(config, "muon_lr", 0.0), stage.trained()
     matrices = {n: p for n, p in named if muon_lr and p.ndim == 2 and not TABLES.search(n)}
     rest = [p for n, p in named if n not in matrices]
     groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": run.weight_decay},
               {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(groups, recipe.lr, betas=(0.9, 0.95), fused=True)]
+    optimizers = [torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95), fused=True)]
     if matrices:
         optimizers.append(Muon(matrices.values(), muon_lr, weight_decay=run.weight_decay))
     for group in (g for o in optimizers for g in o.param_groups):
@@ -748,49 +787,51 @@ def make_optimizers(stage, recipe, run):
     return optimizers
 
 
-def schedule(step, recipe, run):
+def schedule(step, config, run):
     """Factor on the peak learning rate: linear warm-up, then a cosine down to final_lr."""
-    warmup = max(1, round(run.warmup * recipe.steps))
+    warmup = max(1, round(run.warmup * config.steps))
     if step < warmup:
         return (step + 1) / warmup
-    done = (step - warmup) / max(1, recipe.steps - warmup)
-    return recipe.final_lr + (1 - recipe.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    done = (step - warmup) / max(1, config.steps - warmup)
+    return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The loop, after what it tells (Log) and listens to (StopSignals)
+# The loop, after its log (Log) and the signals that stop it (StopSignals)
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def read_log(file):
-    """The lines of a log.jsonl as dictionaries; of a last one that a kill has cut short nothing is left."""
+    """The lines of a log.jsonl as dictionaries, without one that a kill has cut short."""
     lines = file.read_text().splitlines() if file.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 class Log:
-    """Progress bar and log.jsonl: means since the last line. Notices the first step that is not finite.
-
-    Values stay on the device until a line is written; a CPU, where looking costs nothing, is looked at every step.
-    """
+    """Progress bar and log.jsonl, with means since the last line. Finds the first step whose loss is not finite. Values stay on
+    the device until a line is written; on a CPU, where reading them costs nothing, every step is checked."""
 
     def __init__(self, folder, name, run, start, machine):
-        self.folder, self.name, self.run, self.recipe, self.machine = folder, name, run, getattr(run, name), machine
-        self.every, self.flops, self.lost = max(1, self.recipe.steps // 200), 0, False
+        self.folder, self.name, self.run, self.config, self.machine = folder, name, run, getattr(run, name), machine
+        self.every, self.flops, self.lost = max(1, self.config.steps // 200), 0, False
         self.values, self.since, self.started = {}, start, time.perf_counter()
         self.recent = []  # of each step since the last check: (step, loss and gradient norm, learning rate, tasks)
         if machine.main:
             done = [json.dumps(line) + "\n" for line in read_log(folder / "log.jsonl") if line["step"] <= start] if start else []
-            mentor.write_aside(folder / "log.jsonl", lambda file: file.write_text("".join(done)))
-            self.bar = tqdm(total=self.recipe.steps, initial=start, desc=name.ljust(9), dynamic_ncols=True, smoothing=0.05)
+            mentor.write_atomically(folder / "log.jsonl", lambda file: file.write_text("".join(done)))
+            self.bar = tqdm(total=self.config.steps, initial=start, desc=name.ljust(9), dynamic_ncols=True, smoothing=0.05)
 
     def add(self, values):
-        """Note values, each a number or a scalar tensor."""
+        """Record values, each a number or a scalar tensor."""
         for key, value in values.items():
             self.values.setdefault(key, []).append(value)
 
+    def pause(self, seconds):
+        """Leave seconds without training out of samples/s."""
+        self.started += seconds
+
     def step(self, step, loss, grad_norm, lr, tasks, due=False):
-        """Count a step; every so often, and if `due`, write a line. Raises ValueError when the loss or gradient is not finite."""
+        """Count a step; write a line at intervals and if `due`. Raises ValueError when the loss or gradient is not finite."""
         self.recent.append((step, torch.stack([loss.float(), grad_norm.float()]), lr, tasks))
         if self.machine.main:
             self.bar.update()
@@ -801,20 +842,20 @@ class Log:
             self.write(step, float(grad_norm), lr)
 
     def check(self):
-        """Raise ValueError naming the first step, since the last check, whose loss or gradient is not finite."""
+        """Raise ValueError naming the first step since the last check whose loss or gradient is not finite."""
         numbers = torch.stack([numbers for _, numbers, _, _ in self.recent]).tolist() if self.recent else []
         for (step, _, lr, tasks), (loss, grad_norm) in zip(self.recent, numbers):
             if not math.isfinite(loss + grad_norm):
                 raise ValueError(f"{self.name}: loss {loss:g}, gradient norm {grad_norm:g} at step {step + 1}, learning rate {lr:.2e}, "
-                                 f"tasks {', '.join(sorted(tasks))}: lower --{self.name}.lr and start the stage anew (delete "
+                                 f"tasks {', '.join(sorted(tasks))}: lower --{self.name}.lr and start the stage again (delete "
                                  f"{self.folder}); {last_checkpoint(self.folder)}")
         self.recent = []
 
     def write(self, step, grad_norm, lr):
-        """One line with the means since the last, over all processes; if the disk is full it is lost, and that is said once."""
+        """Write a line with the means since the last, over all processes. On a full disk it is lost; that is printed once."""
         means = {k: float(torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in vs]).mean()) for k, vs in self.values.items()}
         means, now = self.machine.mean(means), time.perf_counter()
-        rate = (step + 1 - self.since) * self.recipe.global_batch / (now - self.started)
+        rate = (step + 1 - self.since) * self.config.global_batch / (now - self.started)
         self.values, self.since, self.started = {}, step + 1, now
         if not self.machine.main:
             return
@@ -829,7 +870,7 @@ class Log:
             self.lost = True
 
     def speed(self, means, rate):
-        """Codes a second; on a GPU that PEAK_TFLOPS knows also the share of its peak, and the most memory it needed."""
+        """Codes/s as text; on a GPU also the share of its peak, if PEAK_TFLOPS lists it, and the most memory used."""
         device, words = self.machine.device, f", {rate * self.run.vqgan.grid_size**2:.0f} codes/s"
         if device.type == "cuda":
             peak = peak_tflops(torch.cuda.get_device_name(device))
@@ -847,8 +888,7 @@ class Log:
 
 
 class StopSignals:
-    """While open, Ctrl-C and SIGTERM only leave their number in `received`, for the loop to see after the step. A second one
-    stops at once."""
+    """Context in which Ctrl-C and SIGTERM only set `received`, for the loop to see after the step. A second one stops at once."""
 
     def __enter__(self):
         self.received = 0
@@ -856,7 +896,7 @@ class StopSignals:
         return self
 
     def note(self, number, frame):
-        """The handler."""
+        """The signal handler."""
         self.received = number
         self.__exit__()
 
@@ -866,24 +906,36 @@ class StopSignals:
 
 
 def leave_group(worker):
-    """For data processes: a terminal's Ctrl-C goes to the whole process group, but the step in work still needs their samples."""
+    """For data processes: Ctrl-C goes to the terminal's whole process group, but the current step still needs their samples."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
 
 
-def micro_batches(recipe, run, machine):
-    """(micro-batch, micro-batches a step) of one process. Raises ValueError with the arithmetic if it does not divide."""
-    share, rest = divmod(recipe.global_batch, machine.world_size)
+def least_micro_batch(config):
+    """What a micro-batch must be a multiple of: a tokenizer's consistency loss pairs neighbours (tokenizer.collages)."""
+    return 2 if getattr(config, "consistency", 0) else 1
+
+
+def micro_batches(config, run, machine):
+    """(micro-batch, micro-batches per step) of one process. Raises ValueError with the arithmetic if it does not divide.
+
+    The split changes the result by rounding only, except for dropout and two losses that see one micro-batch: the contrastive
+    loss, which has so many fewer pairs to compare, and the discriminator's, through its adaptive weight.
+    """
+    share, rest = divmod(config.global_batch, machine.world_size)
     micro = run.micro_batch or share
     if rest or share % micro:
-        times = recipe.global_batch / machine.world_size / micro
-        raise ValueError(f"global_batch={recipe.global_batch} is not processes x micro_batch x a whole number: "
+        times = config.global_batch / machine.world_size / micro
+        raise ValueError(f"global_batch={config.global_batch} is not processes x micro_batch x a whole number: "
                          f"{machine.world_size} x {micro} x {times:.2f}; change micro_batch or global_batch")
+    if micro % least_micro_batch(config):
+        raise ValueError(f"micro_batch={micro}: --tokenizer.consistency pairs the pictures of a micro-batch, and one would be left over; "
+                         "make --micro_batch even (it must divide global_batch / processes), or set --tokenizer.consistency=0")
     return micro, share // micro
 
 
 def index_batches(start, steps, global_batch, micro, accumulate, rank):
-    """Sample indices of each micro-batch from step `start` on; all ranks together take each index once, in order."""
+    """Yield each micro-batch's sample indices from step `start` on; all ranks together take each index once, in order."""
     for step in range(start, steps):
         for m in range(accumulate):
             first = step * global_batch + (rank * accumulate + m) * micro
@@ -891,7 +943,7 @@ def index_batches(start, steps, global_batch, micro, accumulate, rank):
 
 
 def build_stage(name, run, machine, source):
-    """The stage's module with the weights it starts from."""
+    """Build a stage's module with the weights it starts from."""
     torch.manual_seed(run.seed)
     if name == "tokenizer":
         return TokenizerStage(run, machine, make_dataset(name, run, TokenizerStage.mix, source)).to(machine.device)
@@ -907,38 +959,40 @@ def build_stage(name, run, machine, source):
 
 
 def train_stage(name, run, machine, source, text_tokenizer):
-    """Train one stage from its last checkpoint, or from the stage before, and save its weights."""
-    folder, recipe = Path(run.out) / name, getattr(run, name)
+    """Train one stage, from its last checkpoint or else from the stage before, and save its weights."""
+    folder, config = Path(run.out) / name, getattr(run, name)
     record = stage_record(name, run, source, text_tokenizer)
     check_record(folder, record)
     if (folder / "model.safetensors").is_file():
         machine.say(f"{name}: done already, {folder} holds its weights")
         return
-    micro, accumulate = micro_batches(recipe, run, machine)
+    micro, accumulate = micro_batches(config, run, machine)
     stage = build_stage(name, run, machine, source)
-    optimizers = make_optimizers(stage, recipe, run)
+    optimizers = make_optimizers(stage, config, run)
     saved = [*optimizers, *stage.own_optimizers]
     start = load_state(folder, name, stage, saved, machine)
     if machine.main:
         folder.mkdir(parents=True, exist_ok=True)
         mentor.write_json(folder / "stage.json", record)
-    describe_stage(name, stage, recipe, machine, micro, accumulate, start)
+    describe_stage(name, stage, config, machine, micro, accumulate, start)
 
     collate, validation = make_collate(run, text_tokenizer), make_dataset(name, run, stage.mix, source, held_out=True)
     batches = iter(torch.utils.data.DataLoader(
         make_dataset(name, run, stage.mix, source), collate_fn=collate, num_workers=run.workers, worker_init_fn=leave_group,
-        batch_sampler=index_batches(start, recipe.steps, recipe.global_batch, micro, accumulate, machine.rank),
+        batch_sampler=index_batches(start, config.steps, config.global_batch, micro, accumulate, machine.rank),
         pin_memory=machine.device.type == "cuda"))
     wrapped = machine.wrap(stage.train())
     log = Log(folder, name, run, start, machine)
-    with StopSignals() as signals:
-        for step in range(start, recipe.steps):
+    with StopSignals() as signals, explain_out_of_memory(name, run, machine, micro, accumulate):
+        for step in range(start, config.steps):
             torch.manual_seed(run.seed * 1_000_003 + step * machine.world_size + machine.rank)  # dropout is a function of the step
-            factor = schedule(step, recipe, run)
+            last = step + 1 == config.steps
+            due = last or (step + 1) % run.save_every == 0                               # validation and a checkpoint
+            lr_factor = schedule(step, config, run)
             for group in (g for o in optimizers for g in o.param_groups):
-                group["lr"] = group["peak"] * factor
-            loss, tasks = add_gradients(step, wrapped, batches, micro, accumulate, log)
-            grad_norm = nn.utils.clip_grad_norm_([p for _, p in stage.trained()], run.clip)
+                group["lr"] = group["peak"] * lr_factor
+            loss, tasks = add_gradients(step, wrapped, batches, accumulate, log)
+            grad_norm = nn.utils.clip_grad_norm_([p for _, p in stage.trained()], run.grad_clip)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -946,13 +1000,12 @@ def train_stage(name, run, machine, source, text_tokenizer):
 
             if run.score_every and name in STAGES[2:] and (step + 1) % run.score_every == 0 and machine.main:
                 log.add(score_now(stage, run, source, text_tokenizer, machine))
-            last = step + 1 == recipe.steps
-            due = last or (step + 1) % run.save_every == 0
-            seen = held_out_loss(stage, validation, collate, micro, machine, log) if due else None
-            log.step(step, loss, grad_norm, recipe.lr * factor, tasks, due)
-            if seen is not None and machine.main:  # before the checkpoint: a run that is killed between them comes by here again
-                keep_best(folder, name, stage, step + 1, seen, last, machine)
-            stop = machine.largest(signals.received)
+            validation_loss = held_out_loss(stage, validation, collate, micro, machine, log) if due else None
+            log.step(step, loss, grad_norm, config.lr * lr_factor, tasks, due)
+            if validation_loss is not None and machine.main:
+                # before the checkpoint: if the run is killed in between, this step is done again
+                keep_best(folder, name, stage, step + 1, validation_loss, last, machine)
+            stop = machine.max(signals.received)
             if not last and (stop or due):
                 log.check()
                 save_state(folder, name, stage, saved, step + 1, run.keep, machine)
@@ -966,43 +1019,47 @@ def train_stage(name, run, machine, source, text_tokenizer):
         raise SystemExit(128 + stop)
 
 
-def add_gradients(step, wrapped, batches, micro, accumulate, log):
-    """Forward and backward through the step's micro-batches. Returns their mean loss, on the device, and the tasks seen.
-
-    Raises ValueError when the memory is not enough: set the largest micro-batch up to half of this one that divides the share.
-    """
+def add_gradients(step, wrapped, batches, accumulate, log):
+    """Forward and backward through the step's micro-batches. Returns their mean loss, on the device, and their tasks."""
     losses, tasks, machine = [], set(), log.machine
-    try:
-        for m in range(accumulate):
-            batch = next(batches).to(machine.device)
-            tasks.update(batch.tasks)
-            wait = machine.world_size > 1 and m < accumulate - 1  # gradients travel once a step
-            with wrapped.no_sync() if wait else nullcontext():
-                with machine.autocast():
-                    loss, logs = wrapped(batch, step)
-                (loss / accumulate).backward()
-            losses.append(loss.detach())
-            log.add({"loss": losses[-1], **logs})
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        what = f"{log.name}: out of memory on {machine.device} with micro_batch={micro} ({mentor.first_line(error)[:120]})"
-        if micro == 1:
-            raise ValueError(f"{what}; it is as small as can be: choose a smaller preset or model, or a device with more memory") from None
-        share = micro * accumulate
-        less = max(d for d in range(1, micro // 2 + 1) if share % d == 0)
-        raise ValueError(f"{what}; set --micro_batch={less}: global_batch stays {share * machine.world_size}, a step takes {share // less} "
-                         f"micro-batches in place of {accumulate}") from None
+    for m in range(accumulate):
+        batch = next(batches).to(machine.device)
+        tasks.update(batch.tasks)
+        unfinished = machine.world_size > 1 and m < accumulate - 1  # gradients are exchanged once per step
+        with wrapped.no_sync() if unfinished else nullcontext():
+            with machine.autocast():
+                loss, logs = wrapped(batch, step)
+            (loss / accumulate).backward()
+        losses.append(loss.detach())
+        log.add({"loss": losses[-1], **logs})
     return torch.stack(losses).mean(), tasks
 
 
-VALIDATION = 128  # samples, at most
+@contextmanager
+def explain_out_of_memory(name, run, machine, micro, accumulate):
+    """When memory runs out, raise ValueError naming the largest micro-batch that divides the share and is at most half of this one."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        what = f"{name}: out of memory on {machine.device} with micro_batch={micro} ({mentor.first_line(error)[:120]})"
+        share, least = micro * accumulate, least_micro_batch(getattr(run, name))
+        less = max((d for d in range(least, micro // 2 + 1, least) if share % d == 0), default=0)
+        if less:
+            raise ValueError(f"{what}; set --micro_batch={less}: global_batch stays {share * machine.world_size}, a step takes "
+                             f"{share // less} micro-batches instead of {accumulate}") from None
+        recompute = "set --checkpoint=true, or " * (name != "tokenizer" and not run.checkpoint)
+        raise ValueError(f"{what}, the smallest there is: {recompute}choose a smaller preset or model, or a device with more memory") from None
+
+
+VALIDATION = 128  # most samples
 
 
 @torch.no_grad()
 def held_out_loss(stage, dataset, collate, micro, machine, log):
-    """Mean loss of the first VALIDATION samples of a held-out dataset, None if it has none. Nothing in it is random, and
-    nothing of it stays in the stage; the processes share the samples."""
+    """Mean loss of the first VALIDATION samples of a held-out dataset, None if it is empty; the processes share the samples.
+    Nothing here is random or changes the stage."""
     began, count = time.perf_counter(), min(VALIDATION, dataset.count)
     if not count:
         return None
@@ -1013,24 +1070,24 @@ def held_out_loss(stage, dataset, collate, micro, machine, log):
         with machine.autocast():
             total += stage.validation_loss(batch) * len(batch)
     stage.train()
-    loss = float(machine.add_up(total)) / count
+    loss = float(machine.sum(total)) / count
     log.add({"validation": loss})
-    log.started += time.perf_counter() - began  # no samples were trained on
+    log.pause(time.perf_counter() - began)
     return loss
 
 
 def score_now(stage, run, world, text_tokenizer, machine):
-    """CP, PF and their product of a stage in training, on a few held-out prompts."""
+    """CP, PF and CP*PF of a stage in training, on FEWER_PROMPTS held-out prompts."""
     model, vqgan = Mentor(run.model), VQGAN.from_pretrained(Path(run.out) / "tokenizer")
-    model.load_state_dict(stage.model.state_dict())  # a copy: what draws fast has its weights in bfloat16, or in other layouts
+    model.load_state_dict(stage.model.state_dict())  # a copy: drawing may convert or pack the weights
     pipeline = sample.Pipeline(model, vqgan, text_tokenizer, asdict(run), machine.device)
     prompts = sample.held_out_samples(world, "subject_driven", sample.FEWER_PROMPTS)
     scores = sample.judge_pictures(sample.JUDGES[world.name](world), pipeline.draw(prompts)[0], prompts)
-    return {key: scores[key] for key in MEASURES}
+    return {key: scores[key] for key in sample.MEASURES}
 
 
-def describe_stage(name, stage, recipe, machine, micro, accumulate, start):
-    """Say what will be trained, on how much, and what the first loss should be."""
+def describe_stage(name, stage, config, machine, micro, accumulate, start):
+    """Print what will be trained, on how much, and what the first loss should be."""
     parts, trained = {"vqgan": stage.model}, {id(p) for _, p in stage.trained()}
     if name != "tokenizer":
         encoder = stage.model.encoder
@@ -1042,11 +1099,11 @@ def describe_stage(name, stage, recipe, machine, micro, accumulate, start):
         state = " frozen" if not learning else "" if learning == total else f" ({learning / 1e6:.2f}M trained)"
         counts.append(f"{part} {total / 1e6:.2f}M{state}")
     machine.say(f"{name}: {', '.join(counts)}")
-    machine.say(f"{name}: {recipe.steps} steps of {recipe.global_batch} = {machine.world_size} processes x {accumulate} micro-batches "
+    machine.say(f"{name}: {config.steps} steps of {config.global_batch} = {machine.world_size} processes x {accumulate} micro-batches "
                 f"x {micro}" + f", from step {start}" * (start > 0))
     if name == "pretrain":
         codes = stage.model.config.decoder.codebook_size
-        machine.say(f"{name}: guessing codes costs ln({codes}) = {math.log(codes):.2f}; contrastive and fill-in losses come on top")
+        machine.say(f"{name}: guessing codes costs ln({codes}) = {math.log(codes):.2f}; contrastive and fill-in losses are added to that")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1060,13 +1117,13 @@ def checkpoints(folder):
 
 
 def last_checkpoint(folder):
-    """A sentence on where the same command would go on."""
+    """Where the same command would go on, in words."""
     found = checkpoints(folder)
     return f"the last good checkpoint is {found[-1]}" if found else f"{folder} holds no checkpoint yet"
 
 
 def check_finite(state, name, step, folder):
-    """Raise ValueError naming the first tensor in nested dictionaries and lists that is not finite: such a state is never saved."""
+    """Raise ValueError naming the first tensor that is not finite in nested dictionaries and lists: such a state is never saved."""
     for path, value in tree_flatten_with_path(state)[0]:
         if torch.is_tensor(value) and not value.isfinite().all():
             tensor = re.sub(r"\W+", ".", keystr(path)).strip(".")
@@ -1075,33 +1132,35 @@ def check_finite(state, name, step, folder):
 
 
 def write_if_room(path, write, name, machine):
-    """write_aside; if it cannot be written, the disk being full, that is said and the run goes on. Returns whether it was."""
+    """write_atomically, but print a failure (a full disk) instead of raising it. Returns whether the file was written."""
     try:
-        mentor.write_aside(path, write)
+        mentor.write_atomically(path, write)
     except OSError as error:
         machine.say(f"{name}: {error}: going on without it, {last_checkpoint(path.parent)}; make room on the disk")
         return False
     return True
 
 
+def save_pickle(values, path):
+    """torch.save, which given a path hides the system's error and keeps the disk's space taken."""
+    with open(path, "wb") as file:
+        torch.save(values, file)
+
+
 def save_state(folder, name, stage, optimizers, step, keep, machine):
-    """Write all that is needed to go on from `step`, state-STEP.pt, and remove all but the last `keep`."""
+    """Write state-STEP.pt, with everything to go on from `step`, and remove all checkpoints but the last `keep`."""
     if not machine.main:
         return
     state = {"step": step, "processes": machine.world_size, "stage": stage.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
     check_finite(state, name, step, folder)
 
-    def write(path):
-        with open(path, "wb") as file:  # given a path, torch hides the system's reason and holds on to the full disk's space
-            torch.save(state, file)
-
-    if write_if_room(folder / f"state-{step}.pt", write, name, machine):
+    if write_if_room(folder / f"state-{step}.pt", partial(save_pickle, state), name, machine):
         for file in checkpoints(folder)[:-keep]:
             file.unlink()
 
 
 def newest_state(folder, name, machine):
-    """What the newest whole checkpoint holds, {"step": 0} if there is none. A torn one is put aside, and that is said."""
+    """Load the newest intact checkpoint, {"step": 0} if there is none. Damaged ones are renamed, which is printed."""
     for file in reversed(checkpoints(folder)):
         try:
             return mentor.read_pickle(file)
@@ -1112,16 +1171,16 @@ def newest_state(folder, name, machine):
 
 
 def load_state(folder, name, stage, optimizers, machine):
-    """Restore what save_state wrote last; returns the step to go on from, 0 if there is nothing."""
+    """Restore what save_state wrote last; returns the step to go on from, 0 without a checkpoint."""
     state = newest_state(folder, name, machine) if machine.main else {"step": 0}
-    step = machine.largest(state["step"])  # the first process chooses
+    step = machine.max(state["step"])  # the first process chooses
     if not step:
         return 0
     if not machine.main:
         state = mentor.read_pickle(folder / f"state-{step}.pt")
     if state["processes"] != machine.world_size:
         machine.say(f"{name}: the checkpoint is from {state['processes']} processes, going on with {machine.world_size}: "
-                    "the same samples in the same order, other rounding and dropout")
+                    "the same samples in the same order, but other rounding and dropout")
     stage.load_state_dict(state["stage"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
@@ -1139,17 +1198,15 @@ def best_so_far(folder, step):
 
 
 def keep_best(folder, name, stage, step, loss, last, machine):
-    """Put the weights apart, as best.safetensors, if their validation loss is below that of all before.
-
-    The stage's result are its last weights: by then the learning rate has come down, and the scores are on the same held-out
-    subjects, so that choosing by them would flatter. When the last are the best, no file is left.
-    """
+    """Save the weights as best.safetensors if their validation loss is the lowest so far; if the last are the best, no file stays.
+    The stage's result is its last weights all the same: by then the learning rate has come down, and the scores are on the same
+    held-out subjects, so choosing by these would flatter them."""
     file, (best, best_step) = folder / "best.safetensors", best_so_far(folder, step - 1)
-    said = f"{name}: validation loss {loss:.4f} after step {step}, the best so far"
+    message = f"{name}: validation loss {loss:.4f} after step {step}, the best so far"
     if not loss < best:
-        machine.say(f"{said}: {best:.4f} after step {best_step}" + f"; those weights are in {file}" * last)
+        machine.say(f"{message}: {best:.4f} after step {best_step}" + f"; those weights are in {file}" * last)
         return
-    machine.say(said)
+    machine.say(message)
     if last:
         file.unlink(missing_ok=True)
     else:
@@ -1159,16 +1216,16 @@ def keep_best(folder, name, stage, step, loss, last, machine):
 
 
 def save_weights(folder, name, stage, machine):
-    """The stage's result, then away with its checkpoints. Raises ValueError if it cannot be written; the checkpoints stay."""
+    """Save the stage's weights and remove its checkpoints. Raises ValueError if that fails; then the checkpoints stay."""
     if machine.main:
         check_finite(stage.model.state_dict(), name, "the last", folder)
         try:
             stage.model.save_pretrained(folder)
         except OSError as error:
-            raise ValueError(f"{name}: {error}: make room on the disk, then the same command again; {last_checkpoint(folder)}") from None
+            raise ValueError(f"{name}: {error}: make room on the disk, then run the same command again; {last_checkpoint(folder)}") from None
         for file in folder.glob("state-*"):
             file.unlink()
-    machine.wait()
+    machine.barrier()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1178,7 +1235,7 @@ def save_weights(folder, name, stage, machine):
 
 @cache
 def comments(config_class):
-    """{field: the comment behind it} of a dataclass."""
+    """{field: the comment after it} of a dataclass."""
     return dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", getsource(config_class), re.M))
 
 
@@ -1195,23 +1252,24 @@ def flatten(config, prefix=""):
 
 
 def read_value(key, text, default):
-    """A key's value from text, by the type of its default."""
+    """Parse a key's value, by the type of its default."""
     readers = {tuple: lambda text: tuple(int(part) for part in text.strip("()").split(",") if part),
                bool: lambda text: {"true": True, "false": False}[text.lower()]}
     try:
         return readers.get(type(default), type(default))(text)
     except (ValueError, KeyError):
-        wanted = "a list of int" if isinstance(default, tuple) else f"of type {type(default).__name__}"
-        raise ValueError(f"--{key}={text}: not {wanted}; the default is {default!r}") from None
+        legal = "a list of int" if isinstance(default, tuple) else f"of type {type(default).__name__}"
+        raise ValueError(f"--{key}={text}: not {legal}; the default is {default!r}") from None
 
 
 def with_values(config, values):
-    """The config with {dotted key: value} set, all at once: it is checked when it has all of them, whatever their order."""
+    """The config with {dotted key: value} set, all at once: so it is checked with all of them, in any order."""
     parts = {}
     for key, value in values.items():
         head, _, rest = key.partition(".")
         parts.setdefault(head, {})[rest] = value
-    return replace(config, **{head: part[""] if "" in part else with_values(getattr(config, head), part) for head, part in parts.items()})
+    return replace(config, **{head: part[""] if "" in part else with_values(getattr(config, head), part)
+                              for head, part in parts.items()})
 
 
 def parse(arguments):
@@ -1225,14 +1283,16 @@ def parse(arguments):
         if not equals and known.get(key, ("",))[0] is False:
             equals, text = "=", "true"
         if not argument.startswith("--") or not equals or key not in known:
+            if key == "resume":
+                raise ValueError(f"{argument}: no such key; a run goes on from its last checkpoint by itself: give the same command again")
             near = get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{argument}: {'no such key' if equals else 'want --key=value'}; the nearest is --{near}={known[near][0]}. "
+            raise ValueError(f"{argument}: {'no such key' if equals else 'write --key=value'}; the nearest is --{near}={known[near][0]}. "
                              "`python train.py --help` lists all")
         values[key] = read_value(key, text, known[key][0])
     return preset, validate(with_values(PRESETS[preset], values))
 
 
-LIMITS = {  # of this file's numbers, as in mentor.LIMITS
+LIMITS = {  # of this file's numbers, as mentor.LIMITS
     "steps": (1, 2**30), "seed": (0, 2**32), "micro_batch": (0, 2**20), "workers": (0, 1024), "save_every": (1, 2**30),
     "score_every": (0, 2**30), "restart_every": (1, 2**30),
     "final_lr": (0, 1), "disc_start": (0, 1), "warmup": (0, 1), "prefix_drop": (0, 1)}
@@ -1241,21 +1301,22 @@ CHOICES = {"stage": ("all", *STAGES, "claims", "import", "export"), "world": tup
 
 
 def validate(run):
-    """The run itself, if its keys are legal together; else a ValueError that says which are not."""
+    """Return the run if its keys are legal, each and together. Raises ValueError naming those that are not."""
     mentor.check_fields(run, "--", {**mentor.LIMITS, **LIMITS})
     for key, legal in CHOICES.items():
         if getattr(run, key) not in legal:
-            raise ValueError(f"--{key}={getattr(run, key)}: must be one of {', '.join(legal)}")
+            raise ValueError(f"--{key}={getattr(run, key)}: must be one of {', '.join(legal)}"
+                             + "; T5 overflows in float16" * (getattr(run, key) == "float16"))
     for stage in STAGES[1:]:
         parse_mix(stage, getattr(run, stage).mix)
     if run.cache_codes and not run.data:
-        raise ValueError("--cache_codes=true: a built-in world draws every sample anew, so there is nothing to keep; use it with --data")
+        raise ValueError("--cache_codes=true: a built-in world never draws a sample twice, so there is nothing to keep; use it with --data")
     if run.data and run.score_every:
         raise ValueError(f"--score_every={run.score_every}: only a built-in world can be scored; leave out this or --data")
     if run.stage == "claims" and (run.data or run.world != "shapes"):
-        raise ValueError("--stage=claims: the claims are told with shapes; give --world=shapes and no --data")
+        raise ValueError("--stage=claims: the claims are tested with shapes; give --world=shapes and no --data")
     if run.dry_run and run.stage in ("claims", "import", "export"):
-        raise ValueError(f"--dry_run=true plans the training of stages; it has nothing for --stage={run.stage}: leave one of them out")
+        raise ValueError(f"--dry_run=true plans the training of stages; it has nothing for --stage={run.stage}: leave out one of them")
     codes, decoder = run.vqgan, run.model.decoder
     if (codes.grid_size, codes.codebook_size) != (decoder.grid_size, decoder.codebook_size):
         raise ValueError(f"the tokenizer gives {codes.grid_size}x{codes.grid_size} codes of {codes.codebook_size}, but model.decoder."
@@ -1279,28 +1340,28 @@ def parse_mix(stage, mix):
     return shares
 
 
-def print_help():
-    """Every key with the default of `full` and its meaning."""
-    print(f"python train.py {{{','.join(PRESETS)}}} [--key=value ...]\n\nKeys, with the defaults of full:\n")
-    for key, (value, meaning) in flatten(PRESETS["full"]).items():
+def print_help(preset="full"):
+    """Print every key with its default in a preset and its meaning."""
+    print(f"python train.py {{{','.join(PRESETS)}}} [--key=value ...]\n\nKeys, with the defaults of {preset}:\n")
+    for key, (value, meaning) in flatten(PRESETS[preset]).items():
         print(f"  --{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}".ljust(44), meaning)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Before a run starts: everything it needs is there, fits, and belongs to it. Until then nothing is written.
+# Before a run starts: check that everything it needs is there, fits and belongs to it. Nothing is written before that.
 # ---------------------------------------------------------------------------------------------------------------
 
-NOT_OF_THE_RESULT = (  # keys that another run in the same folder may set otherwise
+NOT_OF_THE_RESULT = (  # keys that may change between runs in one folder
     "out", "stage", "device", "dtype", "workers", "save_every", "score_every", "claims_seeds", "keep", "micro_batch", "train_scale",
     "data_root", "skip_bad", "cache_codes", "checkpoint", "compile", "dry_run", "bench", "released.", "model.sampling.")
-CHANGED = {  # what another hash means
+CHANGED = {  # what a changed hash means
     "text model": " (spiece.model is another)",
     "contents of data": " (lines, or sizes of files, have changed: bring the old ones back)"}
 
 
 def stage_record(name, run, source, text_tokenizer):
-    """What fixes a stage's result, stored beside its weights: its keys, and by hash its data, text model and the weights it
-    starts from."""
+    """Everything that determines a stage's result, stored beside its weights: its keys, and hashes of its data, its text model
+    and the weights it starts from."""
     others = (*NOT_OF_THE_RESULT, *(s + "." for s in STAGES if s != name), *(("model.",) if name == "tokenizer" else ()))
     keys = {k: v for k, (v, _) in flatten(run).items() if not k.startswith(others)}
     keys.update({f"weights of {s}": sample.weights_hash(Path(run.out) / s) for s in STARTS_FROM[name]})
@@ -1318,24 +1379,23 @@ def check_record(folder, record):
         return
     old = mentor.read_json(file)
     for key in sorted(record.keys() | old.keys()) if "imported from" not in old else ():
-        if record.get(key) != old.get(key) and (key in old or key not in CHANGED):  # older runs did not note these
+        if record.get(key) != old.get(key) and (key in old or key not in CHANGED):  # older runs did not record these
             raise ValueError(f"{folder} was trained with {key}={old.get(key)}, this run has {record.get(key)}{CHANGED.get(key, '')}; "
                              f"choose another --out, or delete {folder}")
 
 
 def check_shapes(run, folder, text_tokenizer):
-    """Raise ValueError if the folder's stage is not of this run's model and text model; reads its config, names and shapes alone.
-
-    Dropout and sampling may differ.
-    """
+    """Raise ValueError if the stage in a folder has another model, text model or tokenizer than the run; dropout and sampling may differ.
+    Reads only its config and its tensors' names and shapes."""
     key, config, module = ("vqgan", run.vqgan, VQGAN) if folder.name == "tokenizer" else ("model", run.model, Mentor)
     stored = flatten(mentor.from_dict(type(config), mentor.read_json(folder / "config.json")))
     for name, (value, _) in flatten(config).items():
         if value != stored[name][0] and not name.startswith("sampling.") and not name.endswith(".dropout"):
-            raise ValueError(f"--{key}.{name}={value}, but {folder} was trained with {stored[name][0]}: leave the key out, or choose "
+            raise ValueError(f"--{key}.{name}={value}, but {folder} was trained with {stored[name][0]}: leave out the key, or choose "
                              "another --out")
     if folder.name != "tokenizer":
         sample.check_text_model(folder, text_tokenizer)
+        sample.check_tokenizer(folder)
     with torch.device("meta"):
         model = module(config)
     try:
@@ -1344,13 +1404,13 @@ def check_shapes(run, folder, text_tokenizer):
         raise ValueError(f"{folder}: {error}; make the stage {folder.name} again") from None
 
 
-def missing(name, run, machine, source, text_tokenizer):
-    """What keeps a stage from starting, as a list of sentences; what the same run makes before it counts as there."""
+def start_problems(name, run, machine, source, text_tokenizer):
+    """What keeps a stage from starting, as a list of sentences; stages that the run trains before it count as present."""
     out, problems, before = Path(run.out), [], STARTS_FROM[name]
     absent = [str(out / s / file) for s in before for file in ("config.json", "model.safetensors") if not (out / s / file).is_file()]
     if absent and run.stage in STAGES:
-        problems.append(f"{name} needs {', '.join(absent)}: {' and '.join(f'--stage={s}' for s in before)} make them from nothing, "
-                        "--stage=import of released weights")
+        problems.append(f"{name} needs {', '.join(absent)}: {' and '.join(f'--stage={s}' for s in before)} make them from scratch, "
+                        "--stage=import from released weights")
     checks = [lambda: micro_batches(getattr(run, name), run, machine)]
     if name == "tokenizer" and run.tokenizer.lpips:
         checks.append(lambda: LPIPS(run.tokenizer.lpips))
@@ -1371,8 +1431,8 @@ def missing(name, run, machine, source, text_tokenizer):
 
 
 def import_released(run, machine):
-    """Turn released files into stages of run.out that train.py and sample.py open, tensor by tensor as they are, from map to
-    file. Raises ValueError if one does not fit."""
+    """Convert released files into stages of run.out that train.py and sample.py can open, every tensor unchanged, without loading
+    them whole. Raises ValueError if one does not fit."""
     released, folders = run.released, {"tokenizer": Path(run.out) / "tokenizer", "model": Path(run.out) / run.released.into}
     spiece = released.spiece or released.t5 and str(Path(released.t5) / "spiece.model")
     if not spiece or not released.vq:
@@ -1382,22 +1442,24 @@ def import_released(run, machine):
     check_vocabulary(text_tokenizer, run)
     with torch.device("meta"):
         model, vqgan = Mentor(run.model), VQGAN(run.vqgan)
-    codes = mentor.released_tensors("vq", released.vq)
+    def say(words):
+        machine.say(f"import: {words}")
+
+    codes = mentor.released_tensors("vq", released.vq, say)
     mentor.check_fit(vqgan.state_dict(), codes)
     sources = {s: getattr(released, s) for s in ("clip", "t5", "connector", "generator", "mentor") if getattr(released, s)}
     tensors = {}
     for source, path in sources.items():
-        own = mentor.released_tensors(source, path)
+        own = mentor.released_tensors(source, path, say)
         if twice := sorted(tensors.keys() & own.keys()):
-            raise ValueError(f"--released.{source}={path} holds {twice[0]}, which another file gave already")
+            raise ValueError(f"--released.{source}={path} holds {twice[0]}, which another file had already")
         tensors.update(own)
-        machine.say(f"import: {len(own)} tensors from {path}")
-    tensors, said = mentor.fit_unconditional(model, tensors)
+    tensors, change = mentor.fit_unconditional(model, tensors)
     new = tuple(p for part in released.fresh.split(",") if part for p in (part, f"encoder.{part}"))
     names = {mentor.released_name(n): n for n, _ in model.named_parameters()}
     mentor.check_fit(mentor.released_parameters(model), tensors, [r for r, n in names.items() if new and n.startswith(new)])
-    for line in filter(None, (said, new and f"new, as asked: {released.fresh}")):
-        machine.say(f"import: {line}")
+    for line in filter(None, (change, new and f"new, as asked: {released.fresh}")):
+        say(line)
     for record in (folder / "stage.json" for folder in folders.values()):
         if record.is_file() and "imported from" not in mentor.read_json(record):
             raise ValueError(f"{record.parent} holds a stage that was trained: choose another --out, or delete it")
@@ -1409,43 +1471,50 @@ def import_released(run, machine):
     mentor.write_json(folders["model"] / "stage.json",
                       {**origin, "weights of tokenizer": sample.weights_hash(folders["tokenizer"]), "text model": text_tokenizer.digest})
     write_run(run, text_tokenizer)
-    machine.say(f"import: wrote {folders['tokenizer']} and {folders['model']}")
+    say(f"wrote {folders['tokenizer']} and {folders['model']}")
 
 
 def export_released(run, machine):
-    """Write the newest stage of run.out under the names that the released code reads, tensor by tensor as they are."""
-    if not run.released.mentor or not run.released.vq:
+    """Write the newest stage of run.out under the names that the released code reads, every tensor unchanged. Raises ValueError if
+    a file exists already, or its folder does not."""
+    targets = run.released.mentor, run.released.vq
+    if "" in targets or targets[0] == targets[1]:
         raise ValueError("--stage=export needs --released.mentor=FILE.pt and --released.vq=FILE.pt, the files to write")
+    for path in map(Path, targets):
+        if path.exists() or not path.parent.is_dir():
+            problem = f"{path} exists already: give another name, or delete it" if path.exists() else f"{path}: make its folder first"
+            raise ValueError(f"--stage=export: {problem}")
     root, folder = sample.newest_stage(run.out)
     tensors = {mentor.released_name(n): t for n, t in mentor.read_weights(folder / "model.safetensors").items()}
-    words = "multimodal_encoder.language_model.{}.weight"  # there twice
+    words = "multimodal_encoder.language_model.{}.weight"  # stored twice
     tensors[words.format("encoder.embed_tokens")] = tensors[words.format("shared")]
     codes = mentor.read_weights(root / "tokenizer" / "model.safetensors")
-    torch.save({"model": tensors}, run.released.mentor)
-    torch.save({"model": {**codes, "quantize.codebook_used": torch.zeros(65536)}}, run.released.vq)
-    machine.say(f"export: wrote {run.released.mentor} and {run.released.vq}")
+    codes["quantize.codebook_used"] = torch.zeros(65536)
+    for path, weights in zip(targets, (tensors, codes)):
+        mentor.write_atomically(path, partial(save_pickle, {"model": weights}))
+    machine.say(f"export: wrote {' and '.join(targets)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What a stage costs, before any is paid for (--dry_run=true): its own code, on tensors that have shapes but no memory
+# What a stage will cost (--dry_run=true): run its own code on tensors that have shapes but no memory
 # ---------------------------------------------------------------------------------------------------------------
 
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "L4": 121, "4090": 165}           # dense bfloat16, without sparsity
 UTILISATION = 0.4                  # of a card's peak
 CARDS = (24, 40, 80, 141)          # GiB
-SPARE = 0.06                       # of a card: what CUDA itself takes, and holes between tensors
-PROBES = (1, 8, 16)                # micro-batches to rehearse: between and beyond them memory grows evenly
-NAME_TOKENS = 4                    # of a subject's name, which the query connector reads
+SPARE = 0.06                       # of a card: for CUDA itself and for fragmentation
+PROBES = (1, 8, 16)                # micro-batches to rehearse; between and beyond them memory grows linearly
+NAME_TOKENS = 4                    # in a subject's name, which the query connector reads
 
 
 def peak_tflops(device_name):
-    """The peak of a card in TFLOPS, by what the driver calls it; None for one that is not in the table."""
+    """A card's peak in TFLOPS, by the driver's name for it; None if it is not in the table."""
     words = device_name.replace("-", " ").split()
     return next((peak for card, peak in PEAK_TFLOPS.items() if card in words), None)
 
 
 class PeakMemory(TorchDispatchMode):
-    """While open: the bytes of all living tensors that operations made, `now`, and the most there ever were, `most`."""
+    """Context that counts the bytes of all living tensors that operations made: `now`, and at most so far, `most`."""
 
     def __init__(self):
         super().__init__()
@@ -1453,11 +1522,11 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
-        if operation is torch.ops.prim.device.default:                                   # asked of every tensor, and makes none
+        if operation is torch.ops.prim.device.default:                                   # called on every tensor, makes none
             return result
         given, made = ({t.untyped_storage()._cdata: t.untyped_storage() for t in tree_leaves(tree) if torch.is_tensor(t)}
                        for tree in ((args, kwargs), result))
-        for key in made.keys() - given.keys() - self.living:                             # no views, nothing changed in place
+        for key in made.keys() - given.keys() - self.living:                             # not views, nothing changed in place
             self.living.add(key)
             self.now += made[key].nbytes()
             weakref.finalize(made[key], self.free, key, made[key].nbytes())
@@ -1465,28 +1534,28 @@ class PeakMemory(TorchDispatchMode):
         return result
 
     def free(self, key, size):
-        """A storage is gone."""
+        """Called when a storage is freed."""
         self.living.discard(key)
         self.now -= size
 
 
 def attention_flops(query, key, value, dropout=0.0, causal=False, **options):
-    """Scores and weighted sums of a fused attention, shapes (B, H, T, hd): 4 for a query, key and channel, half of them if causal."""
+    """FLOPs of a fused attention, from shapes (B, H, T, hd): 4 for each query, key and channel, half of that if causal."""
     return 4 * math.prod(query) * key[2] // (1 + causal)
 
 
-FUSED_FLOPS = {  # torch counts the plain products; four in attention's backward pass for two in its forward pass
+FUSED_FLOPS = {  # torch counts only plain products; attention has two in its forward pass, four in its backward pass
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
         lambda gradient, query, key, value, out, sums, dropout, causal, **options: 2 * attention_flops(query, key, value, dropout, causal)}
 
 
 class Rehearsal:
-    """A stage without memory for its tensors (torch's FakeTensorMode), to count what a forward and backward pass takes."""
+    """A stage whose tensors have no memory (torch's FakeTensorMode), to count what a forward and backward pass takes."""
 
     def __init__(self, name, run, dtype):
         self.name, self.run, self.fake = name, replace(run, checkpoint=False, compile="false"), FakeTensorMode(allow_non_fake_inputs=True)
-        machine = Machine(-1, 1, torch.device("cpu"), dtype)                             # not the first process: says nothing
+        machine = Machine(-1, 1, torch.device("cpu"), dtype)                             # not the first process: prints nothing
         with self.fake:
             stage = TokenizerStage(self.run, machine) if name == "tokenizer" else MentorStage(
                 name, self.run, machine, Mentor(run.model), VQGAN(run.vqgan))
@@ -1495,11 +1564,11 @@ class Rehearsal:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
     def step(self, observer, count, tokens, images):
-        """Pass a batch forth and back while `observer` looks on: count samples of `tokens` tokens, `images` images in all."""
+        """Forward and backward inside `observer`, a context: `count` samples of `tokens` tokens each, `images` images in all."""
         model, zeros, side, target = self.run.model, torch.zeros, self.run.model.vision.image_size, self.run.vqgan.image_size
         with self.fake:
             ids = zeros(count, tokens, dtype=torch.long)
-            batch = Batch(text_ids=ids, lengths=ids[:, 0] + tokens, hidden=ids == 0, unconditional=zeros(count) == 1,
+            batch = Batch(text_ids=ids, lengths=ids[:, 0] + tokens, masked=ids == 0, drop=zeros(count) == 1,
                           pixels=zeros(images, 3, side, side), image_slots=torch.arange(images * model.image_tokens),
                           name_ids=zeros(images, NAME_TOKENS, dtype=torch.long), name_mask=zeros(images, NAME_TOKENS) == 0,
                           targets=zeros(count, 3, target, target), tasks=["text_to_image"] * count)
@@ -1509,8 +1578,8 @@ class Rehearsal:
                 loss.backward()
 
     def flops(self, prompts):
-        """FLOPs of one sample, mean over prompts given as (tokens, images); a causal attention counts half of its square.
-        Codes that are kept in a cache cost nothing; the discriminator is not counted."""
+        """FLOPs per sample, for the mean of prompts given as (tokens, images). Causal attention counts half of its square, codes
+        from a cache cost nothing, and the discriminator is left out."""
         if self.run.cache_codes and self.name != "tokenizer":
             codes = self.run.model.decoder.n_code
             self.stage.cache = SimpleNamespace(encode=lambda vqgan, batch: torch.zeros(len(batch), codes, dtype=torch.long))
@@ -1520,100 +1589,109 @@ class Rehearsal:
         return counter.get_total_flops() / len(prompts)
 
     def memory(self, count, tokens, images):
-        """Most bytes of tensors that a pass makes: activations, autocast's copies of weights, codes; weights and gradients apart."""
+        """Most bytes of tensors that a pass makes: activations, autocast's copies of weights, codes; no weights or gradients."""
         peak = PeakMemory()
         self.step(peak, count, tokens, count * images)
         return peak.most
 
 
-def memory_of(rehearsal, machine, prompt):
-    """({what: bytes} that a GPU holds whatever the micro-batch, a function from micro-batch to the bytes of its pass), for prompts
-    all as long as this one, (tokens, images). Weights, gradients and AdamW's two moments are float32; several processes put
-    gradients into buckets to send them."""
-    learning = sum(p.numel() for _, p in rehearsal.stage.trained())
-    every = sum(p.numel() for module in (rehearsal.stage, *getattr(rehearsal.stage, "vqgan", ())) for p in module.parameters())
-    found = [rehearsal.memory(micro, *prompt) for micro in PROBES]
-    each = (found[-1] - found[-2]) / (PROBES[-1] - PROBES[-2])
-    return ({"weights": 4 * every, "gradients": (4 if machine.world_size == 1 else 8) * learning, "optimizer": 8 * learning},
-            lambda micro: float(np.interp(micro, PROBES, found)) + each * max(0, micro - PROBES[-1]))
+class MemoryPlan:
+    """Bytes that a GPU needs for a stage with prompts all as long as this one, (tokens, images). `fixed`, {what: bytes}, is the
+    same for every micro-batch: weights, gradients and AdamW's two moments are float32, and several processes also copy gradients
+    into buckets to send them."""
+
+    def __init__(self, rehearsal, machine, prompt):
+        learning = sum(p.numel() for _, p in rehearsal.stage.trained())
+        every = sum(p.numel() for module in (rehearsal.stage, *getattr(rehearsal.stage, "vqgan", ())) for p in module.parameters())
+        gradients = (4 if machine.world_size == 1 else 8) * learning
+        self.fixed = {"weights": 4 * every, "gradients": gradients, "optimizer": 8 * learning}
+        self.probed = [rehearsal.memory(micro, *prompt) for micro in PROBES]
+
+    def activations(self, micro):
+        """Bytes of a pass with that micro-batch."""
+        slope = (self.probed[-1] - self.probed[-2]) / (PROBES[-1] - PROBES[-2])
+        return float(np.interp(micro, PROBES, self.probed)) + slope * max(0, micro - PROBES[-1])
 
 
 def first_prompts(name, run, source, text_tokenizer, count=64):
-    """(tokens, images) of the prompts that a stage draws first; the tokenizer reads none."""
+    """(tokens, images) of a stage's first prompts; the tokenizer has none."""
     if name == "tokenizer":
         return [(1, 0)]
     dataset, collate = make_dataset(name, run, parse_mix(name, getattr(run, name).mix), source), make_collate(run, text_tokenizer)
     if run.data:
-        prompts = [(entry_prompt(entry), entry.images) for entry in (source[dataset.line(i)] for i in range(count))]
+        prompts = [(entry_prompt(entry), entry.n_image) for entry in (source[dataset.line(i)] for i in range(count))]
     else:
-        prompts = [(sample.prompt, len(sample.images)) for sample in map(dataset.__getitem__, range(count))]
+        prompts = [(s.prompt, len(s.images)) for s in map(dataset.__getitem__, range(count))]
     return [(len(collate.encode(prompt, images)), images) for prompt, images in prompts]
 
 
 def plan_stage(name, run, machine, dtype, prompts):
-    """Print a stage's parameters, steps, FLOPs, hours and memory, given the (tokens, images) of some of its prompts."""
-    rehearsal, recipe = Rehearsal(name, run, dtype), getattr(run, name)
-    share = max(1, recipe.global_batch // machine.world_size)
+    """Print a stage's parameters, steps, FLOPs, hours and memory, given (tokens, images) of some of its prompts."""
+    rehearsal, config = Rehearsal(name, run, dtype), getattr(run, name)
+    share, least = max(1, config.global_batch // machine.world_size), least_micro_batch(config)
     micro = run.micro_batch or share
-    describe_stage(name, rehearsal.stage, recipe, machine, micro, share // micro, 0)
-    flops, samples = rehearsal.flops(prompts), recipe.steps * recipe.global_batch
+    describe_stage(name, rehearsal.stage, config, machine, micro, share // micro, 0)
+    flops, samples = rehearsal.flops(prompts), config.steps * config.global_batch
     tokens, images = np.mean(prompts, 0)
-    prompt = f"{tokens:.0f} prompt tokens, those of {images:.2f} images among them (at most {max(prompts)[0]}), and "
+    prompt = f"{tokens:.0f} prompt tokens, including those of {images:.2f} images (at most {max(prompts)[0]}), and "
     machine.say(f"{name}: a sample is {prompt * (name != 'tokenizer')}{run.vqgan.grid_size**2} codes, {flops / 1e12:.4g} TFLOPs; "
                 f"{samples / 1e6:.4g}M samples are {samples * flops:.3g} FLOPs")
     for card in ("A100", "H200"):
         hours = samples * flops / (UTILISATION * PEAK_TFLOPS[card] * 1e12) / 3600
-        machine.say(f"{name}: at {UTILISATION:.0%} of an {card}'s {PEAK_TFLOPS[card]} TFLOPS: {hours:.3g} h on one, {hours / 8:.3g} h on 8")
+        on = ", ".join(f"{hours / count:.3g} h on {'one' if count == 1 else count}" for count in sorted({1, 8, machine.world_size}))
+        machine.say(f"{name}: at {UTILISATION:.0%} of an {card}'s {PEAK_TFLOPS[card]} TFLOPS: {on}")
     for recompute in (False,) if name == "tokenizer" else (False, True):
         if recompute:
             recompute_activations(rehearsal.stage.model)
-        fixed, needs = memory_of(rehearsal, machine, max(prompts))
+        plan = MemoryPlan(rehearsal, machine, max(prompts))
         if recompute == run.checkpoint or name == "tokenizer":
-            amounts = {**fixed, f"activations of {micro}": needs(micro)}
+            amounts = {**plan.fixed, f"activations of {micro}": plan.activations(micro)}
             parts = " + ".join(f"{size / 2**30:.1f} {what}" for what, size in amounts.items())
-            machine.say(f"{name}: memory a GPU, micro-batch {micro}: {sum(amounts.values()) / 2**30:.1f} GiB = {parts}")
+            machine.say(f"{name}: memory per GPU, micro-batch {micro}: {sum(amounts.values()) / 2**30:.1f} GiB = {parts}")
         fits = []
         for card in CARDS:
-            room = card * 2**30 * (1 - SPARE) - sum(fixed.values())
-            largest = max((m for m in range(1, share + 1) if share % m == 0 and needs(m) <= room), default=0)
+            room = card * 2**30 * (1 - SPARE) - sum(plan.fixed.values())
+            largest = max((m for m in range(least, share + 1, least) if share % m == 0 and plan.activations(m) <= room), default=0)
             fits.append(f"{largest} in {card} GiB" if largest else f"none fits {card} GiB")
         machine.say(f"{name}: largest micro_batch{' with --checkpoint=true' * recompute}: {', '.join(fits)}")
 
 
 def dry_run(run, machine, source, text_tokenizer, stages, problems):
-    """Print what the stages would cost. Raises ValueError naming the problems, all that keeps the run from starting."""
+    """Print what the stages would cost. Raises ValueError listing everything that keeps the run from starting."""
     dtype = machine.dtype if machine.device.type == "cuda" else getattr(torch, run.dtype, torch.bfloat16)
     machine.say(f"a plan, nothing is trained: for {machine.world_size} GPUs (torchrun sets how many) in {str(dtype)[6:]}")
     for name in stages:
         plan_stage(name, run, machine, dtype, first_prompts(name, run, source, text_tokenizer))
-    problems += source.check_files(run.vqgan.image_size, run.workers) if run.data else []
+    if run.data and not run.skip_bad:  # which has looked already
+        for manifest in dict.fromkeys((source.backgrounds, source)):
+            problems += manifest.check_files(run.vqgan.image_size, run.workers)
     if problems:
         raise ValueError("this run could not start: " + "; ".join(problems))
     machine.say("everything needed is there")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The paper's claims (--stage=claims): the same run with one thing changed at a time, and what that does to the scores
+# The paper's claims (--stage=claims): the same run with one thing changed at a time, and the effect on the scores
 # ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Row:
-    """A run that shares its first stages with the full one and changes what comes after."""
+    """A run that shares its first stages with the full one and changes the rest."""
 
-    start: str                                   # the full run's stage that it goes on from
-    stages: tuple[str, ...] = ("instruct",)      # what it trains itself
-    keys: Callable = lambda run: {}              # what it changes in the full run
+    start: str                                   # the full run's stage that it starts from
+    stages: tuple[str, ...] = ("instruct",)      # the stages that it trains itself
+    keys: Callable = lambda run: {}              # the keys that it changes
     paper: tuple[float, ...] = ()                # CP, PF and CP*PF in the paper
 
 
 def without(stage, task):
-    """Leave a task out of a stage; the rest of its mix fills the place."""
+    """Leave a task out of a stage; the others keep their proportions."""
     return lambda run: {f"{stage}.mix": f"{getattr(run, stage).mix},{task}:0"}
 
 
 def tuning(task, share):
-    """After stage 2, one task alone for a share of its steps at half its learning rates (the paper's 5e-5 against 1e-4)."""
+    """After stage 2, train one task for a share of its steps at half its learning rates (the paper's 5e-5 against 1e-4)."""
     return lambda run: {"instruct.mix": f"{task}:1", "instruct.steps": max(1, round(run.instruct.steps * share)),
                         "instruct.lr": run.instruct.lr / 2, "instruct.muon_lr": run.instruct.muon_lr / 2}
 
@@ -1633,23 +1711,22 @@ ROWS = {  # all with the same number of samples: without stage 1 its steps go to
     "reconstruction tuning": Row("instruct", keys=tuning("reconstruction", 0.25)),
     "in-context tuning": Row("instruct", keys=tuning("in_context", 0.5)),
 }
-MEASURES = {"cp": "CP", "pf": "PF", "cp_pf": "CP*PF"}
 
 
 def branch(run, out, before, machine, source, text_tokenizer, stages):
-    """Train some stages of a run into a folder of its own, where those before are links: {stage there: the folder it is}."""
+    """Train some stages of a run into another folder, in which earlier ones are links, `before`: {stage: the folder it links to}."""
     run = replace(run, out=str(out), score_every=0)
     for stage, folder in before.items() if machine.main else ():
         Path(out).mkdir(parents=True, exist_ok=True)
         if not (Path(out) / stage).exists():
             (Path(out) / stage).symlink_to(os.path.relpath(folder, out), target_is_directory=True)
-    machine.wait()
+    machine.barrier()
     train_stages(stages, run, machine, source, text_tokenizer)
     return run
 
 
 def remembered(file, folder, compute, machine):
-    """What compute(Pipeline) gives for the weights in a folder: from the file, if they have been there before."""
+    """compute(Pipeline) for the weights in a folder, read from the file if it was computed for the same weights before."""
     old, weights = mentor.read_json(file) if file.is_file() else {}, sample.weights_hash(folder)
     if old.get("weights") != weights:
         machine.say(f"claims: scoring {file.stem}")
@@ -1660,15 +1737,18 @@ def remembered(file, folder, compute, machine):
 
 
 def samples_of(run, stages):
-    """How many samples stages 1 and 2 of a run take, as far as they are among `stages`."""
+    """Samples in those of `stages` that are the paper's stage 1 or 2."""
     return sum(getattr(run, stage).steps * getattr(run, stage).global_batch for stage in STAGES[2:] if stage in stages)
 
 
-def train_rows(run, machine, world, text_tokenizer):
-    """Train and score every row beside the full run: {row: scores} and {row: folder of its weights}."""
+def train_rows(run, machine, world, text_tokenizer, names=tuple(ROWS)):
+    """Train and score rows beside the full run, those named and those that have scores there already. Returns {row: scores} and
+    {row: folder of its weights}."""
     full, scores, folders = Path(run.out), {}, {}
     for name, row in ROWS.items():
         out, own = full / "claims" / name.replace(" ", "_"), run
+        if name not in names and not out.with_name(out.name + ".json").is_file():
+            continue
         if row.stages:
             machine.say(f"claims: {name}, in {out}")
             before = {"tokenizer": full / "tokenizer", STARTS_FROM[row.stages[0]][-1]: full / row.start}
@@ -1683,125 +1763,157 @@ def train_rows(run, machine, world, text_tokenizer):
 
 
 def claims(run, machine, world, text_tokenizer):
-    """Train and score the table's rows and write claims.json, claims.md and claims.png into run.out. What is done is kept."""
+    """Train and score the table's rows and write claims.json, claims.md and claims.png into run.out. Nothing is done twice."""
     run, out = replace(run, stage="all", score_every=run.score_every or max(1, run.instruct.steps // 10)), Path(run.out)
     train_stages(STAGES, run, machine, world, text_tokenizer)
     scores, folders = train_rows(run, machine, world, text_tokenizer)
     rows, before = [scores], {stage: out / stage for stage in STAGES[:2]}
-    for seed in range(run.seed + 1, run.seed + run.claims_seeds):  # of stages 1 and 2; tokenizer and pretraining stay
+    close = machine.mean({name: 0 for name in scores if difference(scores, name, "cp_pf")[2]})  # the first process knows
+    for seed in range(run.seed + 1, run.seed + run.claims_seeds):  # for stages 1 and 2; tokenizer and pretraining are shared
         other = branch(replace(run, seed=seed), out / "claims" / f"seed_{seed}", before, machine, world, text_tokenizer, STAGES[2:])
-        rows.append(train_rows(other, machine, world, text_tokenizer)[0])
+        rows.append(train_rows(other, machine, world, text_tokenizer, close)[0])
     if not machine.main:
         return
-    curve = [[samples_of(run, STAGES[:i]) + line["step"] * getattr(run, STAGES[i]).global_batch, *(line[key] for key in MEASURES)]
+    curve = [[samples_of(run, STAGES[:i]) + line["step"] * getattr(run, STAGES[i]).global_batch, *(line[key] for key in sample.MEASURES)]
              for i in (2, 3) for line in read_log(out / STAGES[i] / "log.jsonl") if "cp" in line]
     balance = remembered(out / "claims" / "balance.json", folders["full"], sample.balance_scores, machine)
-    result = {"seeds": run.claims_seeds, "rows": averaged(rows), "balance": balance, "efficiency": curve}
+    seeds = {name: [scores[name] for scores in rows if name in scores] for name in ROWS}
+    result = {"rows": {name: {**averaged(every), "seeds": len(every)} for name, every in seeds.items()}, "balance": balance, "efficiency": curve}
     text = claims_text(result)
     mentor.write_json(out / "claims.json", result)
-    mentor.write_aside(out / "claims.md", lambda file: file.write_text(text, encoding="utf-8"))
+    mentor.write_atomically(out / "claims.md", lambda file: file.write_text(text, encoding="utf-8"))
     prompts = sample.held_out_samples(world, "subject_driven", 8)
     drawn = {name: sample.Pipeline.open(folder, machine.device).draw(prompts)[0] for name, folder in folders.items()}
     pictures = {"reference": [s.images[0] for s in prompts], **drawn, "ideal": [s.target for s in prompts]}
     Image.fromarray(sample.titled_rows(pictures, [s.prompt.replace("\n", " ") for s in prompts])).save(out / "claims.png")
-    machine.say(f"{text}\nthe same in {out}/claims.md and claims.json; look at {out}/claims.png")
+    machine.say(f"{text}\nthis is also in {out}/claims.md and claims.json; look at {out}/claims.png")
 
 
 def averaged(scores):
-    """The mean over seeds of nested scores. A standard error is over the prompts and, where there are several, the seeds."""
+    """Average nested scores over seeds. Standard errors include the prompts' and, with several seeds, the seeds' variance."""
     if not isinstance(scores[0], dict):
         return scores[0] if scores.count(scores[0]) == len(scores) else sum(scores) / len(scores)
     mean = {key: averaged([s[key] for s in scores]) for key in scores[0]}
-    for key in mean.keys() & {f"{measure}_se" for measure in MEASURES}:
+    for key in mean.keys() & {f"{measure}_se" for measure in sample.MEASURES}:
         mean[key] = math.sqrt(np.mean([s[key] ** 2 for s in scores]) + np.var([s[key[:-3]] for s in scores]) / max(1, len(scores) - 1))
     return mean
 
 
+def difference(rows, name, key):
+    """How much a row's score differs from the full run's, its standard error, and whether that is within two standard errors."""
+    row, full = rows[name], rows["full"]
+    here, error = row[key] - full[key], math.hypot(row[f"{key}_se"], full[f"{key}_se"])
+    return here, error, abs(here) <= 2 * error
+
+
 def against_full(name, rows):
-    """How a row differs from the full run, here and in the paper, and whether in the same direction: clear is two standard errors."""
-    parts, row, full = [], rows[name], rows["full"]
-    for (key, label), paper in zip(MEASURES.items(), np.subtract(ROWS[name].paper, ROWS["full"].paper)):
-        here, error = row[key] - full[key], math.hypot(row[f"{key}_se"], full[f"{key}_se"])
-        said = "no clear difference" if abs(here) <= 2 * error else "the same direction" if here * paper > 0 else "the other direction"
-        parts.append(f"{label} {here:+.3f} ± {error:.3f}, in the paper {paper:+.3f} ({said})")
+    """How a row differs from the full run, here and in the paper, and whether in the same direction if by two standard errors."""
+    parts = []
+    for (key, label), paper in zip(sample.MEASURES.items(), np.subtract(ROWS[name].paper, ROWS["full"].paper)):
+        here, error, close = difference(rows, name, key)
+        verdict = "no clear difference" if close else "the same direction" if here * paper > 0 else "the other direction"
+        parts.append(f"{label} {here:+.3f} ± {error:.3f}, in the paper {paper:+.3f} ({verdict})")
     return f"- {name}: {'; '.join(parts)}."
 
 
-def claims_text(result):
-    """The claims in markdown: the table, then for each claim what the numbers say."""
-    rows, curve = result["rows"], result["efficiency"]
-    full, one, multi, query = (rows[n] for n in ("full", "stage 1 alone", "with multi-image", "query connector"))
-    rebuilt, tuned = rows["reconstruction tuning"], rows["in-context tuning"]
-    seeds = f" and {result['seeds']} seeds" if result["seeds"] > 1 else ""
+def marks(row):
+    """A row's CP, PF and CP*PF with their standard errors."""
+    return [f"{row[key]:.3f} ± {row[f'{key}_se']:.3f}" for key in sample.MEASURES]
+
+
+def table_of_rows(rows):
+    """The scores of all runs beside the paper's."""
+    labels = sample.MEASURES.values()
+    cells = [[name, row["samples"], row["seeds"], *marks(row), *(ROWS[name].paper or ("", "", ""))] for name, row in rows.items()]
+    return sample.table(["row", "samples", "seeds", *labels, *(f"the paper's {label}" for label in labels)], cells)
+
+
+def control_text(one, full, rebuilt):
+    """Claim 4: repeated drawings, and reconstruction after each stage."""
+    errors = [*(row["reconstruction_l2"] for row in (one, full, rebuilt)), full["tokenizer_l2"]]
+    header = ["after stage 1", "after stage 2", "after reconstruction tuning", "the tokenizer alone"]
+    return (f"**4. Deterministic control.** The same prompt and seed drew the same picture twice: {'yes' if full['repeats'] == 1 else 'no'}. "
+            "Reconstruction L2 (the paper: 0.1008 on COCO after tuning):\n\n" + sample.table(header, [errors]))
+
+
+def balance_text(balance):
+    """Claim 5: the full run without a modality, and at other guidance."""
+    cells = [[name, row["loss"], *marks(row)] for name, row in balance.items()]
+    return (f"**5. Balance.** The full run on {sample.FEWER_PROMPTS} prompts; the loss is that of the true picture's codes.\n\n"
+            + sample.table(["full run", "loss", *sample.MEASURES.values()], cells))
+
+
+def versatility_text(one, full, tuned):
+    """Claim 6: segmentation, and rules learnt in context."""
     outcomes = len(rules("shapes") + rules("shapes", True)) + 1
+    cells = [[when, *(row[kind][part] for kind in ("known_rules", "new_rules") for part in ("whole", "parts"))]
+             for when, row in (("before", full), ("after", tuned))]
+    return (f"**6. Versatile without new parts.** Segmentation straight after stage 1: IoU {one['segmentation_iou']:.3f}; of two subjects, "
+            f"{one['named_iou']:.3f} with the one that is named and {one['other_iou']:.3f} with the other. In context, from two examples, "
+            f"the rule (paint, move, cut out) whose outcome is nearest of all {outcomes}:\n\n"
+            + sample.table(["tuned in context", "known rules", "their parts", "new combinations", "their parts"], cells))
 
-    def marks(row):
-        return [f"{row[key]:.3f} ± {row[f'{key}_se']:.3f}" for key in MEASURES]
 
-    def reached(share):
-        return next(line[0] for line in curve if line[3] >= share * curve[-1][3])
+def efficiency_text(curve):
+    """Claim 7: samples until the scores come near the last ones; curve: [samples, CP, PF, CP*PF] in order."""
+    if not curve:
+        return "**7. Training efficiency.** The full run was trained without --score_every, so its logs have no scores."
+    half, most = (next(line[0] for line in curve if line[3] >= share * curve[-1][3]) for share in (0.5, 0.9))
+    return (f"**7. Training efficiency.** Half of the last CP*PF after {half} samples, nine tenths after {most}.\n\n"
+            + sample.table(["samples", *sample.MEASURES.values()], curve))
 
+
+def claims_text(result):
+    """The claims in markdown: the table of runs, then the numbers for each claim."""
+    rows = result["rows"]
+    full, one, multi, query = (rows[name] for name in ("full", "stage 1 alone", "with multi-image", "query connector"))
     return "\n\n".join([
-        f"± is one standard error over {sample.PROMPTS} prompts{seeds}.",
-        sample.table(["row", "samples", *MEASURES.values(), *(f"the paper's {label}" for label in MEASURES.values())],
-                     [[name, row["samples"], *marks(row), *(ROWS[name].paper or ("", "", ""))] for name, row in rows.items()]),
+        f"± is one standard error over {sample.PROMPTS} prompts and the row's seeds.",
+        table_of_rows(rows),
         "**1. Both stages matter, and each task has its role.** Against the full run:",
         "\n".join(against_full(name, rows) for name in ROWS if name.startswith("without")),
-        f"**2. MLP or query connector.** {full['image_tokens']} tokens an image at {full['samples_per_s']:.0f} samples/s with the MLP, "
+        f"**2. MLP or query connector.** {full['image_tokens']} tokens per image at {full['samples_per_s']:.0f} samples/s with the MLP, "
         f"{query['image_tokens']} at {query['samples_per_s']:.0f} with the queries.",
         against_full("query connector", rows),
         "**3. Multi-image training.** Two subjects from two images: CP {cp:.3f}, PF {pf:.3f} with it, ".format(**multi["two subjects"])
         + "{cp:.3f} and {pf:.3f} without.".format(**full["two subjects"]),
         against_full("with multi-image", rows),
-        f"**4. Deterministic control.** The same prompt and seed drew the same picture twice: {'yes' if full['repeats'] == 1 else 'no'}. "
-        "Reconstruction L2 (the paper: 0.1008 on COCO after tuning):",
-        sample.table(["after stage 1", "after stage 2", "after reconstruction tuning", "the tokenizer alone"],
-                     [[*(row["reconstruction_l2"] for row in (one, full, rebuilt)), full["tokenizer_l2"]]]),
-        f"**5. Balance.** The full run on {sample.FEWER_PROMPTS} prompts; the loss is that of the true picture's codes.",
-        sample.table(["full run", "loss", *MEASURES.values()],
-                     [[name, row["loss"], *marks(row)] for name, row in result["balance"].items()]),
-        f"**6. Versatile without new parts.** Segmentation straight after stage 1: IoU {one['segmentation_iou']:.3f}; of two subjects, "
-        f"{one['named_iou']:.3f} with the one that is named and {one['other_iou']:.3f} with the other. In context, from two examples, "
-        f"the rule (paint, move, cut out) whose outcome is nearest of all {outcomes}:",
-        sample.table(["tuned in context", "known rules", "their parts", "new combinations", "their parts"],
-                     [[said, *(row[kind][part] for kind in ("known_rules", "new_rules") for part in ("whole", "parts"))]
-                      for said, row in (("before", full), ("after", tuned))]),
-        "**7. Training efficiency.** " + (
-            f"Half of the last CP*PF after {reached(0.5)} samples, nine tenths after {reached(0.9)}." if curve
-            else "The full run was trained without --score_every, so its logs hold no scores."),
-        *([sample.table(["samples", *MEASURES.values()], curve)] if curve else [])]) + "\n"
+        control_text(one, full, rows["reconstruction tuning"]),
+        balance_text(result["balance"]),
+        versatility_text(one, full, rows["in-context tuning"]),
+        efficiency_text(result["efficiency"])]) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# How fast a step is (--bench=true)
+# Speed of a training step (--bench=true)
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def widen(batch, width):
-    """The batch with its prompts padded to a window of `width` tokens."""
+    """The batch with its prompts padded to `width` tokens."""
     slots, more = batch.image_slots, width - batch.text_ids.shape[1]
-    return replace(batch, text_ids=F.pad(batch.text_ids, (0, more)), hidden=F.pad(batch.hidden, (0, more)),
+    return replace(batch, text_ids=F.pad(batch.text_ids, (0, more)), masked=F.pad(batch.masked, (0, more)),
                    image_slots=slots + slots // batch.text_ids.shape[1] * more)
 
 
 def straightforward_losses(model, batch, codes, everywhere=True):
-    """The losses (B,) of MentorStage computed as the released code does: prefixes moved to the right end of their window, a
-    dense mask over the padding before them, and the output head at all positions (everywhere) though only N count."""
+    """The losses (B,) of MentorStage, computed as in the released code: prefixes moved to the right end of their window, a dense
+    mask over the padding before them, and with `everywhere` the output head at all positions though only N are needed."""
     (B, T), N = batch.text_ids.shape, codes.shape[1]
     padding = T - batch.lengths[:, None]                                                 # (B, 1)
-    prefix = model.projector(model.encoder(batch), batch.lengths, batch.unconditional)
+    prefix = model.projector(model.encoder(batch), batch.lengths, batch.drop)
     prefix = prefix.gather(1, ((torch.arange(T, device=codes.device) - padding) % T)[..., None].expand_as(prefix))
     x = torch.cat([prefix, model.decoder.code_embedding(codes[:, :-1]).to(prefix.dtype)], dim=1)
     at = torch.arange(T + N - 1, device=codes.device)
-    mask = (at <= at[:, None]) & (at >= padding)[:, None] | (at == at[:, None])          # (B, S, S); padding sees itself alone
-    dense = SimpleNamespace(append=lambda layer, k, v: (k, v, mask[:, None]))            # in a KV cache's place
+    mask = (at <= at[:, None]) & (at >= padding)[:, None] | (at == at[:, None])          # (B, S, S); padding sees only itself
+    dense = SimpleNamespace(append=lambda layer, k, v: (k, v, mask[:, None]))            # takes a KV cache's place
     hidden = model.decoder(x, (at - T + 1).clamp(min=0).expand(B, -1), dense)
     logits = model.decoder.output(hidden if everywhere else hidden[:, -N:])[:, -N:].float()
     return F.cross_entropy(logits.transpose(1, 2), codes, reduction="none").mean(1)
 
 
 def bench(run, machine, source, text_tokenizer):
-    """Print samples/s of whole steps of instruct with new weights: each way to make them fast beside the plain way, in turns."""
+    """Print samples/s of whole steps of instruct with new weights: each optimisation beside the plain way, in turns."""
     device, (micro, _) = machine.device, micro_batches(run.instruct, run, machine)
 
     def new():
@@ -1813,12 +1925,12 @@ def bench(run, machine, source, text_tokenizer):
     (plain, own), (compiled, others) = new(), new()
 
     def stepping(losses, optimizers=own, dtype=machine.dtype):
-        """A function that makes one step on the mean of losses()."""
+        """A function that takes one step on the mean of losses()."""
         def step():
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = losses().mean()
             loss.backward()
-            nn.utils.clip_grad_norm_([p for o in optimizers for group in o.param_groups for p in group["params"]], run.clip)
+            nn.utils.clip_grad_norm_([p for o in optimizers for group in o.param_groups for p in group["params"]], run.grad_clip)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -1828,18 +1940,18 @@ def bench(run, machine, source, text_tokenizer):
     dataset, collate = make_dataset("instruct", run, plain.mix, source), make_collate(run, text_tokenizer)
     batch = collate([dataset[i] for i in range(micro)]).to(device)
     wide, codes = widen(batch, run.model.context), plain.vqgan[0].encode(batch.targets)
-    lean = stepping(lambda: plain.losses(batch, codes)[0])
+    lean = stepping(lambda: plain.code_losses(batch, codes)[0])
     pairs = {
         ("all of it", "dense mask, left padding, whole window, head everywhere"):
             (lean, stepping(lambda: straightforward_losses(plain.model, wide, codes))),
         ("no mask", "dense mask, left padding"):
             (lean, stepping(lambda: straightforward_losses(plain.model, batch, codes, everywhere=False))),
-        ("prefixes as long as the batch's longest", "as the whole window"): (lean, stepping(lambda: plain.losses(wide, codes)[0])),
-        ("cached codes", "encoding the targets"): (lean, stepping(lambda: plain.code_losses(batch)[0])),
+        ("prefixes as long as the batch's longest", "as long as the window"): (lean, stepping(lambda: plain.code_losses(wide, codes)[0])),
+        ("cached codes", "encoding the targets"): (lean, stepping(lambda: plain.code_losses(batch, plain.encode_targets(batch))[0])),
         ("autocast to bfloat16", "float32"):
-            [stepping(lambda: plain.losses(batch, codes)[0], dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]}
+            [stepping(lambda: plain.code_losses(batch, codes)[0], dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]}
     if compile_blocks(compiled.model, machine):
-        pairs["compiled blocks", "as they are"] = stepping(lambda: compiled.losses(batch, codes)[0], others), lean
+        pairs["compiled blocks", "as they are"] = stepping(lambda: compiled.code_losses(batch, codes)[0], others), lean
 
     copied, multiplied = sample.measure_limits(device, machine.dtype)
     tokens, images = batch.lengths.float().mean().item(), len(batch.pixels) / micro
@@ -1861,7 +1973,7 @@ def bench(run, machine, source, text_tokenizer):
 
 
 def draw_curves(out, path):
-    """The loss of every stage that left a log, side by side in one picture; dots are the validation loss."""
+    """Draw the loss of every stage that has a log, side by side; dots are the validation loss."""
     logs = [(name, lines) for name in STAGES if (lines := read_log(Path(out) / name / "log.jsonl"))]
     width, height, pad = 300, 200, 36
     canvas = Image.new("RGB", (width * len(logs), height), "white")
@@ -1882,13 +1994,24 @@ def draw_curves(out, path):
 
 
 def write_run(run, text_tokenizer, manifests=()):
-    """What lies in a run's folder beside its stages: text model, keys, manifests that were made of folders."""
+    """Write what a run's folder has beside its stages: text model, keys, manifests that were made of folders."""
     Path(run.out).mkdir(parents=True, exist_ok=True)
-    mentor.write_aside(Path(run.out) / "spiece.model", lambda file: file.write_bytes(text_tokenizer.proto))
+    mentor.write_atomically(Path(run.out) / "spiece.model", lambda file: file.write_bytes(text_tokenizer.proto))
     mentor.write_json(Path(run.out) / "run.json", asdict(run))
     for manifest in (m for m in manifests if m.content is not None):
-        mentor.write_aside(manifest.path, lambda file: file.write_bytes(manifest.content))
+        mentor.write_atomically(manifest.path, lambda file: file.write_bytes(manifest.content))
         manifest.content = None
+
+
+def show_pictures(name, run, source, machine):
+    """Draw up to 8 held-out samples of a stage's mix, or of those trained on where none are held out, which is said."""
+    mix, run = parse_mix(name, getattr(run, name).mix), replace(run, prefix_drop=0.0)
+    dataset = make_dataset(name, run, mix, source, held_out=True)
+    if not dataset.count:
+        machine.say("none of these pictures is held out, so those to be drawn have been trained on")
+        dataset = make_dataset(name, run, mix, source)
+    pipeline = sample.Pipeline.open(Path(run.out) / name, machine.device)
+    sample.show_pictures(pipeline, [dataset[i] for i in range(min(8, dataset.count))], Path(run.out))
 
 
 def train_stages(names, run, machine, source, text_tokenizer):
@@ -1902,23 +2025,23 @@ def train_stages(names, run, machine, source, text_tokenizer):
 
 
 def main(arguments):
-    """Do what the command line asks for: train, then score and show the result."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        return print_help()
+    """Run the command line: train, then score and show the result."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        return print_help(*(preset for preset in arguments[:1] if preset in PRESETS))
     run, started = parse(arguments)[1], time.perf_counter()
     run = with_values(run, {f"{s}.steps": max(1, round(getattr(run, s).steps * run.train_scale)) for s in STAGES})
     machine = start_machine(run)
     if run.stage in ("import", "export"):
         return import_released(run, machine) if run.stage == "import" else export_released(run, machine)
     source, text_tokenizer = open_source(run, machine)
-    check_words(text_tokenizer, run, source, machine)
+    check_text_tokenizer(text_tokenizer, run, source, machine)
     if run.bench:
         return bench(run, machine, source, text_tokenizer)
     stages = (run.stage,) if run.stage in STAGES else STAGES
-    problems = [problem for name in stages for problem in missing(name, run, machine, source, text_tokenizer)]
+    problems = [problem for name in stages for problem in start_problems(name, run, machine, source, text_tokenizer)]
     if run.dry_run:
         return dry_run(run, machine, source, text_tokenizer, stages, problems)
-    if problems:  # until here nothing is written
+    if problems:  # nothing has been written so far
         raise ValueError(problems[0])
     if run.stage == "claims":
         claims(run, machine, source, text_tokenizer)
@@ -1932,19 +2055,21 @@ def main(arguments):
             sample.score(sample.Pipeline.open(run.out, machine.device), Path(run.out))
             prompt = "A big red star at the top left on a green striped background"
             machine.say(f'look at {run.out}/sheet.png, then try\n    python sample.py {run.out} "{prompt}"')
+        elif run.data and stages[-1] in STAGES[2:]:
+            show_pictures(stages[-1], run, source, machine)
         machine.say(f"everything took {time.perf_counter() - started:.0f} s; the losses are drawn in {run.out}/curves.png"
                     + "; there are no scores, which need a built-in world" * bool(run.data))
 
 
 def cli():
-    """main, with what users can mend as one line and exit code 2."""
+    """main, with errors that a user can fix as one line and exit code 2."""
     who = f"train.py: process {os.environ['RANK']}: " if "RANK" in os.environ else "train.py: "
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
         message, code = str(error), 2
     except torch.OutOfMemoryError as error:
-        message, code = f"the device's memory is too small for the model ({mentor.first_line(error)}): choose a smaller preset or model", 2
+        message, code = f"the device has too little memory for the model ({mentor.first_line(error)}): choose a smaller preset or model", 2
     except KeyboardInterrupt:
         message, code = "stopped; the same command goes on from the last checkpoint", 130
     else:

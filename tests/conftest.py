@@ -13,6 +13,16 @@ import train  # noqa: E402
 from data import TASKS, Collate, Shapes, WorldDataset  # noqa: E402
 from mentor import ConnectorConfig, DecoderConfig, Mentor, MentorConfig, TextConfig, VisionConfig, check_fit, released_parameters  # noqa: E402
 
+SMALL = ["--vqgan.ch=8", "--vqgan.ch_mult=1,1,1", "--vqgan.num_res_blocks=1", "--vqgan.norm_groups=4", "--vqgan.z_channels=8", "--vqgan.codebook_size=32",
+         "--model.vision.width=16", "--model.vision.n_head=2", "--model.vision.n_layer=2", "--model.vision.mlp_width=32", "--model.text.width=16", "--model.text.n_head=2",
+         "--model.text.mlp_width=32", "--model.decoder.width=32", "--model.decoder.n_layer=2", "--model.decoder.codebook_size=32"]
+
+
+def few_steps(**keys):
+    """These keys of every stage: few_steps(steps=2) is --tokenizer.steps=2, --pretrain.steps=2, ..."""
+    return [f"--{stage}.{key}={value}" for stage in train.STAGES for key, value in keys.items()]
+
+
 torch.set_num_threads(1)  # tensors this small are slower on two, and much slower where other work runs
 train.VALIDATION = 8
 
@@ -30,11 +40,11 @@ def text_tokenizer(world):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """All four stages, six steps each, without the scoring. Tests link to it and leave it as it is."""
-    from test_train import SMALL
+    from test_train import SHORT
     out = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.sample, "score", lambda *arguments: None)
-        train.main(["tiny", *SMALL, f"--out={out}"])
+        train.main(["tiny", *SHORT, f"--out={out}"])
     return out
 
 
@@ -90,7 +100,7 @@ def only(batch, i):
     slots = batch.image_slots[batch.image_slots // batch.text_ids.shape[1] == i] - i * batch.text_ids.shape[1]
     return replace(batch, text_ids=batch.text_ids[i : i + 1, :length], lengths=batch.lengths[i : i + 1], pixels=batch.pixels[images],
                    image_slots=slots, name_ids=batch.name_ids[images], name_mask=batch.name_mask[images],
-                   targets=batch.targets[i : i + 1], unconditional=batch.unconditional[i : i + 1], tasks=batch.tasks[i : i + 1])
+                   targets=batch.targets[i : i + 1], drop=batch.drop[i : i + 1], tasks=batch.tasks[i : i + 1])
 
 
 def image_owner(batch):

@@ -56,10 +56,10 @@ def test_the_straightforward_forward_gives_the_same_losses_and_gradients(text_to
     """Left padding, a dense mask and the head everywhere, on the batch's longest prompt or the whole window: the same function."""
     stage = small_stage(text_tokenizer)
     batch = make_batch(stage.model.config, 6)
-    batch = replace(batch, unconditional=torch.arange(6) % 3 == 0)
+    batch = replace(batch, drop=torch.arange(6) % 3 == 0)
     codes = torch.randint(64, (6, 64), generator=torch.Generator().manual_seed(0))
     results = []
-    for losses in (lambda: stage.losses(batch, codes)[0], lambda: train.straightforward_losses(stage.model, train.widen(batch, window) if window else batch, codes),
+    for losses in (lambda: stage.code_losses(batch, codes)[0], lambda: train.straightforward_losses(stage.model, train.widen(batch, window) if window else batch, codes),
                    lambda: train.straightforward_losses(stage.model, batch, codes, everywhere=False)):
         stage.zero_grad()
         value = losses()
@@ -72,7 +72,7 @@ def test_the_straightforward_forward_gives_the_same_losses_and_gradients(text_to
 
 
 class Waits(TorchDispatchMode):
-    """Notes every operation that makes the CPU wait for a GPU: reading a number, and sizes that hang on values."""
+    """Notes every operation that makes the CPU wait for a GPU: reading a number, and sizes that depend on values."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal", "repeat_interleave.Tensor")
 
@@ -229,7 +229,7 @@ def test_a_graphed_decoder_draws_the_same_from_buffers_that_stay(model, make_bat
         assert len(recorded) == len(decoder.graphs) <= 1 + decoder.cache.k.shape[3] // 16
     assert len(addresses) == 1 and decoder.warmup > 0 and decoder.cache.k.shape[3] >= model.config.context + 63
     generate(model, make_batch(model.config, 5), GREEDY, torch.Generator(), decoder)
-    assert len(decoder.codes) == 10 and len(recorded) > len(decoder.graphs)  # another size starts anew
+    assert len(decoder.codes) == 10 and len(recorded) > len(decoder.graphs)  # another size starts over
 
 
 def test_drawing_in_bfloat16_stays_near_float32(model, make_batch):
@@ -300,7 +300,10 @@ def test_steps_are_faster_than_a_llama_of_transformers(preset):
     decoder, n_prefix, n_code = sample.make_ready(model, torch.device("cpu")), 32, 64
     llama = LlamaDecoder(config.decoder, model.decoder.blocks[0].mlp.w1.out_features, n_prefix + n_code)
     prefix, lengths, generator = torch.randn(2, n_prefix, config.decoder.width), torch.full((2,), n_prefix), torch.Generator().manual_seed(0)
-    both = {name: lambda d=d: continue_prefix(d, prefix, lengths, True, n_code, SamplingConfig(cfg_scale=2.0), generator, sample.least_rows(model) if d is decoder else 1) for name, d in (("ours", decoder), ("llama", llama))}
-    seconds = sample.median_seconds(both, torch.device("cpu"))
+
+    def draw(decoder, rows):
+        return continue_prefix(decoder, prefix, lengths, True, n_code, SamplingConfig(cfg_scale=2.0), generator, rows)
+
+    seconds = sample.median_seconds({"ours": lambda: draw(decoder, sample.least_rows(model)), "llama": lambda: draw(llama, 1)}, torch.device("cpu"))
     print(f"{preset}: {n_code / seconds['ours']:.0f} codes/s, transformers' Llama {n_code / seconds['llama']:.0f}, ratio {seconds['llama'] / seconds['ours']:.2f}")
     assert seconds["ours"] < seconds["llama"]

@@ -14,7 +14,7 @@ import train
 from data import Collate, Manifest, ManifestDataset, TextTokenizer, load_image
 from mentor import Mentor, read_weights
 from test_manifest import ALL, folder  # noqa: F401
-from test_train import CPU, SMALL
+from test_train import CPU, SHORT
 from tokenizer import LPIPS, VQGAN
 
 ODD = [0, -1, 1, 3, 7, 1000, 10**12, 1.5, float("inf"), float("nan"), True, None, "", "x", "\u202e\0", [], [1, -2], {}, {"a": 1}]
@@ -71,7 +71,7 @@ def damaged_json(text, rng):
 def out(tmp_path_factory, text_tokenizer):
     """A folder as training leaves it, with the smallest models."""
     folder = tmp_path_factory.mktemp("fuzz") / "out"
-    run = train.parse(["tiny", *SMALL])[1]
+    run = train.parse(["tiny", *SHORT])[1]
     VQGAN(run.vqgan).save_pretrained(folder / "tokenizer")
     Mentor(run.model).save_pretrained(folder / "instruct")
     (folder / "spiece.model").write_bytes(text_tokenizer.proto)
@@ -163,7 +163,7 @@ WHOLE = "".join(json.dumps(record) + "\n" for record in [*ALL, {"image_path": "b
 
 def test_manifests(opened, folder, capsys):  # noqa: F811
     """A value of a line changed, or the bytes damaged; the message names the line, or what the file as a whole lacks."""
-    rng, worked, named = random.Random(4), 0, r"m\.jsonl line \d+: |m\.jsonl: the manifest holds no line|m\.jsonl has nothing for|the prompt takes"
+    rng, worked, named = random.Random(4), 0, r"m\.jsonl line \d+: |m\.jsonl: the manifest has no line|m\.jsonl has nothing for|the prompt takes"
     for count in range(700):
         lines = WHOLE.splitlines()
         k = rng.randrange(len(lines))

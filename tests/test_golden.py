@@ -15,8 +15,8 @@ from safetensors import safe_open
 
 from conftest import load_released
 from data import Batch, TextTokenizer, center_crop, vision_pixels
-from mentor import DecoderConfig, Mentor, MentorConfig, SamplingConfig, TextConfig, VisionConfig, relative_position_bucket, released_parameters, released_tensors
-from sample import filter_logits, generate, guide
+from mentor import DecoderConfig, Mentor, MentorConfig, SamplingConfig, TextConfig, VisionConfig, relative_position_bucket, released_parameters, released_tensors, splice
+from sample import continue_prefix, filter_logits, generate, guide
 from tokenizer import VQGAN, TokenizerConfig
 
 FOLDERS = Path(__file__).parent / "golden", Path(__file__).parent.parent.parent / "shared" / "golden"
@@ -61,7 +61,10 @@ def test_vq(case, ch_mult, z_channels):
         assert torch.equal(codes.flatten(), golden["out.encode.indices"])
         assert torch.equal(model.encode(golden["in.image"]).flatten(), golden["out.encode.indices"])
         close(loss, golden["out.train.vq_loss"] + golden["out.train.commit_loss"], 1e-6)
-        close(model.decoder(model.post_quant_conv(model.quantize.lookup(codes))), golden["out.decode_code.image"], 3e-4)
+        for indices, name in ((codes, "decode_code"), (golden["in.decode_code_random.indices"].view_as(codes), "decode_code_random")):
+            close(model.decoder(model.post_quant_conv(model.quantize.lookup(indices))), golden[f"out.{name}.image"], 3e-4)
+        cosines = F.normalize(golden["out.pre_quant"].permute(0, 2, 3, 1), dim=-1) @ model.quantize.codebook().T
+        close(2 - 2 * cosines.flatten(0, 2), golden["out.distance"], 5e-5)  # of unit vectors
     z = golden["out.pre_quant"].requires_grad_()
     z_q, loss, _ = model.quantize(z)
     (loss + (z_q * golden["in.train.probe"]).sum()).backward()
@@ -83,9 +86,9 @@ def end_to_end():
 
 def prompts(ids, mask, pixels):
     """A Batch of the released code's inputs; 98 is their image placeholder."""
-    return Batch(hidden=torch.zeros_like(ids, dtype=torch.bool), text_ids=ids, lengths=mask.sum(1), pixels=pixels, image_slots=(ids == 98).flatten().nonzero().flatten(),
+    return Batch(masked=torch.zeros_like(ids, dtype=torch.bool), text_ids=ids, lengths=mask.sum(1), pixels=pixels, image_slots=(ids == 98).flatten().nonzero().flatten(),
                  name_ids=torch.zeros(len(pixels), 1, dtype=torch.long), name_mask=torch.ones(len(pixels), 1, dtype=torch.bool),
-                 targets=torch.zeros(0), unconditional=torch.zeros(len(ids), dtype=torch.bool), tasks=["golden"] * len(ids))
+                 targets=torch.zeros(0), drop=torch.zeros(len(ids), dtype=torch.bool), tasks=["golden"] * len(ids))
 
 
 def test_joint_model_training():
@@ -117,14 +120,21 @@ def test_joint_model_generation(scale, name, atol):
     close(logits.transpose(0, 1), golden[f"out.{name}.logits"], atol)
 
 
-def test_encoder_without_images():
-    golden, (_, model, batch) = Golden("encoder"), end_to_end()
+def test_encoder():
+    """With images and without."""
+    golden, (_, model, _) = Golden("encoder"), end_to_end()
     own = {n: w for n, w in golden.weights().items() if "embed_tokens" not in n}
     load_released(model, {"multimodal_encoder." + n: w for n, w in own.items()}, fresh=NOT_ENCODER)
-    ids, mask = golden["in.text_only.input_ids"], golden["in.text_only.attention_mask"]
-    hidden = model.encoder(prompts(ids, mask, batch.pixels[:0]))
-    close(hidden[mask.bool()], golden["out.text_only.last_hidden_state"][mask.bool()], 5e-5)
-    close(model.encoder.vision(golden["in.pixel_values"][golden["in.img_mask"].bool()]), golden["out.vision_features"], 5e-5)
+    pixels, encoder = golden["in.pixel_values"][golden["in.img_mask"].bool()], model.encoder
+    for case, images in (("", pixels), ("text_only.", pixels[:0])):
+        ids, mask = golden[f"in.{case}input_ids"], golden[f"in.{case}attention_mask"]
+        close(encoder(prompts(ids, mask, images))[mask.bool()], golden[f"out.{case}last_hidden_state"][mask.bool()], 5e-5)
+    batch = prompts(golden["in.input_ids"], golden["in.attention_mask"], pixels)
+    tokens = encoder.encode_images(batch)
+    close(encoder.vision(pixels), golden["out.vision_features"], 5e-5)
+    close(tokens.view(len(pixels), -1, 32), golden["out.projected_features"], 5e-5)
+    close(splice(encoder.text.embedding(batch.text_ids), batch.image_slots, tokens), golden["out.inputs_embeds"], 5e-5)
+    close(encoder.text.attention_bias(torch.ones(1, 48, dtype=torch.bool)), golden["out.t5_position_bias_48"], 5e-5)
 
 
 def test_relative_position_buckets():
@@ -187,11 +197,27 @@ def test_decoder_with_a_left_padded_prefix(variant, prefix_rotation):
     load_released(model, golden.weights(), fresh=("multimodal_encoder",))
     lengths, codes = golden["in.emb_masks"].sum(1), golden["in.idx"]
     hidden = torch.stack([F.pad(c[12 - n :], (0, 0, 0, 12 - n)) for c, n in zip(golden["in.cond"], lengths.tolist())])
-    logits = model.next_code_logits(model.projector(hidden, lengths, torch.zeros(3, dtype=torch.bool)), lengths, codes)
-    close(logits, golden[f"out.{variant}.tf_logits"], 1e-4)
-    everyone = model.next_code_logits(model.projector(hidden, lengths, torch.ones(3, dtype=torch.bool)), lengths, codes)
-    close(everyone, golden[f"out.{variant}.tf_logits_uncond"], 1e-4)
-    logits, cache = model.prefill(model.projector(hidden, lengths, torch.zeros(3, dtype=torch.bool)), lengths)
+
+    def prefix(*drop):
+        return model.projector(hidden, lengths, torch.tensor(drop))
+
+    def logits_of(codes, *drop):
+        return model.decoder.output(model.next_code_hidden(prefix(*drop), lengths, codes))
+
+    for drop, name in (((False,) * 3, "tf_logits"), ((True,) * 3, "tf_logits_uncond"), ((False, True, False), "tf_logits_uncond_mixed")):
+        close(logits_of(codes, *drop), golden[f"out.{variant}.{name}"], 1e-4)
+    for samples, name in ((slice(None), "tf_loss"), (golden["in.valid"].bool(), "tf_loss_valid")):  # the mean over all samples, or some
+        loss = F.cross_entropy(logits_of(codes, False, False, False)[samples].flatten(0, 1), codes[samples].flatten())
+        close(loss, golden[f"out.{variant}.{name}"], 1e-5)
+    loss.backward()
+    for name in (n for n in golden.names if n.startswith(f"out.{variant}.grad_valid_loss.")):
+        close(released_parameters(model)[name.split(".grad_valid_loss.")[1]].grad, golden[name], 5e-6)
+    both, greedy = torch.cat([prefix(False, False, False), prefix(True, True, True)]), SamplingConfig(cfg_scale=4.0, temperature=0.0)
+    drawn = continue_prefix(model, both, lengths.repeat(2), True, 64, greedy, torch.Generator())
+    assert torch.equal(drawn, golden[f"out.{variant}.gen_cfg4.tokens"].long())
+    guided = guide(logits_of(drawn, False, False, False), logits_of(drawn, True, True, True), 4.0)
+    close(guided.transpose(0, 1), golden[f"out.{variant}.gen_cfg4.logits"], 5e-4)
+    logits, cache = model.prefill(prefix(False, False, False), lengths)
     for k, expected in enumerate(golden[f"out.{variant}.gen_cfg1.tokens"].long().T):
         close(logits, golden[f"out.{variant}.gen_cfg1.logits"][k], 1e-4)
         assert torch.equal(logits.argmax(-1), expected)

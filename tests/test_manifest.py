@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from PIL import Image
 import data
 import sample
 import train
+from conftest import SMALL, few_steps
 from data import Collate, Manifest, ManifestDataset, TextTokenizer, manifest_of_folder, read_entry, shuffled
 
 GREEN, RED, BLUE, BLACK = (0, 160, 0), (200, 0, 0), (0, 0, 220), (0, 0, 0)
@@ -159,7 +161,7 @@ def test_samples_of_all_tasks_make_a_batch(folder):
     tokenizer = dataset.manifest.text_tokenizer()
     batch = Collate(tokenizer, 32, 16, 96, 32)([dataset[i] for i in range(14)])
     assert set(batch.tasks) == set(TASKS) and batch.targets.shape == (14, 3, 32, 32) and not (batch.text_ids == tokenizer.UNKNOWN).any()
-    assert 0 < batch.unconditional.sum() < 14
+    assert 0 < batch.drop.sum() < 14
 
 
 def test_samples_are_a_function_of_seed_and_index(folder):
@@ -221,11 +223,11 @@ def test_a_mix_gives_tasks_their_shares_and_lines_their_turns(folder):
 @pytest.mark.parametrize("record, message", [
     ("{oops", "line 3: not JSON .*one object in braces"),
     ([1], "line 3: .*one JSON object"),
-    ({**T2I, "image_path": "scene.pgn"}, "line 3: image_path='scene.pgn': there is no such file in .*folder that names start from"),
+    ({**T2I, "image_path": "scene.pgn"}, "line 3: image_path='scene.pgn': there is no such file in .*folder that names are relative to"),
     ({**SEGMENTATION, "source_image": "other.png"}, "line 3: source_image='other.png': there is no such file"),
-    ({**SEGMENTATION, "source_image": None}, "source_image=None: segmentation wants 1 here, not 0"),
+    ({**SEGMENTATION, "source_image": None}, "source_image=None: segmentation needs 1 here, not 0"),
     ({**T2I, "image_path": 7}, "image_path=7: must be a text, a list of texts or null"),
-    ({**T2I, "image_path": ["scene.png", "blue.png"]}, "image_path=.*text_to_image wants 1 here, not 2"),
+    ({**T2I, "image_path": ["scene.png", "blue.png"]}, "image_path=.*text_to_image needs 1 here, not 2"),
     ({**T2I, "input_text": ["a"]}, "input_text=.*must be a text"),
     ({**T2I, "input_text": " "}, "input_text=' ': text_to_image needs a caption"),
     ({**T2I, "input_text": "a box in <image>"}, "1 <image> placeholders, but text_to_image has 0 images"),
@@ -233,9 +235,9 @@ def test_a_mix_gives_tasks_their_shares_and_lines_their_turns(folder):
     ({**T2I, "generation_only": "yes"}, "generation_only='yes': must be true or false"),
     ({**RECOVERY, "do_mask": True}, "only one of generation_only, do_mask, do_replace true"),
     ({**RECONSTRUCTION, "source_image": "blue.png"}, "source_image='blue.png': reconstruction draws image_path='scene.png' from itself; name the subject in objects"),
-    ({**MULTI, "objects": ["box"]}, "image_path=.*multi_image wants 1 here, not 2"),
+    ({**MULTI, "objects": ["box"]}, "image_path=.*multi_image needs 1 here, not 2"),
     ({**MULTI, "objects": []}, "objects=.*at least one label"),
-    ({**SEGMENTATION, "objects": ["box", "bar"]}, "objects=.*segmentation wants one label"),
+    ({**SEGMENTATION, "objects": ["box", "bar"]}, "objects=.*segmentation needs one label"),
 ])
 def test_a_wrong_line_is_named_and_may_be_left_out(folder, record, message):
     path = folder / "m.jsonl"
@@ -244,15 +246,15 @@ def test_a_wrong_line_is_named_and_may_be_left_out(folder, record, message):
         Manifest(path, quiet=True)
     kept = Manifest(path, quiet=True, skip_bad=True)
     assert len(kept) == 2 and len(kept.bad) == 1 and "m.jsonl line 3: " in kept.bad[0]
-    assert [kept[i].task for i in range(2)] == ["text_to_image", "segmentation"] and kept.places[1][1] == 4
+    assert [kept[i].task for i in range(2)] == ["text_to_image", "segmentation"] and kept.numbers[1] == 4
 
 
 def test_manifests_that_hold_nothing_are_refused(folder):
     with pytest.raises(ValueError, match="nothing.jsonl: there is no such manifest"):
         Manifest(folder / "nothing.jsonl")
-    with pytest.raises(ValueError, match="holds no line"):
+    with pytest.raises(ValueError, match="has no line"):
         manifest(folder, [])
-    with pytest.raises(ValueError, match="holds no line that is right; the first: .*line 1: image_path"):
+    with pytest.raises(ValueError, match="has no line that is right; the first: .*line 1: image_path"):
         manifest(folder, [{}], skip_bad=True)
 
 
@@ -287,22 +289,22 @@ def test_a_long_manifest_opens_fast(folder):
     dataset = ManifestDataset(lines, None, 0, 32)
     assert {dataset.manifest[dataset.line(i)].task for i in range(1000)} == {"segmentation"}
     assert time.process_time() - started < 1
-    assert lines.places.nbytes + sum(t.nbytes for t in lines.tasks.values()) <= 24 * len(lines)
+    assert lines.offsets.nbytes + lines.numbers.nbytes + sum(t.nbytes for t in lines.tasks.values()) <= 24 * len(lines)
 
 
-def test_pieces_and_processes_change_nothing(folder, monkeypatch):
+def test_chunks_and_processes_change_nothing(folder, monkeypatch):
     path = write(folder, (ALL + [{"image_path": "blue.png"}]) * 20)
     path.write_text(path.read_text().replace("\n", "\n\n \n", 5))
-    monkeypatch.setattr(Manifest, "PIECE", 777)
-    whole, pieces = Manifest(path, quiet=True), Manifest(path, workers=2, quiet=True)
-    monkeypatch.setattr(Manifest, "PIECE", 2**22)
+    monkeypatch.setattr(Manifest, "CHUNK", 777)
+    whole, shared = Manifest(path, quiet=True), Manifest(path, workers=2, quiet=True)
+    monkeypatch.setattr(Manifest, "CHUNK", 2**22)
     once = Manifest(path, quiet=True)
-    for other in (whole, pieces):
-        assert (other.places == once.places).all() and (other.images == once.images).all() and (other.most_tokens == once.most_tokens).all()
+    for other in (whole, shared):
+        assert (other.offsets == once.offsets).all() and (other.numbers == once.numbers).all() and (other.n_image == once.n_image).all() and (other.most_tokens == once.most_tokens).all()
         assert all((other.tasks[task] == once.tasks[task]).all() for task in TASKS) and other[77] == once[77]
-    assert whole.digest == pieces.digest and once.places[-1][1] == 150
+    assert whole.digest == shared.digest and once.numbers[-1] == 150
     path.write_text(path.read_text().replace("blue.png", "lost.png") + "oops")
-    monkeypatch.setattr(Manifest, "PIECE", 777)
+    monkeypatch.setattr(Manifest, "CHUNK", 777)
     with pytest.raises(ValueError, match="m.jsonl line 13: image_path='lost.png'"):
         Manifest(path, workers=2, quiet=True)
     assert [int(message.split("line ")[1].split(":")[0]) for message in Manifest(path, workers=2, skip_bad=True, quiet=True).bad][-2:] == [150, 151]
@@ -337,15 +339,15 @@ def test_a_dry_run_opens_every_file(pictures, tmp_path):
     (pictures / "cat.png").write_text("no picture")
     save(pictures / "dog.mask.png", picture(BLACK, color=BLACK))
     with pytest.raises(ValueError, match=r"(?s)could not start: .*line 1: .*cat.png: not a readable image.*line 2: .*cat.png.*line 5: .*mask is all black.*line 6"):
-        train.main(["tiny", *SMALL, "--stage=tokenizer", "--dry_run=true", f"--data={pictures}", f"--out={tmp_path}/out"])
+        train.main(["tiny", *SHORT, "--stage=tokenizer", "--dry_run=true", f"--data={pictures}", f"--out={tmp_path}/out"])
     (pictures / "cat.png").write_bytes(b"")
     with pytest.raises(ValueError, match="line 1: image_path='cat.png': it is empty"):
-        train.main(["tiny", *SMALL, "--stage=tokenizer", f"--data={pictures}", f"--out={tmp_path}/out"])
+        train.main(["tiny", *SHORT, "--stage=tokenizer", f"--data={pictures}", f"--out={tmp_path}/out"])
 
 
 def test_a_run_says_at_the_start_that_a_prompt_is_too_long(folder, capsys):
     path = write(folder, [T2I, {**T2I, "input_text": "a red box on green " * 30}])
-    arguments = ["tiny", *SMALL, "--stage=pretrain", f"--data={path}", f"--out={folder}/out"]
+    arguments = ["tiny", *SHORT, "--stage=pretrain", f"--data={path}", f"--out={folder}/out"]
     with pytest.raises(ValueError, match="m.jsonl line 2: the prompt takes 151 tokens, but the model reads at most 96"):
         train.main(arguments)
     with pytest.raises(ValueError, match="tokenizer"):  # goes on, to find that the stage before is missing
@@ -388,7 +390,7 @@ def test_a_mask_without_caption_still_gives_segmentation(pictures, tmp_path):
 
 def test_folders_that_are_wrong_are_named(pictures):
     (pictures / "dog.txt").write_text("a dog on grass\n")
-    with pytest.raises(ValueError, match="dog.mask.png: nothing says what the mask marks; .*second line of .*dog.txt"):
+    with pytest.raises(ValueError, match="dog.mask.png: the mask's object has no name; write it on the second line of .*dog.txt"):
         manifest_of_folder(pictures)
     (pictures / "dog.txt").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ValueError, match="dog.txt: not UTF-8"):
@@ -437,30 +439,49 @@ def test_coco_becomes_a_manifest(tmp_path):
 
 def test_coco_files_that_are_wrong_are_named(tmp_path):
     files = coco_files(tmp_path)
-    with pytest.raises(ValueError, match="captions.json: no 'images' in it; want COCO's instances"):
+    with pytest.raises(ValueError, match="captions.json: no 'images' in it; give COCO's instances"):
         data.manifest_of_coco(files[1], *files[1:])
     with pytest.raises(ValueError, match="nothing.json: there is no such file"):
         data.manifest_of_coco(tmp_path / "nothing.json", *files[1:])
     (tmp_path / "images" / "2.jpg").unlink()
     with pytest.raises(ValueError, match="2.jpg: there is no such picture, but .*instances.json names it"):
         data.manifest_of_coco(*files)
+    assert not (tmp_path / "coco" / "manifest.jsonl").exists()  # whole or not at all
     done = subprocess.run([sys.executable, data.__file__, "coco"], capture_output=True, text=True)
-    assert done.returncode == 1 and "usage: python data.py coco INSTANCES.json" in done.stderr
+    assert done.returncode == 2 and "usage: python data.py coco INSTANCES.json" in done.stderr
 
 
-SMALL = ["--vqgan.ch=8", "--vqgan.ch_mult=1,1,1", "--vqgan.num_res_blocks=1", "--vqgan.norm_groups=4", "--vqgan.z_channels=8", "--vqgan.codebook_size=32",
-         "--model.vision.width=16", "--model.vision.n_head=2", "--model.vision.n_layer=1", "--model.vision.mlp_width=32", "--model.text.width=16", "--model.text.n_head=2",
-         "--model.text.n_layer=1", "--model.decoder.width=32", "--model.decoder.n_layer=1", "--model.decoder.codebook_size=32", "--device=cpu",
-         *(f"--{stage}.{key}" for stage in train.STAGES for key in ("steps=2", "global_batch=4"))]
+@pytest.mark.parametrize("file, keys, value, message", [
+    (0, ("images", 1), {"id": 2}, r"instances.json: images\[1\] is {\"id\": 2}; it must have COCO's id, file_name, width, height"),
+    (0, ("annotations", 0, "category_id"), "cat", r"instances.json: annotations\[0\] is .*; it must have COCO's id, image_id, category_id"),
+    (0, ("annotations", 0, "category_id"), 77, r"instances.json: annotation 7 has no known category or no polygons"),
+    (0, ("annotations", 0, "segmentation"), {"counts": [5], "size": [40, 60]}, r"instances.json: annotation 7 has no known category or no polygons"),
+    (0, ("categories",), {"1": "cat"}, "instances.json: no 'categories' in it"),
+    (1, ("annotations", 0, "caption"), None, r"captions.json: annotations\[0\] is .*; it must have COCO's image_id, caption"),
+])
+def test_coco_entries_that_are_wrong_are_named(file, keys, value, message, tmp_path):
+    files = coco_files(tmp_path)
+    content = inner = json.loads(files[file].read_text())
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    files[file].write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        data.manifest_of_coco(*files)
+
+
+SHORT = [*SMALL, "--device=cpu", *few_steps(steps=2, global_batch=4)]
 CPU = train.Machine(0, 1, train.torch.device("cpu"), train.torch.float32)
 MIXES = ["--align.mix=text_to_image:1,reconstruction:1,segmentation:1", "--instruct.mix=recovery:1,segmentation:1"]
 
 
 def test_a_run_on_own_pictures_trains_and_draws(pictures, tmp_path, capsys):
     out = tmp_path / "out"
-    train.main(["tiny", *SMALL, *MIXES, f"--data={pictures}", f"--out={out}"])
+    train.main(["tiny", *SHORT, *MIXES, f"--data={pictures}", f"--out={out}"])
     said = capsys.readouterr().out
     assert "data: text_to_image 2, reconstruction 3, segmentation 1, recovery 1 lines" in said and "no scores" in said and not (out / "scores.json").exists()
+    assert "none of these pictures is held out" in said and re.search(r"reconstruction L2 of 2 pictures: 0.\d+, the tokenizer alone 0.\d+; look at .*sheet.png", said)
+    assert Image.open(out / "sheet.png").height > 2 * 32 * 3
     assert set(json.loads((out / "align" / "log.jsonl").read_text().splitlines()[-1])) & {"text_to_image", "reconstruction", "segmentation"}
     assert TextTokenizer.from_file(out / "spiece.model").pieces.encode("grass", out_type=str) == ["▁grass"]
     sample.main([str(out), "a dog on grass", f"--out={tmp_path}/drawn.png", "--device=cpu"])
@@ -469,15 +490,55 @@ def test_a_run_on_own_pictures_trains_and_draws(pictures, tmp_path, capsys):
         sample.main([str(out), "--score", "--device=cpu"])
 
 
+def test_held_out_pictures_are_shown_where_there_are_any(folder, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(train.sample, "show_pictures", lambda pipeline, samples, out: shown.extend(samples))
+    monkeypatch.setattr(data, "HELD_OUT_EVERY", 2)
+    path = write(folder, [{**T2I, "input_text": "a box"}, {**T2I, "image_path": "blue.png", "input_text": "another box"}])
+    train.main(["tiny", *SHORT, f"--data={path}", f"--out={tmp_path}/out", "--align.mix=text_to_image:1", "--instruct.mix=text_to_image:1"])
+    lines = Manifest(path, quiet=True)
+    assert [s.line for s in shown] == lines.held_out["text_to_image"].tolist() and len(shown) == 1
+
+
+def test_before_there_is_a_model_the_tokenizer_reconstructs_alone(pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    train.main(["tiny", *SHORT, "--stage=tokenizer", f"--data={pictures}", f"--out={out}"])
+    sample.main([str(out), f"--reconstruct={pictures}/dog.png", f"--out={tmp_path}/drawn.png", "--device=cpu"])
+    assert re.search(r"pixel L2: tokenizer 0.\d+ \(image \| tokenizer\)", capsys.readouterr().out) and Image.open(tmp_path / "drawn.png").width == 2 * 256 + 3 * 8
+    with pytest.raises(ValueError, match="holds no trained model"):
+        sample.main([str(out), "a dog", f"--out={tmp_path}/drawn.png", "--device=cpu"])
+
+
+def test_with_skip_bad_pictures_that_cannot_be_read_are_left_out_at_the_start(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "plan_stage", lambda *arguments: None)  # seconds, and tested elsewhere
+    (pictures / "cat.png").write_text("no picture")
+    arguments = ["tiny", *SHORT, *MIXES, f"--data={pictures}", f"--out={tmp_path}/out", "--instruct.mix=segmentation:1"]
+    with pytest.raises(ValueError, match="line 2: .*cat.png: not a readable image|line 1: .*cat.png: not a readable image"):
+        train.main(arguments)
+    train.main([*arguments, "--skip_bad=true", "--dry_run=true"])
+    train.main([*arguments, "--skip_bad=true"])
+    said = capsys.readouterr().out
+    assert said.count("cat.png: not a readable image") == 4 and "left out 2 of 7 lines of" in said and "text_to_image 1, reconstruction 2, segmentation 1, recovery 1 lines" in said
+    bad = Manifest(tmp_path / "out" / "data.jsonl", root=str(pictures), skip_bad=True, quiet=True)
+    bad.check_files(32, 0)
+    for targets_only in (True, False):  # neither a target nor a background
+        dataset = data.ManifestDataset(bad, None if targets_only else {"recovery": 1.0}, 0, 32, targets_only=targets_only)
+        assert [dataset[i] for i in range(40)]
+    for name in ("dog.png", "sub/tree.png"):
+        (pictures / name).write_text("no picture")
+    with pytest.raises(ValueError, match="data.jsonl: the files of no line can be read; the first: .*line 1: .*cat.png"):
+        train.main([*arguments, "--stage=tokenizer", "--skip_bad=true", f"--out={tmp_path}/new"])
+
+
 def test_a_run_wants_only_tasks_that_the_data_has(pictures, tmp_path):
     with pytest.raises(ValueError, match="--instruct.mix=text_to_image:300.*has nothing for subject_driven; it has text_to_image, reconstruction, segmentation, recovery, so give"):
-        train.main(["tiny", *SMALL, f"--data={pictures}", f"--out={tmp_path}/out"])
+        train.main(["tiny", *SHORT, f"--data={pictures}", f"--out={tmp_path}/out"])
     assert not (tmp_path / "out").exists()  # said before anything is trained or written
 
 
 def test_data_that_changed_is_refused(pictures, tmp_path):
     out = tmp_path / "out"
-    arguments = ["tiny", *SMALL, "--stage=tokenizer", f"--data={pictures}", f"--out={out}"]
+    arguments = ["tiny", *SHORT, "--stage=tokenizer", f"--data={pictures}", f"--out={out}"]
     train.main(arguments)
     written = (out / "data.jsonl").read_bytes()
     save(pictures / "cat.png", picture(BLUE))  # the same bytes at another time
@@ -495,18 +556,18 @@ def test_data_that_changed_is_refused(pictures, tmp_path):
 def test_words_that_the_text_model_does_not_know_are_counted_and_too_many_refused(folder, capsys):
     run = train.replace(train.PRESETS["tiny"], data="m.jsonl", out="out")
     lines, known = manifest(folder, [{**T2I, "input_text": f"a {'b' * (i // 2 + 1)} box"} for i in range(20)]), "a box "
-    for count, said in ((10, ""), (9, "data: 10.00% of the lines have words that the text model does not know, the first is 'bbbbbbbbbb'"), (5, "data: 50.00% of the lines")):
-        train.check_words(TextTokenizer.train([known + " ".join("b" * (i + 1) for i in range(count))]), run, lines, CPU)
+    for count, said in ((10, ""), (9, "data: 10.00% of the lines have words that the text model does not know and reads as <unk>; the first is 'bbbbbbbbbb'"), (5, "data: 50.00% of the lines")):
+        train.check_text_tokenizer(TextTokenizer.train([known + " ".join("b" * (i + 1) for i in range(count))]), run, lines, CPU)
         assert capsys.readouterr().out.startswith(said)
     with pytest.raises(ValueError, match="out/spiece.model: this text model does not know 'bbbbb' and other words of m.jsonl, so it was made for something else; choose another --out"):
-        train.check_words(TextTokenizer.train([known + "b bb bbb bbbb"]), run, lines, CPU)
+        train.check_text_tokenizer(TextTokenizer.train([known + "b bb bbb bbbb"]), run, lines, CPU)
 
 
 def test_a_run_lists_the_lines_it_leaves_out(folder, capsys):
     path = write(folder, [T2I, {**T2I, "image_path": "lost.png"}, RECONSTRUCTION])
     with pytest.raises(ValueError, match="line 2: image_path='lost.png'"):
-        train.main(["tiny", *SMALL, "--stage=tokenizer", f"--data={path}", f"--out={folder}/out"])
-    train.main(["tiny", *SMALL, "--stage=tokenizer", f"--data={path}", f"--out={folder}/out", "--skip_bad=true"])
+        train.main(["tiny", *SHORT, "--stage=tokenizer", f"--data={path}", f"--out={folder}/out"])
+    train.main(["tiny", *SHORT, "--stage=tokenizer", f"--data={path}", f"--out={folder}/out", "--skip_bad=true"])
     said = capsys.readouterr().out
     assert "left out: " in said and "line 2: image_path='lost.png'" in said and "left out 1 of 3 lines of" in said
 
@@ -515,7 +576,7 @@ def test_cached_codes_are_the_tokenizers_and_change_nothing(pictures, tmp_path, 
     counts = []
     encode = train.VQGAN.encode
     monkeypatch.setattr(train.VQGAN, "encode", lambda self, images: counts.append(len(images)) or encode(self, images))
-    arguments = ["tiny", *SMALL, *MIXES, f"--data={pictures}", "--align.steps=8"]
+    arguments = ["tiny", *SHORT, *MIXES, f"--data={pictures}", "--align.steps=8"]
     train.main([*arguments, f"--out={tmp_path / 'plain'}"])
     plain = sum(counts)
     counts.clear()

@@ -105,7 +105,7 @@ def test_training_the_decoder_needs_only_flash_attention(device, text_tokenizer,
     prefix = torch.randn(3, 9, model.config.decoder.width, device=device, requires_grad=True)
     codes = torch.randint(model.config.decoder.codebook_size, (3, model.config.decoder.n_code), device=device)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.autocast(device, torch.bfloat16):
-        model.next_code_logits(prefix, lengths, codes).square().mean().backward()
+        model.decoder.output(model.next_code_hidden(prefix, lengths, codes)).square().mean().backward()
     assert masks == [None] * model.config.decoder.n_layer
     real = torch.arange(9, device=device) < lengths[:, None]
     assert (prefix.grad[real].abs().amax(-1) > 0).all() and not prefix.grad[~real].any()

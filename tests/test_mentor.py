@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conftest import only, randomize, small_config
-from mentor import Mentor, MentorConfig, SamplingConfig, from_dict, relative_position_bucket, rotary_table, rotate, sequence_order, splice
+from mentor import Mentor, MentorConfig, SamplingConfig, apply_rotary, from_dict, relative_position_bucket, rotary_table, sequence_order, splice
 from sample import generate, guide
 
 
@@ -72,7 +72,7 @@ def test_training_forward_and_backward_run_on_the_flash_kernel_alone(text_tokeni
     batch = make_batch(model.config, 5)
     prefix = model.prefix(batch, nobody(5))
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        model.next_code_logits(prefix, batch.lengths, some_codes(model, 5)).sum().backward()
+        model.decoder.output(model.next_code_hidden(prefix, batch.lengths, some_codes(model, 5))).sum().backward()
     assert model.decoder.blocks[0].attention.wqkv.weight.grad.abs().sum() > 0
 
 
@@ -84,7 +84,7 @@ def test_sequence_order_by_hand():
 def test_rotation_is_the_identity_on_the_prefix_and_differs_along_both_axes():
     table, x = rotary_table(8, 16), torch.randn(1, 1, 1, 16)
     assert len(table) == 1 + 64
-    turned = [rotate(x, turns) for turns in table]
+    turned = [apply_rotary(x, rotations) for rotations in table]
     assert torch.equal(turned[0], x)
     assert torch.equal(turned[1], x)  # cell (0, 0) is turned by nothing
     assert not torch.allclose(turned[2], x) and not torch.allclose(turned[1 + 8], x)
@@ -95,7 +95,7 @@ def test_rotation_is_the_identity_on_the_prefix_and_differs_along_both_axes():
 
 def test_rotation_by_hand():
     """Pair (2i, 2i + 1) turns by cell * 10000^(-2i / (head / 2)), interleaved."""
-    turned = rotate(torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0]), rotary_table(4, 8)[1 + 2 * 4 + 3])
+    turned = apply_rotary(torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0]), rotary_table(4, 8)[1 + 2 * 4 + 3])
     angles = torch.tensor([2.0, 2.0 / 100, 3.0, 3.0 / 100])
     torch.testing.assert_close(turned, torch.stack([angles.cos(), angles.sin()], -1).flatten())
 
@@ -142,7 +142,7 @@ def test_query_connector_reads_the_name(text_tokenizer, make_batch):
     batch = make_batch(model.config, 2, segmentation=1.0)
     names = batch.name_ids.clone()
     names[0, 0] = names[0, 0] % 20 + 3
-    tokens, other = model.encoder.image_tokens(batch), model.encoder.image_tokens(replace(batch, name_ids=names))
+    tokens, other = model.encoder.encode_images(batch), model.encoder.encode_images(replace(batch, name_ids=names))
     assert tokens.shape == (2, 4, 32) and (tokens[0] != other[0]).any() and torch.equal(tokens[1], other[1])
 
 
@@ -164,7 +164,7 @@ def test_first_loss_is_that_of_guessing(text_tokenizer, make_batch):
     torch.testing.assert_close(F.cross_entropy(logits.flatten(0, 1), some_codes(model, 2).flatten()), torch.tensor(64.0).log())
 
 
-def test_behaviour_does_not_hang_on_training_mode(model, make_batch):
+def test_behaviour_does_not_depend_on_training_mode(model, make_batch):
     """Dropout is 0 here, so train() and eval() are the same function."""
     batch, codes = make_batch(model.config, 2), some_codes(model, 2)
     before = model(batch, codes, nobody(2))

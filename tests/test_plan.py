@@ -1,7 +1,9 @@
 """The plan of a run: counts, FLOPs and activations against a real small run; what keeps a run from starting."""
 
+import re
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
+from conftest import SMALL, few_steps
 from mentor import ConnectorConfig, DecoderConfig, Mentor, MentorConfig, TextConfig, VisionConfig
 from tokenizer import VQGAN
 
-SMALL = ["--vqgan.ch=8", "--vqgan.ch_mult=1,1,1", "--vqgan.num_res_blocks=1", "--vqgan.norm_groups=4", "--vqgan.z_channels=8", "--vqgan.codebook_size=32",
-         "--model.vision.width=16", "--model.vision.n_head=2", "--model.vision.n_layer=2", "--model.vision.mlp_width=32", "--model.text.width=16", "--model.text.n_head=2",
-         "--model.text.mlp_width=32", "--model.decoder.width=32", "--model.decoder.n_layer=2", "--model.decoder.codebook_size=32",
-         *(f"--{stage}.{key}" for stage in train.STAGES for key in ("steps=2", "global_batch=4"))]
+SHORT = [*SMALL, *few_steps(steps=2, global_batch=4)]
 CASES = [("pretrain", "scratch", "mlp"), ("align", "paper", "mlp"), ("align", "released", "mlp"), ("instruct", "paper", "mlp"), ("instruct", "paper", "query")]
 
 
@@ -97,8 +97,8 @@ def test_memory_is_what_a_gpu_takes(make_batch):
     for _ in range(2):
         step(stage, batch)
         optimizers[0].step()
-    fixed, needs = train.memory_of(train.Rehearsal("instruct", run, torch.bfloat16), machine, (batch.text_ids.shape[1], 1))
-    assert abs((sum(fixed.values()) + needs(8)) / torch.cuda.max_memory_allocated() - 1) < 0.15
+    plan = train.MemoryPlan(train.Rehearsal("instruct", run, torch.bfloat16), machine, (batch.text_ids.shape[1], 1))
+    assert abs((sum(plan.fixed.values()) + plan.activations(8)) / torch.cuda.max_memory_allocated() - 1) < 0.15
 
 
 def test_cards_are_found_by_what_the_driver_calls_them():
@@ -111,12 +111,12 @@ def trained(tmp_path_factory):
     """A tokenizer and a pretrained model, two steps each."""
     out = tmp_path_factory.mktemp("plan") / "run"
     for stage in ("tokenizer", "pretrain"):
-        train.main(["tiny", *SMALL, f"--stage={stage}", f"--out={out}"])
+        train.main(["tiny", *SHORT, f"--stage={stage}", f"--out={out}"])
     return out
 
 
 def dry_run(out, *arguments):
-    train.main(["tiny", *SMALL, f"--out={out}", "--dry_run=true", *arguments])
+    train.main(["tiny", *SHORT, f"--out={out}", "--dry_run=true", *arguments])
 
 
 def test_a_run_that_could_start_is_planned_and_nothing_is_written(trained, tmp_path, capsys, monkeypatch):
@@ -129,6 +129,16 @@ def test_a_run_that_could_start_is_planned_and_nothing_is_written(trained, tmp_p
     monkeypatch.setattr(train, "plan_stage", lambda name, run, machine, dtype, prompts: planned.append((name, len(prompts))))
     dry_run(tmp_path / "new")
     assert planned == [("tokenizer", 1), ("pretrain", 64), ("align", 64), ("instruct", 64)] and not (tmp_path / "new").exists()
+
+
+def test_hours_are_said_for_the_run_too(monkeypatch, capsys):
+    monkeypatch.setattr(train.Rehearsal, "flops", lambda self, prompts: 1e15)
+    monkeypatch.setattr(train, "MemoryPlan", lambda *arguments: SimpleNamespace(fixed={}, activations=lambda micro: 0))
+    run = train.parse(["tiny", *SHORT])[1]
+    for count, said in ((1, r"TFLOPS: (\S+) h on one, (\S+) h on 8\n"), (4, r"TFLOPS: (\S+) h on one, (\S+) h on 4, (\S+) h on 8\n")):
+        train.plan_stage("align", run, train.Machine(0, count, torch.device("cpu"), torch.float32), torch.float32, [(20, 1)])
+        one, *others = map(float, re.search(said, capsys.readouterr().out).groups())
+        assert others == pytest.approx([one / n for n in ((8,) if count == 1 else (4, 8))], rel=1e-2)
 
 
 def test_what_is_missing_is_named(trained, tmp_path, monkeypatch, capsys):
@@ -164,7 +174,7 @@ def test_weights_of_another_model_are_noticed(trained, tmp_path, monkeypatch):
 
 def test_training_prints_its_speed(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train.Rehearsal, "flops", lambda self, prompts: 3e12)
-    log = train.Log(tmp_path, "align", train.parse(["tiny", *SMALL])[1], 0, train.Machine(0, 1, torch.device("cpu"), torch.float32))
+    log = train.Log(tmp_path, "align", train.parse(["tiny", *SHORT])[1], 0, train.Machine(0, 1, torch.device("cpu"), torch.float32))
     assert log.speed({}, 10.0) == ", 640 codes/s"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)

@@ -19,8 +19,9 @@ import data
 import mentor
 import sample
 import train
+from conftest import few_steps
 from test_manifest import coco_files, picture, save
-from test_train import ROOT, SMALL
+from test_train import ROOT, SHORT
 from tokenizer import VQGAN
 
 README = (ROOT / "README.md").read_text()
@@ -30,8 +31,8 @@ COMMANDS = [line for block in BLOCKS for line in block.splitlines() if re.match(
 PLAN = "python train.py full --stage=align --dry_run=true"  # at its true size, in a test of its own
 NOT_RUN = ["pip install -r requirements.txt", "pip install -r requirements.txt pytest", "python -m pytest"]  # they are how the tests came to run
 DOWNLOADED = re.compile("released|out/full|Mentor|multi_image.jsonl|dreambooth|out/finetuned")  # on files that are not here: such commands are only read
-REDUCED = [*SMALL, "--vqgan.image_size=32", "--model.vision.image_size=32", "--model.vision.patch_size=8", "--model.decoder.grid_size=8", "--model.context=96", "--model.decoder.n_head=4", "--workers=0",
-           *(f"--{stage}.{key}" for stage in train.STAGES for key in ("steps=2", "global_batch=4"))]
+REDUCED = [*SHORT, "--vqgan.image_size=32", "--model.vision.image_size=32", "--model.vision.patch_size=8", "--model.decoder.grid_size=8", "--model.context=96", "--model.decoder.n_head=4", "--workers=0",
+           *few_steps(steps=2, global_batch=4)]
 
 
 @pytest.fixture
@@ -164,8 +165,8 @@ def shares(mix):
     (r"cover (\d+) to", 100 * data.OBJECT_SHARE[0]),
     (r"to (\d+)% of it; crowd", 100 * data.OBJECT_SHARE[1]),
     (r"on (\d+) held-out samples", VALIDATION),
-    (r"lines of every (\d+)th \(at most", data.HELD_OUT[0]),
-    (r"at most (\d+) pictures", data.HELD_OUT[1]),
+    (r"lines of every (\d+)th \(at most", data.HELD_OUT_EVERY),
+    (r"at most (\d+) pictures", data.HELD_OUT_MOST),
     (r"vocabulary of ([\d,]+) the logits", train.PRESETS["full"].vqgan.codebook_size),
     (r"`(\w+)` uses `paper`", next(name for name, run in train.PRESETS.items() if run.recipe == "paper")),
 ])

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+from argparse import Namespace
 
 import pytest
 import torch
@@ -10,14 +11,10 @@ from safetensors.torch import save_file
 
 import mentor
 import train
-from conftest import randomize
+from conftest import SMALL, randomize
 from mentor import Mentor, read_weights, released_name
 from sample import Pipeline
 from tokenizer import VQGAN
-
-SMALL = ["--vqgan.ch=8", "--vqgan.ch_mult=1,1,1", "--vqgan.num_res_blocks=1", "--vqgan.norm_groups=4", "--vqgan.z_channels=8", "--vqgan.codebook_size=32",
-         "--model.vision.width=16", "--model.vision.n_head=2", "--model.vision.n_layer=2", "--model.vision.mlp_width=32", "--model.text.width=16", "--model.text.n_head=2",
-         "--model.text.mlp_width=32", "--model.decoder.width=32", "--model.decoder.n_layer=2", "--model.decoder.codebook_size=32"]
 
 
 @pytest.fixture
@@ -63,6 +60,51 @@ def test_parts_in_then_everything_out_is_bit_identical(files, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
 
 
+def test_an_export_overwrites_nothing_and_leaves_nothing_half(files, tmp_path, monkeypatch):
+    run_import(tmp_path, files[0])
+
+    def export(whole, vq):
+        train.main(["tiny", *SMALL, "--stage=export", f"--out={tmp_path / 'out'}", f"--released.mentor={tmp_path / whole}", f"--released.vq={tmp_path / vq}"])
+
+    before = (tmp_path / "vq.pt").read_bytes()
+    for names, message in ((("whole.pt", "vq.pt"), "vq.pt exists already: give another name, or delete it"), (("there/whole.pt", "new.pt"), "there/whole.pt: make its folder first"),
+                           (("same.pt", "same.pt"), "needs --released.mentor")):
+        with pytest.raises(ValueError, match=message):
+            export(*names)
+    assert (tmp_path / "vq.pt").read_bytes() == before
+
+    def full(values, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "save_pickle", full)
+    with pytest.raises(OSError, match="whole.pt could not be written .*No space"):
+        export("whole.pt", "new.pt")
+    assert not {"whole.pt", "new.pt", "whole.pt.tmp"} & {path.name for path in tmp_path.iterdir()}
+
+
+def test_what_is_left_aside_is_said_and_a_file_of_nothing_else_refused(files, tmp_path, capsys):
+    keys = files[0]
+    tensors = {**read_weights(tmp_path / "clip"), **{f"text_model.{i}": torch.zeros(1) for i in range(4)}, "logit_scale": torch.zeros(1)}
+    save_file(tensors, tmp_path / "clip" / "model.safetensors")
+    run_import(tmp_path, keys)
+    said = capsys.readouterr().out
+    assert f"{len(tensors) - 5} tensors from {tmp_path}/clip, 5 of other parts left aside (logit_scale, text_model.0, text_model.1, ...)" in said
+    assert f"tensors from {tmp_path}/vq.pt, 1 of other parts left aside (quantize.codebook_used)" in said and "generator.pt\n" in said
+    with pytest.raises(ValueError, match=r"--released.connector=.*generator.pt: none of its \d+ tensors is of that part \(cls_embedding"):
+        run_import(tmp_path, {**keys, "connector": f"--released.connector={tmp_path}/generator.pt"})
+
+
+def test_options_beside_the_weights_are_read_and_other_classes_named(tmp_path):
+    weights = {"a": torch.ones(2)}
+    torch.save({"model": weights, "args": Namespace(lr=0.1, nested=Namespace(steps=[1]))}, tmp_path / "options.pt")
+    assert torch.equal(read_weights(tmp_path / "options.pt")["a"], weights["a"])
+    torch.save({"model": weights, "args": Namespace(path=tmp_path)}, tmp_path / "path.pt")
+    with pytest.raises(ValueError) as refused:
+        read_weights(tmp_path / "path.pt")
+    assert str(refused.value) == f"{tmp_path}/path.pt: not a readable file of torch.save (it asks for pathlib.PosixPath, which may run code: save its tensors alone)"
+
+
 def test_training_goes_on_from_imported_parts(files, tmp_path, monkeypatch):
     run_import(tmp_path, files[0])
     monkeypatch.setattr(train.sample, "score", lambda *arguments: None)
@@ -105,7 +147,8 @@ def test_files_that_are_no_weights_are_refused_and_never_run(tmp_path):
     save_file({"a": torch.zeros(100)}, tmp_path / "whole.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:200])
     torch.save([1, 2], tmp_path / "list.pt")
-    for name in ("evil.pt", "text.bin", "cut.pt", "cut.safetensors", "list.pt", "missing.pt", "."):
+    torch.save({"model": {}, "args": Namespace(evil=Evil())}, tmp_path / "options.pt")
+    for name in ("evil.pt", "text.bin", "cut.pt", "cut.safetensors", "list.pt", "options.pt", "missing.pt", "."):
         with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):
             read_weights(tmp_path / name)
     assert not (tmp_path / "ran").exists()

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import sample
+from conftest import few_steps
 from data import PATTERNS, Placed, Sample, Scene
 from mentor import SamplingConfig
 from sample import ShapesJudge, choose, concept_preservation, filter_logits, judge_pictures, pixel_l2, prompt_following, segmentation_iou
@@ -88,11 +89,8 @@ def out(tmp_path_factory):
     import train
 
     folder = tmp_path_factory.mktemp("run") / "tiny"
-    train.main(["tiny", f"--out={folder}", "--stage=all", *SHORT])
+    train.main(["tiny", f"--out={folder}", *few_steps(steps=2, global_batch=4)])
     return folder
-
-
-SHORT = ("--tokenizer.steps=2", "--pretrain.steps=2", "--align.steps=2", "--instruct.steps=2", "--pretrain.global_batch=4", "--align.global_batch=4", "--instruct.global_batch=4")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -121,6 +119,8 @@ def test_command_line_draws_reconstructs_and_segments(out, tmp_path, world, caps
     assert Image.open(tmp_path / "drawn.gif").n_frames > 20
     assert "codes/s" in capsys.readouterr().out
     sample.main([str(out), "A big red star at the top on a green background", f"--out={picture}", "--temperature=0", "--cfg_scale=1"])
+    assert "temperature 0 takes the likeliest code each time: such pictures are flat" in capsys.readouterr().out
+    sample.main([str(out), "", f"--out={picture}"])  # an empty prompt is one
     sample.main([str(out), f"--reconstruct={tmp_path}/ref.png", f"--out={picture}"])
     assert Image.open(picture).width == 3 * 256 + 4 * 8 and "pixel L2: tokenizer" in capsys.readouterr().out
     sample.main([str(out), "--segment=star", f"--images={tmp_path}/ref.png", f"--out={picture}"])
@@ -182,12 +182,18 @@ def test_the_same_seed_draws_the_same_picture(out):
     (["A star", "--top_p=1.5"], "--top_p=1.5: must be at least 0 and at most 1"),
     (["A star", "--n=0"], "--n=0: must be at least 1"),
     ([], "give a prompt"),
+    (["red A q"], "'q'; similar known words: ([^,]+, ){20}\\.\\.\\.$"),
+    (["--segment=star"], "--segment=star: give one image to cut it out of, --images=FILE; got 0"),
+    (["--segment=star", "--images", "REF", "REF"], "--images=FILE; got 2"),
+    (["--score", "--temperature=0", "--seed=3"], "--score draws as the model's config.json says, with seed 0: leave out --temperature, --seed"),
+    (["A star", "--out=x.psd"], "--out=x.psd: must end in .png"),
+    (["A star", "--out=x.gif", "--gif"], "--out=x.gif: --gif would write its animation over it"),
     (["The star in <image>.", "--images=nothing.png"], "nothing.png: there is no such image"),
 ])
 def test_mistakes_get_a_message(out, tmp_path, arguments, message):
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "ref.png")
     with pytest.raises(ValueError, match=message):
-        sample.main([str(out), *(a.replace("REF", str(tmp_path / "ref.png")) for a in arguments), f"--out={tmp_path}/x.png"])
+        sample.main([str(out), *(a.replace("REF", str(tmp_path / "ref.png")) for a in arguments), *[f"--out={tmp_path}/x.png"] * ("--out" not in " ".join(arguments))])
     assert not (tmp_path / "x.png").exists()
 
 

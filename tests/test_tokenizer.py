@@ -111,12 +111,12 @@ def test_places_are_new_codes_for_what_the_encoder_says():
     assert [step for step, log in enumerate(logs) if "usage" in log] == [3, 5, 7, 9] and [step for step, log in enumerate(logs) if "restarted" in log] == [3, 5, 7]
     codes = stage.model.encode(images)
     assert len(codes.unique()) == 32 and not torch.allclose(stage.model.quantize.codebook(), before)  # all are in use
-    z, rounded = stage.reconstruct(images, 3)[4], stage.reconstruct(images, 4)
+    smooth, rounded = stage.reconstruct(images, 3), stage.reconstruct(images, 4)
     with torch.no_grad():
-        fake = stage.model.decoder(stage.model.post_quant_conv(F.normalize(z, dim=1)))
-    torch.testing.assert_close(stage.reconstruct(images, 3)[3], fake)      # before codebook_start nothing is rounded
-    torch.testing.assert_close(rounded[3], stage.model(images)[0])         # from then on everything is
-    assert stage.reconstruct(images, 3)[2] == 0 and rounded[2] > 0
+        expected = stage.model.decoder(stage.model.post_quant_conv(F.normalize(smooth.z, dim=1)))
+    torch.testing.assert_close(smooth.images, expected)                    # before codebook_start nothing is rounded
+    torch.testing.assert_close(rounded.images, stage.model(images)[0])     # from then on everything is
+    assert smooth.quantizer == 0 and rounded.quantizer > 0
 
 
 def test_collages_keep_whole_cells_and_consistency_sees_what_moved():
@@ -147,7 +147,68 @@ def test_adversarial_parts():
     assert hinge_d_loss(torch.tensor([0.0]), torch.tensor([0.0])) == 1
     weight = torch.nn.Parameter(torch.ones(3))
     torch.testing.assert_close(adaptive_weight((3 * weight).sum(), weight.sum(), weight), torch.tensor(3.0), atol=1e-3, rtol=1e-3)
-    assert adaptive_weight(weight.sum(), (1e-9 * weight).sum(), weight, limit=100.0) == 100.0
+    assert adaptive_weight(weight.sum(), (1e-9 * weight).sum(), weight) == tokenizer.WEIGHT_LIMIT
+
+
+def test_perceptual_distance_is_that_of_vgg16s_features(tmp_path):
+    """Random weights under the published names, against the layers spelt out as torchvision lists them."""
+    torch.manual_seed(0)
+    vgg, layers, before = {}, [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512], 3
+    numbers = [sum(1 if width == "M" else 2 for width in layers[:i]) for i in range(len(layers))]  # a ReLU follows each convolution
+    for number, width in zip(numbers, layers):
+        if width != "M":
+            vgg[f"features.{number}.weight"], vgg[f"features.{number}.bias"] = torch.randn(width, before, 3, 3) * (2 / 9 / before) ** 0.5, torch.randn(width) / 10
+            before = width
+    heads = {f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1) for i, width in enumerate((64, 128, 256, 512, 512))}
+    torch.save(vgg, tmp_path / "vgg16-397923af.pth")
+    torch.save(heads, tmp_path / "vgg.pth")
+    lpips, a, b = tokenizer.LPIPS(tmp_path), torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 3, 32, 32) * 2 - 1
+    b.requires_grad_()
+
+    def features(x):
+        x = (x - torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)) / torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
+        for i, (number, width) in enumerate(zip(numbers, layers)):
+            x = F.max_pool2d(x, 2) if width == "M" else F.relu(F.conv2d(x, vgg[f"features.{number}.weight"], vgg[f"features.{number}.bias"], padding=1))
+            if layers[i + 1 : i + 2] in (["M"], []):
+                yield x / x.norm(dim=1, keepdim=True)
+
+    expected = sum((head * (p - q) ** 2).sum(1).mean() for head, p, q in zip(heads.values(), features(a), features(b)))
+    distance = lpips(a, b)
+    torch.testing.assert_close(distance, expected)
+    assert lpips(a, a) == 0 < distance
+    distance.backward()
+    assert b.grad.any() and all(p.grad is None and not p.requires_grad for p in lpips.parameters())
+
+
+def test_a_windows_usage_is_said_and_what_is_wrong_with_it(capsys):
+    run = train.parse(["tiny", "--tokenizer.disc_start=0", "--tokenizer.codebook_start=0", "--tokenizer.restart_every=1"])[1]
+    stage = train.TokenizerStage(run, train.Machine(0, 1, torch.device("cpu"), torch.float32))
+    capsys.readouterr()
+    for step, used, weight in ((0, 128, 1.0), (1, 8, 1e4), (2, 128, 1e4)):
+        stage.usage.counts.zero_()[:used] = 3
+        stage.d_weight = torch.tensor(weight)
+        stage.describe_window(step, stage.usage.usage(), stage.usage.perplexity())
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if "warning" not in line] == [
+        f"tokenizer: up to step {step} {share} of 256 codes in use, perplexity {perplexity}" for step, share, perplexity in ((1, "50%", 128), (2, "3%", 8), (3, "50%", 128))]
+    assert len(said) == 5 and "--vqgan.codebook_size" in said[2] and "--tokenizer.restart_every=1" in said[2] and "d_weight is at its limit 10000" in said[3]
+
+
+def test_the_discriminator_sees_every_micro_batch():
+    """Its step after two halves of a batch is its step after the whole."""
+    keys = ["--tokenizer.disc_start=0", "--tokenizer.consistency=0", "--tokenizer.codebook_start=0"]
+    run, images = train.parse(["tiny", *keys])[1], torch.rand(4, 3, 32, 32) * 2 - 1
+    learnt = []
+    for batches in ((images,), images.split(2)):
+        torch.manual_seed(0)
+        stage = train.TokenizerStage(run, train.Machine(0, 1, torch.device("cpu"), torch.float32))
+        stage.own_optimizers = [torch.optim.SGD(stage.disc.parameters(), 0.1)]
+        for batch in batches:
+            stage(SimpleNamespace(targets=batch), 0)
+        loss = stage.after_step(0)["disc"]
+        learnt.append(torch.cat([loss[None], *(p.flatten() for p in stage.disc.parameters())]))
+    torch.testing.assert_close(*learnt, atol=1e-6, rtol=1e-4)
+    assert not stage.seen
 
 
 def test_one_batch_can_be_overfitted():
@@ -173,7 +234,7 @@ def test_saved_tokenizer_is_the_same(tmp_path):
 
 
 def test_presets_and_illegal_sizes():
-    assert TokenizerConfig(**PRESETS["full"]).grid_size == 32 and TokenizerConfig(**PRESETS["tiny"]).grid_size == 8
+    assert PRESETS["full"].grid_size == 32 and PRESETS["tiny"].grid_size == 8
     with pytest.raises(ValueError, match="image_size=500 is no multiple .* 16"):
         TokenizerConfig(image_size=500)
     with pytest.raises(ValueError, match="norm_groups=32 does not divide 16"):

@@ -20,7 +20,7 @@ import torch
 
 import train
 from data import Shapes, TextTokenizer
-from test_train import CPU, ROOT, SMALL, equal, link_stages, run_stage, stage_and_batch, weights
+from test_train import CPU, ROOT, SHORT, equal, link_stages, run_stage, stage_and_batch, weights
 
 KILLS = int(os.environ.get("KILLS", 2))
 children = multiprocessing.get_context("forkserver")  # imports the slow packages once, then each child starts in little time
@@ -39,7 +39,7 @@ def train_in_child(arguments, errors=None):
 
 
 def start(*arguments, **options):
-    child = children.Process(target=train_in_child, args=(["tiny", *SMALL, *arguments],), kwargs=options)
+    child = children.Process(target=train_in_child, args=(["tiny", *SHORT, *arguments],), kwargs=options)
     child.start()
     return child
 
@@ -145,9 +145,9 @@ def test_validation_is_on_held_out_subjects_and_leaves_no_trace(world, text_toke
         run, stage, batch = stage_and_batch(name, "scratch", world, text_tokenizer)
         first, again = (train.make_dataset(name, train.replace(run, seed=seed), stage.mix, world, held_out=True) for seed in (0, 1))
         samples = [first[i] for i in range(20)]
-        assert all(world.held_out(placed.subject) for s in samples for placed in s.scene.subjects) and not any(s.unconditional for s in samples)
+        assert all(world.held_out(placed.subject) for s in samples for placed in s.scene.subjects) and not any(s.drop for s in samples)
         assert all((s.target == again[i].target).all() and s.prompt == again[i].prompt for i, s in enumerate(samples))
-        collate, log = train.Collate(text_tokenizer, 32, run.model.image_tokens, run.model.context, 32), SimpleNamespace(started=0, add=lambda values: None)
+        collate, log = train.Collate(text_tokenizer, 32, run.model.image_tokens, run.model.context, 32), SimpleNamespace(add=lambda values: None, pause=lambda seconds: None)
         state, before = torch.get_rng_state(), {k: v.clone() for k, v in stage.state_dict().items()}
         losses = [train.held_out_loss(stage.train(), first, collate, micro, CPU, log) for micro in (1, 3, 8)]
         assert stage.training and max(losses) - min(losses) < 1e-5 and torch.equal(state, torch.get_rng_state()) and equal(before, stage.state_dict())
@@ -168,7 +168,7 @@ def test_signals_save_before_they_end_the_run(number, whole_group, tmp_path):
     saved, = train.checkpoints(tmp_path / "stopped" / "tokenizer")
     assert 0 < int(saved.stem[6:]) < 20
     for name in ("stopped", "straight"):
-        train.main(["tiny", *SMALL, f"--out={tmp_path / name}", *keys])
+        train.main(["tiny", *SHORT, f"--out={tmp_path / name}", *keys])
     assert equal(weights(tmp_path / "stopped", "tokenizer"), weights(tmp_path / "straight", "tokenizer"))
 
 
@@ -225,13 +225,18 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="a.json could not be written .*No space left"):
-        train.mentor.write_aside(file, fail_half_way)
+        train.mentor.write_atomically(file, fail_half_way)
     assert train.mentor.read_json(file) == {"a": 1} and list(tmp_path.iterdir()) == [file]
 
 
 def test_the_first_number_that_is_not_finite_stops_the_run_and_is_never_saved(trained, tmp_path, monkeypatch):
     forward = train.MentorStage.forward
-    monkeypatch.setattr(train.MentorStage, "forward", lambda self, batch, step: (lambda loss, logs: (loss * float("nan" if step == 3 else 1), logs))(*forward(self, batch, step)))
+
+    def not_finite_at_step_4(self, batch, step):
+        loss, logs = forward(self, batch, step)
+        return loss * float("nan" if step == 3 else 1), logs
+
+    monkeypatch.setattr(train.MentorStage, "forward", not_finite_at_step_4)
     link_stages(trained, tmp_path, "tokenizer", "pretrain")
     with pytest.raises(ValueError, match=r"align: loss nan, gradient norm nan at step 4, learning rate 2.48e-03, tasks .*(segmentation|text_to_image).*lower --align.lr.*the last good checkpoint is .*state-3.pt"):
         run_stage(tmp_path, "align", "--save_every=1")
@@ -294,14 +299,14 @@ def test_a_run_that_is_refused_has_written_nothing(damage, arguments, message, t
             (out / damage[0]).write_bytes(damage[1])
     before = contents(out)
     with pytest.raises(ValueError, match=message):
-        train.main(["tiny", *SMALL, f"--out={out}", *arguments])
+        train.main(["tiny", *SHORT, f"--out={out}", *arguments])
     assert contents(out) == before
 
 
 def test_a_refused_run_makes_no_folder_and_another_text_model_does_not_open(trained, tmp_path):
     for arguments, message in ((["--micro_batch=3"], "global_batch=4 is not"), (["--stage=align"], "align needs ")):
         with pytest.raises(ValueError, match=message):
-            train.main(["tiny", *SMALL, f"--out={tmp_path / 'new'}", *arguments])
+            train.main(["tiny", *SHORT, f"--out={tmp_path / 'new'}", *arguments])
     assert not (tmp_path / "new").exists()
     out = shutil.copytree(trained, tmp_path / "out")
     (out / "spiece.model").write_bytes(ZEBRA)
@@ -310,16 +315,41 @@ def test_a_refused_run_makes_no_folder_and_another_text_model_does_not_open(trai
             train.sample.Pipeline.open(folder, "cpu")
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_out_of_memory_says_what_to_set(error, tmp_path, monkeypatch):
-    def fail(self, images):
+def test_a_stage_goes_on_only_with_the_tokenizer_of_the_one_before(trained, tmp_path):
+    """Pretrained with one tokenizer, whose place another of the same shape has taken."""
+    link_stages(trained, tmp_path, "pretrain")
+    run_stage(tmp_path, "tokenizer", "--seed=1")
+    hashes = [train.sample.weights_hash(out / "tokenizer") for out in (trained, tmp_path)]
+    with pytest.raises(ValueError, match=rf"pretrain was trained with another tokenizer \(weights {hashes[0]}\) than .*tokenizer holds \({hashes[1]}\)"):
+        run_stage(tmp_path, "align")
+
+
+CUDA_FULL, CPU_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+
+@pytest.mark.parametrize("owner, where, error", [
+    (train.tokenizer.Encoder, "forward", CUDA_FULL), (train.tokenizer.Encoder, "forward", CPU_FULL), (torch.optim.AdamW, "step", CUDA_FULL), (train, "held_out_loss", CPU_FULL),
+    (train.TokenizerStage, "place_codes", CPU_FULL), (train.TokenizerStage, "discriminator_step", CUDA_FULL)])
+def test_out_of_memory_says_what_to_set(owner, where, error, trained, tmp_path, monkeypatch):
+    """Wherever in a step it happens."""
+    def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(train.tokenizer.Encoder, "forward", fail)
-    with pytest.raises(ValueError, match="tokenizer: out of memory on cpu with micro_batch=6 .*set --micro_batch=3: global_batch stays 12, a step takes 4 micro-batches in place of 2"):
-        run_stage(tmp_path, "tokenizer", "--tokenizer.global_batch=12", "--micro_batch=6")
-    with pytest.raises(ValueError, match="micro_batch=1 .*smaller preset"):
-        run_stage(tmp_path, "tokenizer", "--tokenizer.global_batch=12", "--micro_batch=1")
+    keys, original = ("--tokenizer.global_batch=12", "--tokenizer.disc_start=0", "--tokenizer.restart_every=1", "--tokenizer.codebook_start=0"), getattr(owner, where)
+    monkeypatch.setattr(owner, where, fail)
+    for consistency, less in ((0, 3), (0.2, 2)):  # with the second only pairs are legal
+        with pytest.raises(ValueError, match=f"tokenizer: out of memory on cpu with micro_batch=6 .*set --micro_batch={less}: global_batch stays 12, a step takes {12 // less} micro-batches instead of 2"):
+            run_stage(tmp_path, "tokenizer", *keys, "--micro_batch=6", f"--tokenizer.consistency={consistency}", f"--out={tmp_path}/{less}")
+    with pytest.raises(ValueError, match="micro_batch=2 .*the smallest there is: choose a smaller preset"):
+        run_stage(tmp_path, "tokenizer", *keys, "--micro_batch=2")
+    if owner is not train.tokenizer.Encoder:
+        return
+    monkeypatch.setattr(owner, where, original)
+    monkeypatch.setattr(train.mentor.ImageDecoder, "forward", fail)
+    link_stages(trained, tmp_path / "align", "tokenizer", "pretrain")
+    for checkpoint, said in ("false", "there is: set --checkpoint=true, or choose"), ("true", "there is: choose a smaller preset"):
+        with pytest.raises(ValueError, match=f"align: out of memory .*micro_batch=1 .*{said}"):
+            run_stage(tmp_path / "align", "align", "--micro_batch=1", f"--checkpoint={checkpoint}")
     monkeypatch.setattr(train.tokenizer.Encoder, "forward", lambda self, images: images.view(1))
     with pytest.raises(RuntimeError, match="shape"):  # other errors keep their traceback
         run_stage(tmp_path, "tokenizer")
@@ -343,14 +373,15 @@ def free_ports(count):
 
 
 def test_two_processes_equal_one(trained, tmp_path, monkeypatch):
-    """Every stage, restarts of codes and validation included; and a stage that one process began and two go on with."""
+    """Every stage, restarts of codes and validation included; a tokenizer with discriminator; a stage that one process began and two
+    go on with."""
     monkeypatch.setattr(train.sample, "score", lambda *arguments: None)
     runs = {}
-    for case in (*train.STAGES, "resumed"):
-        stage = "instruct" if case == "resumed" else case
+    stage_of = {**dict(zip(train.STAGES, train.STAGES)), "resumed": "instruct", "gan": "tokenizer"}
+    for case, stage in stage_of.items():
         for name in ("one", "two"):
             link_stages(trained, tmp_path / name / case, *train.STAGES[: train.STAGES.index(stage)])
-        runs[case] = ["tiny", *SMALL, "--model.decoder.dropout=0", f"--stage={stage}", "--save_every=3"]
+        runs[case] = ["tiny", *SHORT, "--model.decoder.dropout=0", f"--stage={stage}", "--save_every=3", *["--tokenizer.disc_start=0"] * (case == "gan")]
         train.main([*runs[case], f"--out={tmp_path / 'one' / case}"])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # dies with a checkpoint at step 3
         stop_after(patch, 5)
@@ -362,8 +393,7 @@ def test_two_processes_equal_one(trained, tmp_path, monkeypatch):
     for process in processes:
         process.join(120)
         assert process.exitcode == 0
-    for case in runs:
-        stage = "instruct" if case == "resumed" else case
+    for case, stage in stage_of.items():
         one, two = (weights(tmp_path / name / case, stage) for name in ("one", "two"))
         # Softmax does not see a bias of the keys: its gradient is rounding noise, and AdamW makes steps of that.
         differences = {k: (one[k] - two[k]).abs().max().item() for k in one if not k.endswith(".k.bias")}
@@ -388,7 +418,7 @@ train.cli()
 
 def test_a_process_that_dies_takes_the_others_down_and_one_process_goes_on(tmp_path, capsys):
     (tmp_path / "dies.py").write_text(DIES)
-    arguments = ["tiny", *SMALL, "--stage=tokenizer", "--save_every=4"]
+    arguments = ["tiny", *SHORT, "--stage=tokenizer", "--save_every=4"]
     began = time.time()
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "dies.py"), *arguments, f"--out={tmp_path}/two"],
                           capture_output=True, text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
