@@ -898,7 +898,8 @@ def fit_unconditional(model, tensors):
 
 def read_pickle(path, **options):
     """Load what torch.save wrote, with weights_only, so that it cannot run code: of classes it may hold only argparse's Namespace,
-    the options beside LlamaGen's weights. Checks the checksums first, which torch.load does not. Raises ValueError naming a file that is damaged or was not written by torch.save."""
+    the options beside LlamaGen's weights. Checks the checksums first, which torch.load does not. Raises ValueError naming a file
+    that is damaged or was not written by torch.save."""
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()

@@ -1039,8 +1039,6 @@ def parse(arguments):
     parser.add_argument("--gif", action="store_true", help="also write an animation of the first sample appearing")
     parser.add_argument("--device", default=best_device(), help="default %(default)s")
     options = parser.parse_args(arguments)
-    nothing = options.prompt is None  # "" is a prompt
-    options.prompt = (options.prompt or "").replace("\\n", "\n")
     if options.segment:
         if len(options.images) != 1:
             raise ValueError(f"--segment={options.segment}: give one image to cut it out of, --images=FILE; got {len(options.images)}")
@@ -1061,9 +1059,10 @@ def parse(arguments):
         raise ValueError(f"--score draws as the model's config.json says, with seed 0: leave out {', '.join(own)}")
     if not (options.folder or options.bench):
         raise ValueError("give the folder that train.py wrote, for example out/tiny; `python sample.py --help` lists the arguments")
-    if nothing and not (options.segment or options.score or options.reconstruct or options.dreambench or options.bench):
+    if options.prompt is None and not (options.score or options.reconstruct or options.dreambench or options.bench):
         raise ValueError('give a prompt ("A big red star at the top on a green background"), '
                          "--segment, --reconstruct, --dreambench or --score")
+    options.prompt = (options.prompt or "").replace("\\n", "\n")  # "" is a prompt too
     return options
 
 

@@ -1050,7 +1050,8 @@ def explain_out_of_memory(name, run, machine, micro, accumulate):
             raise ValueError(f"{what}; set --micro_batch={less}: global_batch stays {share * machine.world_size}, a step takes "
                              f"{share // less} micro-batches instead of {accumulate}") from None
         recompute = "set --checkpoint=true, or " * (name != "tokenizer" and not run.checkpoint)
-        raise ValueError(f"{what}, the smallest there is: {recompute}choose a smaller preset or model, or a device with more memory") from None
+        raise ValueError(f"{what}, the smallest there is: {recompute}choose a smaller preset or model, or a device with more "
+                         "memory") from None
 
 
 VALIDATION = 128  # most samples
@@ -1777,8 +1778,9 @@ def claims(run, machine, world, text_tokenizer):
     curve = [[samples_of(run, STAGES[:i]) + line["step"] * getattr(run, STAGES[i]).global_batch, *(line[key] for key in sample.MEASURES)]
              for i in (2, 3) for line in read_log(out / STAGES[i] / "log.jsonl") if "cp" in line]
     balance = remembered(out / "claims" / "balance.json", folders["full"], sample.balance_scores, machine)
-    seeds = {name: [scores[name] for scores in rows if name in scores] for name in ROWS}
-    result = {"rows": {name: {**averaged(every), "seeds": len(every)} for name, every in seeds.items()}, "balance": balance, "efficiency": curve}
+    by_seed = {name: [scores[name] for scores in rows if name in scores] for name in ROWS}
+    means = {name: {**averaged(each), "seeds": len(each)} for name, each in by_seed.items()}
+    result = {"rows": means, "balance": balance, "efficiency": curve}
     text = claims_text(result)
     mentor.write_json(out / "claims.json", result)
     mentor.write_atomically(out / "claims.md", lambda file: file.write_text(text, encoding="utf-8"))
