@@ -635,7 +635,8 @@ class ImageDecoder(nn.Module):
         self.norm = RMSNorm(config.width, 1e-5)
         self.output = nn.Linear(config.width, config.codebook_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
-        self.register_buffer("rotary", rotary_table(config.grid_size, config.width // config.n_head, config.prefix_rotation), persistent=False)
+        rotary = rotary_table(config.grid_size, config.width // config.n_head, config.prefix_rotation)
+        self.register_buffer("rotary", rotary, persistent=False)
 
     def forward(self, x, positions, cache=None):
         """Embeddings x (B, T, D) and positions (B, T) int64 (0: prefix, 1 + k: code k) -> hidden states (B, T, D). With a cache, x
@@ -907,7 +908,8 @@ def read_pickle(path, **options):
             raise ValueError(f"{broken} in it is damaged")
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, weights_only=True, map_location="cpu", **options)
-    except (OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, EOFError,
+            pickle.UnpicklingError, zipfile.BadZipFile) as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))  # in the middle of advice on how to load it all the same
         reason = f"it asks for {refused[1]}, which may run code: save its tensors alone" if refused else first_line(error)
         raise ValueError(f"{path}: not a readable file of torch.save ({reason})") from None

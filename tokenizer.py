@@ -44,7 +44,8 @@ class TokenizerConfig:
                              f"legal sizes are for example {legal}")
         for multiple in self.ch_mult:
             if self.ch * multiple % self.norm_groups:
-                raise ValueError(f"norm_groups={self.norm_groups} does not divide {self.ch * multiple} channels (ch={self.ch}, ch_mult={self.ch_mult})")
+                raise ValueError(f"norm_groups={self.norm_groups} does not divide {self.ch * multiple} channels "
+                                 f"(ch={self.ch}, ch_mult={self.ch_mult})")
 
     @property
     def downsample(self):

@@ -1223,7 +1223,8 @@ def save_weights(folder, name, stage, machine):
         try:
             stage.model.save_pretrained(folder)
         except OSError as error:
-            raise ValueError(f"{name}: {error}: make room on the disk, then run the same command again; {last_checkpoint(folder)}") from None
+            raise ValueError(f"{name}: {error}: make room on the disk, then run the same command again; "
+                             f"{last_checkpoint(folder)}") from None
         for file in folder.glob("state-*"):
             file.unlink()
     machine.barrier()
@@ -1443,6 +1444,7 @@ def import_released(run, machine):
     check_vocabulary(text_tokenizer, run)
     with torch.device("meta"):
         model, vqgan = Mentor(run.model), VQGAN(run.vqgan)
+
     def say(words):
         machine.say(f"import: {words}")
 
@@ -1834,7 +1836,8 @@ def control_text(one, full, rebuilt):
     """Claim 4: repeated drawings, and reconstruction after each stage."""
     errors = [*(row["reconstruction_l2"] for row in (one, full, rebuilt)), full["tokenizer_l2"]]
     header = ["after stage 1", "after stage 2", "after reconstruction tuning", "the tokenizer alone"]
-    return (f"**4. Deterministic control.** The same prompt and seed drew the same picture twice: {'yes' if full['repeats'] == 1 else 'no'}. "
+    twice = "yes" if full["repeats"] == 1 else "no"
+    return (f"**4. Deterministic control.** The same prompt and seed drew the same picture twice: {twice}. "
             "Reconstruction L2 (the paper: 0.1008 on COCO after tuning):\n\n" + sample.table(header, [errors]))
 
 

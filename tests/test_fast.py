@@ -1,7 +1,6 @@
 """Speed that changes no result: each fast way against the plain one, and what a GPU must not be made to wait for."""
 
 import os
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sample
 import train
 from conftest import randomize, small_config
-from data import TASKS, Batch, Shapes, WorldDataset
+from data import TASKS, Batch, WorldDataset
 from mentor import KVCache, Mentor, SamplingConfig
 from sample import GraphedDecoder, Pipeline, continue_prefix, generate
 from tokenizer import VQGAN, TokenizerConfig

@@ -11,7 +11,7 @@ from PIL import Image
 
 import sample
 import train
-from data import Collate, Manifest, ManifestDataset, TextTokenizer, load_image
+from data import Collate, ManifestDataset, TextTokenizer, load_image
 from mentor import Mentor, read_weights
 from test_manifest import ALL, folder  # noqa: F401
 from test_train import CPU, SHORT
