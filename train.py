@@ -2008,7 +2008,7 @@ def write_run(run, text_tokenizer, manifests=()):
         manifest.content = None
 
 
-def show_pictures(name, run, source, machine):
+def show_held_out(name, run, source, machine):
     """Draw up to 8 held-out samples of a stage's mix, or of those trained on where none are held out, which is said."""
     mix, run = parse_mix(name, getattr(run, name).mix), replace(run, prefix_drop=0.0)
     dataset = make_dataset(name, run, mix, source, held_out=True)
@@ -2061,7 +2061,7 @@ def main(arguments):
             prompt = "A big red star at the top left on a green striped background"
             machine.say(f'look at {run.out}/sheet.png, then try\n    python sample.py {run.out} "{prompt}"')
         elif run.data and stages[-1] in STAGES[2:]:
-            show_pictures(stages[-1], run, source, machine)
+            show_held_out(stages[-1], run, source, machine)
         machine.say(f"everything took {time.perf_counter() - started:.0f} s; the losses are drawn in {run.out}/curves.png"
                     + "; there are no scores, which need a built-in world" * bool(run.data))
 

@@ -571,7 +571,7 @@ def test_a_run_lists_the_lines_it_leaves_out(folder, capsys):
 def test_cached_codes_are_the_tokenizers_and_change_nothing(pictures, tmp_path, monkeypatch):
     counts = []
     encode = train.VQGAN.encode
-    monkeypatch.setattr(train, "show_pictures", lambda *arguments: None)  # it encodes too
+    monkeypatch.setattr(train, "show_held_out", lambda *arguments: None)  # it encodes too
     monkeypatch.setattr(train.VQGAN, "encode", lambda self, images: counts.append(len(images)) or encode(self, images))
     arguments = ["tiny", *SHORT, *MIXES, f"--data={pictures}", "--align.steps=8"]
     train.main([*arguments, f"--out={tmp_path / 'plain'}"])
