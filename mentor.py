@@ -492,7 +492,8 @@ class Projector(nn.Module):
         """hidden (B, P, Dt), lengths (B,) int64, drop (B,) bool -> prefix (B, P, D). A dropped sample keeps its length n and takes
         the *last* n rows of the unconditional table, as the released code's right-aligned prefix does."""
         rows = len(self.unconditional) - lengths[:, None] + torch.arange(hidden.shape[1], device=hidden.device)
-        unconditional = self.unconditional[rows.clamp(max=len(self.unconditional) - 1)]  # (B, P, Dt)
+        # not table[rows], whose gradient several CPU threads add up in any order
+        unconditional = F.embedding(rows.clamp(max=len(self.unconditional) - 1), self.unconditional)  # (B, P, Dt)
         hidden = torch.where(drop[:, None, None], unconditional.to(hidden.dtype), hidden)
         return self.fc2(F.gelu(self.fc1(hidden), approximate="tanh"))
 
