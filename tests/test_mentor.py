@@ -198,16 +198,3 @@ def test_prompts_without_images_attend_to_nothing_and_still_reach_every_weight(m
     model(batch, some_codes(model, 2), nobody(2)).sum().backward()
     used = [n for n, _ in model.named_parameters() if not n.startswith(("encoder.vision", "projector.unconditional"))]
     assert len(batch.pixels) == 0 and [n for n, p in model.named_parameters() if p.grad is None and n in used] == []
-
-
-def test_the_unconditional_table_has_the_same_gradient_every_time_on_two_threads(text_tokenizer):
-    torch.manual_seed(0)
-    projector = Mentor(small_config(text_tokenizer)).projector
-    hidden, lengths, gradients, threads = torch.randn(96, 64, 32), torch.randint(20, 65, (96,)), [], torch.get_num_threads()
-    torch.set_num_threads(2)
-    for _ in range(8):
-        projector.zero_grad()
-        projector(hidden, lengths, torch.ones(96, dtype=torch.bool)).square().sum().backward()
-        gradients.append(projector.unconditional.grad.clone())
-    torch.set_num_threads(threads)
-    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
