@@ -219,6 +219,11 @@ SHAPES = {
 }
 
 
+def with_article(words):
+    """For example "a red half", "an orange half"."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
 def an_eighth(thing):
     """Whether a tuple belongs to the eighth of all, chosen by hash, that training never shows."""
     return zlib.crc32(repr(tuple(thing)).encode()) % 8 == 0
@@ -331,7 +336,7 @@ class World:
             words.append(f"a {SIZES[size]} {what} at the {PLACES[place]}")
         color, pattern = list(COLORS)[scene.color], PATTERNS[scene.pattern]
         ground = f"{color} {pattern} background" if pattern != "solid" else f"{color} background"
-        text = " and ".join(words) + f" on {'an' if ground[0] == 'o' else 'a'} {ground}"
+        text = " and ".join(words) + f" on {with_article(ground)}"
         return text[0].upper() + text[1:]
 
     def text_tokenizer(self):
@@ -366,7 +371,7 @@ class Shapes(World):
         """For example "red star with blue stripes"."""
         color, color2 = list(COLORS)[subject.color], list(COLORS)[subject.color2]
         pattern = {"solid": "", "striped": f" with {color2} stripes", "dotted": f" with {color2} dots",
-                   "split": f" with a {color2} half"}
+                   "split": f" with {with_article(color2)} half"}
         return f"{color} {self.label(subject)}{pattern[PATTERNS[subject.pattern]]}"
 
     @functools.lru_cache(maxsize=None)

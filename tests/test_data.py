@@ -51,6 +51,9 @@ def test_a_scene_pixel_by_pixel(world):
     assert columns[0] >= 5 and columns[-1] <= 26 and columns[-1] - columns[0] >= 17  # 20 pixels wide
     assert world.caption(scene) == "A big red star with blue stripes at the center on a green background"
     assert world.caption(scene, looks=False) == "A big star at the center on a green background"
+    orange = RED_STAR_BLUE_STRIPES._replace(color2=list(COLORS).index("orange"), pattern=PATTERNS.index("split"))
+    scene = Scene(list(COLORS).index("orange"), 1, (place(orange),))
+    assert world.caption(scene) == "A big red star with an orange half at the center on an orange striped background"
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -47,6 +47,28 @@ def stage_and_batch(name, recipe, world, text_tokenizer, drop=0.0):
     return run, stage, collate([dataset[i] for i in range(8)])
 
 
+@pytest.mark.parametrize("name", train.STAGES)
+def test_two_threads_give_the_same_bits_every_time(name, world, text_tokenizer):
+    """At the sizes of `tiny`, where threads share the work: indexing's gradient, for one, is added up in the order in which they come."""
+    run, repeats = train.PRESETS["tiny"], 8
+    torch.manual_seed(0)
+    stage = TokenizerStage(run, CPU) if name == "tokenizer" else MentorStage(name, run, CPU, Mentor(run.model), VQGAN(run.vqgan))
+    weights = [p for _, p in stage.trained()]
+    for p in (p for p in weights if p.ndim > 1):
+        torch.nn.init.normal_(p, std=0.05)  # no part starts silent
+    dataset, collate = train.make_dataset(name, run, stage.mix, world), train.make_collate(run, text_tokenizer)
+    batch = collate([dataset[i] for i in range(24)])
+    batch = train.replace(batch, drop=torch.arange(24) % 2 == 0)
+    torch.set_num_threads(2)
+    try:
+        gradients = [torch.autograd.grad(stage(batch, run.tokenizer.steps)[0], weights, allow_unused=True) for _ in range(repeats)]
+    finally:
+        torch.set_num_threads(1)
+    assert sum(g is not None for g in gradients[0]) > 50
+    for first, *others in zip(*gradients):
+        assert all(g is None if first is None else torch.equal(g, first) for g in others)
+
+
 @pytest.mark.parametrize("recipe", train.TRAINED)
 @pytest.mark.parametrize("name", train.STAGES[1:])
 def test_frozen_parts_stay_bit_equal_and_trained_parts_move(name, recipe, world, text_tokenizer):
