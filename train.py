@@ -1978,7 +1978,8 @@ def bench(run, machine, source, text_tokenizer):
 
 
 def draw_curves(out, path):
-    """Draw the loss of every stage that has a log, side by side; dots are the validation loss."""
+    """Draw the loss of every stage that has a log, side by side; dots are the validation loss. The fall in the first twentieth of
+    the steps is cut off at the top, since it would flatten the rest."""
     logs = [(name, lines) for name in STAGES if (lines := read_log(Path(out) / name / "log.jsonl"))]
     width, height, pad = 300, 200, 36
     canvas = Image.new("RGB", (width * len(logs), height), "white")
@@ -1986,7 +1987,8 @@ def draw_curves(out, path):
     for i, (name, lines) in enumerate(logs):
         left, right, top, bottom = i * width + pad, (i + 1) * width - 12, 24, height - 24
         losses, dots = ([(line["step"], line[key]) for line in lines if key in line] for key in ("loss", "validation"))
-        last, low, high = lines[-1]["step"], *(f(loss for _, loss in losses + dots) for f in (min, max))
+        last = lines[-1]["step"]
+        low, high = (f(loss for step, loss in losses + dots if step > last / 20) for f in (min, max))
         x = partial(np.interp, xp=(0, last), fp=(left, right))
         y = partial(np.interp, xp=(low, max(high, low + 1e-9)), fp=(bottom, top))
         pen.rectangle((left, top, right, bottom), outline="#bbbbbb")
