@@ -152,11 +152,14 @@ class MentorConfig:
 
     def __post_init__(self):
         check_fields(self)
-        vision, connector, decoder = self.vision, self.connector, self.decoder
+        vision, connector, text, decoder = self.vision, self.connector, self.text, self.decoder
         for key, value, fine, legal in (
             ("vision.image_size", vision.image_size, vision.image_size % vision.patch_size == 0,
              f"a multiple of vision.patch_size={vision.patch_size}"),
             ("vision.width", vision.width, vision.width % vision.n_head == 0, f"a multiple of vision.n_head={vision.n_head}"),
+            ("text.n_bucket", text.n_bucket, text.n_bucket >= 4, "at least 4"),
+            ("text.max_distance", text.max_distance, text.max_distance > text.n_bucket // 4,
+             f"more than text.n_bucket // 4 = {text.n_bucket // 4}"),
             ("connector.kind", connector.kind, connector.kind in ("mlp", "query"), "mlp or query"),
             ("connector.width", connector.width, connector.width % connector.n_head == 0,
              f"a multiple of connector.n_head={connector.n_head}"),
@@ -364,14 +367,6 @@ class QueryConnector(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight, statistics in float32: no mean, no bias. T5 uses eps 1e-6, Llama 1e-5."""
-
-    def forward(self, x):
-        # x and weight must share a dtype, or the fused kernel is not used
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
 def relative_position_bucket(distance, n_bucket, max_distance):
     """T5's buckets for signed distances (key - query), any shape int64 -> int64 in [0, n_bucket). Half the buckets are for keys to
     the right. In each half, the first half holds one distance each and the rest grow logarithmically up to max_distance (T5, arXiv
@@ -386,18 +381,19 @@ def relative_position_bucket(distance, n_bucket, max_distance):
 
 
 class TextBlock(nn.Module):
-    """T5's encoder block: attention without score scaling or biases, then a GELU-gated MLP."""
+    """T5's encoder block: attention without score scaling or biases, then a GELU-gated MLP. Before each an RMSNorm, x / rms(x) *
+    weight: no mean, no bias."""
 
     def __init__(self, config):
         super().__init__()
         inner = config.n_head * config.head_width
         self.n_head = config.n_head
-        self.norm1 = RMSNorm(config.width, 1e-6)
+        self.norm1 = nn.RMSNorm(config.width, eps=1e-6)
         self.q = nn.Linear(config.width, inner, bias=False)
         self.k = nn.Linear(config.width, inner, bias=False)
         self.v = nn.Linear(config.width, inner, bias=False)
         self.o = nn.Linear(inner, config.width, bias=False)
-        self.norm2 = RMSNorm(config.width, 1e-6)
+        self.norm2 = nn.RMSNorm(config.width, eps=1e-6)
         self.wi_0 = nn.Linear(config.width, config.mlp_width, bias=False)
         self.wi_1 = nn.Linear(config.width, config.mlp_width, bias=False)
         self.wo = nn.Linear(config.mlp_width, config.width, bias=False)
@@ -406,7 +402,7 @@ class TextBlock(nn.Module):
     def forward(self, x, bias):
         h = self.norm1(x)
         q, k, v = (linear(h).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for linear in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)  # (B, H, L, head_width)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)  # (B, H, L, head_width)
         x = x + self.dropout(self.o(h.transpose(1, 2).flatten(2)))
         h = self.norm2(x)
         h = F.gelu(self.wi_0(h), approximate="tanh") * self.wi_1(h)
@@ -422,7 +418,7 @@ class TextEncoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.relative_bias = nn.Embedding(config.n_bucket, config.n_head)
         self.blocks = nn.ModuleList(TextBlock(config) for _ in range(config.n_layer))
-        self.norm = RMSNorm(config.width, 1e-6)
+        self.norm = nn.RMSNorm(config.width, eps=1e-6)
         self.dropout = nn.Dropout(config.dropout)
 
     def attention_bias(self, mask):
@@ -434,7 +430,9 @@ class TextEncoder(nn.Module):
 
     def forward(self, embeddings, mask):
         """embeddings (B, L, D), mask (B, L) bool, True at real positions -> hidden states (B, L, D)."""
-        x, bias = self.dropout(embeddings), self.attention_bias(mask)
+        x, bias, device = self.dropout(embeddings), self.attention_bias(mask), embeddings.device.type
+        if torch.is_autocast_enabled(device):  # once: each block would keep a copy for the backward pass
+            bias = bias.to(torch.get_autocast_dtype(device))
         for block in self.blocks:
             x = block(x, bias)
         return self.dropout(self.norm(x))
@@ -544,7 +542,7 @@ class KVCache:
         self.mask = torch.empty(n_sample, 1, 1, size, device=device, dtype=dtype)        # added to the scores: 0 or -inf
         self.slot = torch.empty(n_sample, 1, 1, 1, device=device, dtype=torch.long)      # where the last code went
         self.position = torch.empty(n_sample, 1, device=device, dtype=torch.long)        # the last code's row in the rotary table
-        self.used = 0                                                                    # slots used by the longest sample
+        self.used = 0                                                                    # slots used: the padded prefix and the codes so far
 
     def whole_buckets(self, slots):
         """A number of slots rounded up to whole buckets."""
@@ -609,13 +607,13 @@ class DecoderMLP(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Pre-norm attention and MLP."""
+    """Pre-norm attention and MLP; Llama's norm is T5's with a larger eps."""
 
     def __init__(self, config):
         super().__init__()
-        self.norm1 = RMSNorm(config.width, 1e-5)
+        self.norm1 = nn.RMSNorm(config.width, eps=1e-5)
         self.attention = DecoderAttention(config)
-        self.norm2 = RMSNorm(config.width, 1e-5)
+        self.norm2 = nn.RMSNorm(config.width, eps=1e-5)
         self.mlp = DecoderMLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -633,10 +631,11 @@ class ImageDecoder(nn.Module):
         # Not the tokenizer's codebook: its 8 dimensions, chosen for pixels, carry too little.
         self.code_embedding = nn.Embedding(config.codebook_size, config.width)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.n_layer))
-        self.norm = RMSNorm(config.width, 1e-5)
+        self.norm = nn.RMSNorm(config.width, eps=1e-5)
         self.output = nn.Linear(config.width, config.codebook_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
-        rotary = rotary_table(config.grid_size, config.width // config.n_head, config.prefix_rotation)
+        with torch.device("cpu"):  # real even where the weights are only planned, since no file holds it
+            rotary = rotary_table(config.grid_size, config.width // config.n_head, config.prefix_rotation)
         self.register_buffer("rotary", rotary, persistent=False)
 
     def forward(self, x, positions, cache=None):
@@ -688,9 +687,9 @@ class Mentor(nn.Module):
 
     def next_code_hidden(self, prefix, lengths, codes):
         """prefix (B, P, D) with lengths (B,), codes (B, N) -> the hidden states that predict the codes, (B, N, D)."""
-        (B, P, D), N = prefix.shape, codes.shape[1]
+        (_, P, D), N = prefix.shape, codes.shape[1]
         order = sequence_order(lengths, P, N - 1)                                        # the last code is never read
-        x = torch.cat([prefix, self.decoder.code_embedding(codes[:, :-1]).to(prefix.dtype)], dim=1)
+        x = torch.cat([prefix, self.decoder.code_embedding(codes[:, :-1])], dim=1)       # in autocast float32, as between the blocks
         x = x.gather(1, order[..., None].expand(-1, -1, D))                              # [prefix | codes | padding]
         positions = (order - P + 1).clamp(min=0)                                         # 0 in the prefix, 1 + k at code k
         hidden = self.decoder(x, positions)
@@ -816,12 +815,12 @@ def load_folder(cls, config_class, folder, command, config=None):
     try:
         config = config or from_dict(config_class, stored)
         tensors = read_weights(weights)
-        with torch.device("meta"):  # compare before allocating: a wrong config may ask for a lot
-            check_fit(cls(config).state_dict(), tensors)
+        with torch.device("meta"):  # neither allocated nor initialised: a wrong config may ask for a lot
+            model = cls(config)
+        check_fit(model.state_dict(), tensors)
     except ValueError as error:
         raise ValueError(str(error) if str(weights) in str(error) else f"{file if config is None else weights}: {error}") from None
-    model = cls(config)
-    model.load_state_dict(tensors)
+    model.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}, assign=True)
     return model.eval()
 
 

@@ -11,7 +11,6 @@ DreamBench's layouts.
 import argparse
 import hashlib
 import itertools
-import json
 import random
 import re
 import sys
@@ -129,7 +128,7 @@ def record_graph(step):
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()  # once unrecorded: libraries make allocations for this stream that may not be recorded
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # a training run's other threads allocate too
         result = step()
     torch.cuda.current_stream().wait_stream(stream)
     return graph.replay, result
@@ -208,19 +207,13 @@ def pack(model):
             linear.forward = partial(torch.matmul, other=weight.t().contiguous())
 
 
-def halve(model):
-    """Convert the weights to bfloat16, half the bytes to read per step; the rotary table stays exact."""
-    for p in model.parameters():
-        p.data = p.data.bfloat16()
-
-
 def make_ready(model, device):
     """Put a Mentor on the device in its fastest form for drawing. Returns the object whose prefill and decode_step to call. Not
     for a model in training: its weights may lose half their bits, or drawing may use copies that do not follow them."""
     if device.type == "cuda":
         torch.cuda.set_device(device)  # graphs are recorded on the current device; on another they would be empty
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            halve(model)
+            model.bfloat16()  # half the bytes to read per step; the rotary table, complex, stays exact
     model.to(device).eval()
     if device.type == "cpu":
         pack(model)
@@ -392,10 +385,13 @@ def best_device():
 
 
 def usable_device(name):
-    """The torch.device of that name. Raises ValueError if torch does not know it or this machine does not have it."""
+    """The torch.device of that name, with its number. Raises ValueError if torch does not know it, it holds no numbers or this
+    machine does not have it."""
     try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        there = torch.zeros(1, device=name)
+        there.item()  # torch's device "meta" has no values
+        return there.device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = first_line(error)[:100]
         raise ValueError(f"--device={name}: torch cannot use it here ({reason}); leave out --device, or give cpu, cuda or mps") from None
 
@@ -425,7 +421,7 @@ class Pipeline:
 
     def __init__(self, model, vqgan, text_tokenizer, run, device):
         """Prepares the model for drawing, after which it must not be trained."""
-        self.model, self.vqgan, self.text_tokenizer, self.run, self.device = model, vqgan, text_tokenizer, run, torch.device(device)
+        self.model, self.vqgan, self.text_tokenizer, self.run, self.device = model, vqgan, text_tokenizer, run, usable_device(device)
         self.decoder = make_ready(model, self.device)
         self.vqgan.to(self.device, memory_format=torch.channels_last).eval()
         config = model.config
@@ -471,12 +467,12 @@ class Pipeline:
 
     def decode(self, codes):
         """Codes (B, N) -> pictures."""
-        return [to_picture(image) for part in codes.split(64) for image in self.vqgan.decode(part)]
+        return [to_picture(image) for image in self.vqgan.decode(codes)]
 
     def tokenize(self, pictures):
         """Pictures of any size -> codes (B, N)."""
         images = torch.stack([tokenizer_pixels(p, self.vqgan.config.image_size) for p in pictures]).to(self.device)
-        return torch.cat([self.vqgan.encode(part) for part in images.split(64)])
+        return self.vqgan.encode(images)
 
     def rebuild(self, pictures):
         """Pictures encoded and decoded by the tokenizer alone: the best that the model could draw."""
@@ -621,7 +617,7 @@ def score(pipeline, out):
                          "copying the reference": judge_pictures(judge, [s.images[0] for s in subject], subject)},
               "guidance": guidance, "seconds": time.perf_counter() - started}
     out.mkdir(parents=True, exist_ok=True)
-    (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    mentor.write_json(out / "scores.json", scores)
     save_sheet(subject[:12], drawn, out / "sheet.png")
     Image.fromarray(contact_sheet([[s.images[0] for s in few[:8]], *strip], scale=2)).save(out / "guidance.png")
     print(score_table(scores))

@@ -247,7 +247,7 @@ class PixelDecoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-PIXELS_AT_ONCE = 2**21  # in `encode`: a picture of 512 x 512 takes half a gigabyte on the way
+PIXELS_AT_ONCE = 2**21  # to encode or decode: a picture of 512 x 512 takes 0.6 GiB on the way
 
 
 class VQGAN(nn.Module):
@@ -271,10 +271,8 @@ class VQGAN(nn.Module):
     @torch.no_grad()
     def encode(self, images):
         """Images (B, 3, S, S) in [-1, 1] -> codes (B, N) int64 in raster order."""
-        few = max(1, PIXELS_AT_ONCE // (images.shape[2] * images.shape[3]))
-        z = torch.cat([self.quant_conv(self.encoder(part)) for part in images.split(few)])
-        z = F.normalize(z.float().permute(0, 2, 3, 1), dim=-1)
-        return self.quantize.nearest(z.flatten(0, 2), self.quantize.codebook()).view(len(images), -1)
+        parts = images.split(self.at_once())
+        return torch.cat([self.quantize(self.quant_conv(self.encoder(part)))[2] for part in parts]).flatten(1)
 
     @torch.no_grad()
     def decode(self, codes):
@@ -282,8 +280,12 @@ class VQGAN(nn.Module):
         side = round(codes.shape[1] ** 0.5)
         if side * side != codes.shape[1]:
             raise ValueError(f"{codes.shape[1]} codes are no square grid; expected {self.config.grid_size ** 2}")
-        z_q = self.quantize.lookup(codes.view(-1, side, side))
-        return self.decoder(self.post_quant_conv(z_q.to(self.post_quant_conv.weight.dtype)))
+        parts = self.quantize.lookup(codes.view(-1, side, side)).split(self.at_once())
+        return torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts])
+
+    def at_once(self):
+        """How many pictures to encode or decode together."""
+        return max(1, PIXELS_AT_ONCE // self.config.image_size**2)
 
     def save_pretrained(self, folder):
         """Write `config.json` and `model.safetensors` into the folder."""
@@ -423,7 +425,7 @@ class CodebookUsage:
     depends more on the batch than on the codebook."""
 
     def __init__(self, codebook_size, device):
-        self.counts = torch.zeros(codebook_size, device=device)
+        self.counts = torch.zeros(codebook_size, dtype=torch.long, device=device)
 
     def add(self, codes):
         """Count a batch of codes, any shape, int64."""
