@@ -1,10 +1,11 @@
 """Everything up to a training batch: pictures, text, the built-in worlds, the tasks, manifests.
 
-    scene --task--> Sample (prompt with <image> placeholders, reference images, target image) --Collate--> Batch
-    manifest line --->
+    scene         --task--┐
+                          ├--> Sample (prompt with <image> placeholders, reference images, target image) --Collate--> Batch
+    manifest line --------┘
 
-A picture is a uint8 array (H, W, 3) throughout this file; only batches hold tensors. A sample is a pure function of
-(seed, index) and there is no state, so any step of a run can be replayed and any rank can make its own share.
+A picture is a uint8 array (H, W, 3) throughout this file; only batches hold tensors. A sample depends on (seed, index) alone,
+so any step of a run can be replayed, and any process can make its own share.
 
 Read in order: pictures, the text tokenizer, the worlds (Shapes, then Emoji), the tasks of MENTOR's section 3,
 manifests (the same tasks from picture files), making manifests of folders and of COCO, datasets and batches.

@@ -73,8 +73,8 @@ class VisionConfig:
 
     image_size: int = 224   # pixels per side
     patch_size: int = 14    # pixels per side
-    width: int = 1024       # of a patch's features
-    n_layer: int = 24       # features are taken before the last one
+    width: int = 1024       # channels of a patch's features
+    n_layer: int = 24       # blocks; features are taken before the last one
     n_head: int = 16        # attention heads; must divide the width
     mlp_width: int = 4096   # hidden width of a block's MLP
 
@@ -105,8 +105,8 @@ class TextConfig:
     n_head: int = 32        # attention heads
     head_width: int = 64    # of each head, whatever the width
     mlp_width: int = 5120   # hidden width of a block's gated MLP
-    n_bucket: int = 32      # relative distances share this many biases per head ...
-    max_distance: int = 128 # beyond this many positions all distances share one
+    n_bucket: int = 32      # relative distances are sorted into this many buckets, each with a bias per head
+    max_distance: int = 128 # from this many positions on, all distances share a bucket
     dropout: float = 0.1    # on embeddings, in every block, and at the end
 
 
@@ -119,7 +119,7 @@ class DecoderConfig:
     width: int = 1280       # of a position; a multiple of 4 * n_head
     n_layer: int = 36       # blocks
     n_head: int = 20        # attention heads
-    prefix_rotation: str = "identity"  # or zero: LlamaGen's own weights were trained with the queries and keys of the prefix erased
+    prefix_rotation: str = "identity"  # the prefix is not rotated; zero: its queries and keys are erased, for LlamaGen's own weights
     multiple_of: int = 256  # the MLP's hidden width is 8/3 of the width, rounded up to a multiple of this
     dropout: float = 0.1    # on embeddings, attention output and MLP output
 
@@ -200,7 +200,7 @@ PRESETS = {
         decoder=DecoderConfig(codebook_size=256, grid_size=8, width=96, n_layer=4, n_head=4, multiple_of=32, dropout=0.0),
         sampling=SamplingConfig(cfg_scale=2.0, temperature=0.6),
         context=96),
-    # 64-pixel worlds: one GPU, half an hour
+    # 64-pixel worlds: for one GPU
     "small": MentorConfig(
         vision=VisionConfig(image_size=64, patch_size=8, width=256, n_layer=6, n_head=4, mlp_width=1024),
         connector=ConnectorConfig(n_query=16, width=256, n_layer=2, n_head=4),
@@ -208,7 +208,7 @@ PRESETS = {
         decoder=DecoderConfig(codebook_size=2048, grid_size=16, width=384, n_layer=8, n_head=6, dropout=0.05),
         sampling=SamplingConfig(cfg_scale=3.0),
         context=192),
-    # 256-pixel photographs: a few GPUs, days
+    # 256-pixel photographs: for a few GPUs
     "base": MentorConfig(
         text=TextConfig(width=768, n_layer=12, n_head=12, mlp_width=2048),
         decoder=DecoderConfig(codebook_size=8192, grid_size=16, width=768, n_layer=12, n_head=12)),

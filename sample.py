@@ -2,10 +2,10 @@
 
     python sample.py out/tiny "The star in <image>.\\nA big star at the top left on a green background" --images=ref.png
 
-Read in order: choosing a code (filters, guidance), generate (prefill, then one cached step per code), what makes that
-faster (CUDA graphs, packed matrices; no result depends on it), the judge that reads a drawing back into a scene, Pipeline
-(a trained model and its tokenizers), the scores (CP, PF and their bounds), --bench, and the command line with
-DreamBench's layouts.
+Read in order: choosing a code (filters, guidance); generate (prefill, then one cached step per code); faster forms of it
+(CUDA graphs, packed matrices, bfloat16 on GPUs; skip at first); the judge that reads a drawing back into a scene; Pipeline
+(a trained model and its tokenizers); the scores (CP, PF and their bounds); --bench; the command line with DreamBench's
+layouts.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def continue_prefix(decoder, prefix, lengths, guided, n_code, sampling, generato
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The same numbers, sooner: prepare a model for a device. Nothing here changes a result; a first reader can skip it.
+# The same function, sooner: prepare a model for a device. Only rounding changes (bfloat16 on GPUs); skip at first.
 # ---------------------------------------------------------------------------------------------------------------
 
 # Prompts are padded to a multiple of this, so that a CPU splits attention's sums alike for a prompt alone and in a batch.
@@ -509,6 +509,14 @@ def judge_pictures(judge, pictures, samples):
             **dict(zip(("cp_se", "pf_se", "cp_pf_se"), errors.tolist()))}
 
 
+def cp_by_pattern(judge, pictures, samples):
+    """{pattern: mean CP of the pictures whose subject has it}; for shapes."""
+    groups = {pattern: [] for pattern in data.PATTERNS}
+    for pair in zip(pictures, samples, strict=True):
+        groups[data.PATTERNS[pair[1].scene.subjects[0].subject.pattern]].append(pair)
+    return {pattern: judge_pictures(judge, *zip(*pairs))["cp"] for pattern, pairs in groups.items() if pairs}
+
+
 def pixel_l2(pictures, samples):
     """Root mean squared difference from the target, pixels in [0, 1], averaged over the pictures."""
     differences = [(p.astype(np.float32) - s.target) / 255 for p, s in zip(pictures, samples, strict=True)]
@@ -615,7 +623,8 @@ def score(pipeline, out):
               "bounds": {"true renders": judge_pictures(judge, [s.target for s in subject], subject),
                          "tokenizer": all_scores(*through_tokenizer),
                          "copying the reference": judge_pictures(judge, [s.images[0] for s in subject], subject)},
-              "guidance": guidance, "seconds": time.perf_counter() - started}
+              "guidance": guidance, "cp_by_pattern": cp_by_pattern(judge, drawn, subject) if world.name == "shapes" else {},
+              "seconds": time.perf_counter() - started}
     out.mkdir(parents=True, exist_ok=True)
     mentor.write_json(out / "scores.json", scores)
     save_sheet(subject[:12], drawn, out / "sheet.png")
@@ -632,7 +641,9 @@ def score_table(scores):
     columns = {"CP": "cp", "PF": "pf", "CP*PF": "cp_pf", "CP/PF": "cp_over_pf",
                "recon. L2": "reconstruction_l2", "segm. IoU": "segmentation_iou"}
     cells = [[name, *(row.get(key, "") for key in columns.values())] for name, row in rows]
-    return table(["held-out subjects", *columns], cells) + f"\nscored in {scores['seconds']:.0f} s"
+    patterns = "".join(f", {pattern} {cp:.2f}" for pattern, cp in scores["cp_by_pattern"].items())
+    return (table(["held-out subjects", *columns], cells) + f"\nCP by the subject's pattern: {patterns[2:]}" * bool(patterns)
+            + f"\nscored in {scores['seconds']:.0f} s")
 
 
 def table(header, rows, number="{:.3f}".format):
@@ -1013,18 +1024,24 @@ class Parser(argparse.ArgumentParser):
 
 def parse(arguments):
     """Parse the command line into an argparse Namespace. Raises ValueError naming the argument that is wrong."""
-    parser = Parser(prog="sample.py", description="Draw with a trained model, or score it.")
+    parser = Parser(prog="sample.py", description="Draw with a trained model, or score it.",
+                    formatter_class=argparse.RawDescriptionHelpFormatter, epilog=r"""examples:
+  python sample.py trained/tiny "A big red star at the top on a green background"
+  python sample.py trained/tiny "The star in <image>.\nA small star at the left on a blue background" --images=assets/ref.png
+  python sample.py trained/tiny --segment=star --images=assets/ref.png
+  python sample.py out/tiny/align --reconstruct=assets/ref.png
+  python sample.py out/tiny --score""")
     parser.add_argument("folder", nargs="?", default="", help="folder that train.py wrote, for example out/tiny or out/tiny/align")
     parser.add_argument("prompt", nargs="?", help=r"text with one <image> for each of --images; \n is a line break")
     parser.add_argument("--images", nargs="+", default=[], metavar="FILE", help="reference images, in the order of their <image>")
     parser.add_argument("--segment", metavar="NAME", help="cut the named subject out of the one image in --images")
     parser.add_argument("--reconstruct", metavar="FILE", help="reconstruct this image, beside the tokenizer's own reconstruction")
-    parser.add_argument("--score", action="store_true", help="score the model on held-out subjects of its world")
+    parser.add_argument("--score", action="store_true", help="score the model on held-out subjects of its world: scores.json, sheet.png and guidance.png")
     parser.add_argument("--bench", metavar="PRESET", help="measure how fast a preset draws, with random weights; needs no folder")
     parser.add_argument("--dreambench", metavar="FOLDER",
                         help="draw all prompts of DreamBench++'s data folder, or DreamBench's dataset, --n times each, for a scorer")
     parser.add_argument("--out", default="sample.png",
-                        help="file to write (--score, --dreambench: folder to write into; default %(default)s)")
+                        help="file to write (default %(default)s); with --score or --dreambench a folder (default: the model's)")
     parser.add_argument("--n", type=int, default=1, help="how many samples to draw, as a grid (default %(default)s)")
     parser.add_argument("--cfg_scale", type=float,
                         help="guidance: 0 unconditional, 1 conditional, more follows the prompt more closely (default: the model's)")
@@ -1033,7 +1050,7 @@ def parse(arguments):
     parser.add_argument("--top_p", type=float, help="keep the best codes up to this total probability (default: the model's)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same picture (default %(default)s)")
     parser.add_argument("--gif", action="store_true", help="also write an animation of the first sample appearing")
-    parser.add_argument("--device", default=best_device(), help="default %(default)s")
+    parser.add_argument("--device", default=best_device(), help="cuda, mps or cpu; by default the first that is there (here %(default)s)")
     options = parser.parse_args(arguments)
     if options.segment:
         if len(options.images) != 1:

@@ -2,9 +2,9 @@
 
     image (B, 3, S, S) in [-1, 1] --Encoder--> z --VectorQuantizer--> codes (B, N) --PixelDecoder--> image
 
-This is LlamaGen's VQ-16 (arXiv 2406.06525, section 2.1), which MENTOR uses unchanged: the convolutional
-encoder and decoder of taming-transformers' VQGAN (arXiv 2012.09841) around a codebook of many short,
-L2-normalised vectors. Parameters have their released names, so `vq_ds16_t2i.pt` loads name for name.
+This is LlamaGen's VQ-16 (arXiv 2406.06525, section 2.1), as MENTOR uses it: taming-transformers' convolutional
+encoder and decoder (arXiv 2012.09841) around a codebook of many vectors of few dimensions and length 1. Only a new
+one's start differs (start_silent). Parameters have their released names, so `vq_ds16_t2i.pt` loads name for name.
 
 Read in order: TokenizerConfig and PRESETS, the blocks, Encoder, VectorQuantizer, PixelDecoder, VQGAN; then
 what only its training needs: PatchDiscriminator, LPIPS, the losses, collages, spread_codes and CodebookUsage.

@@ -1,4 +1,4 @@
-"""Train Mentor from scratch, or a single stage of it.
+"""Train Mentor, all stages or one, on a built-in world or on your own pictures. Also: import, plan, claims, benchmark.
 
     python train.py tiny                                    # everything, on the built-in world
     python train.py tiny --stage=align --align.lr=0.001     # one stage, one key changed
@@ -8,8 +8,8 @@
 Four stages, each starting from the weights of the one before:
 
     tokenizer   VQGAN: pixels to codes and back
-    pretrain    instead of the paper's downloads: next-code loss on captions for text encoder and decoder, contrastive loss
-                for the vision encoder, masked tokens to predict from the picture for the connector
+    pretrain    in place of the paper's downloads, three losses: the next code, from captions; which caption belongs to
+                which picture (contrastive); a caption's hidden words, from the picture and the other words
     align       the paper's stage 1: reconstruction, segmentation and text-to-image teach what an image prompt means
     instruct    the paper's stage 2: subject-driven generation and recovery teach what to keep and what to change
 
@@ -72,12 +72,12 @@ from tokenizer import (VQGAN, WEIGHT_LIMIT, CodebookUsage, LPIPS, PatchDiscrimin
 class TokenizerStageConfig:
     """Training of the tokenizer."""
 
-    steps: int = 100000            # of the optimizer
+    steps: int = 100000            # optimizer steps, before --train_scale
     global_batch: int = 128        # images per step, over all processes and micro-batches
     lr: float = 1e-4               # AdamW's peak learning rate
     final_lr: float = 0.1          # final learning rate, as a fraction of the peak
     disc_start: float = 0.3        # fraction of the steps after which the discriminator joins; 1: never
-    disc_weight: float = 0.5       # of the generator's loss, times the adaptive weight
+    disc_weight: float = 0.5       # of the discriminator's part of the loss, times the adaptive weight
     codebook_weight: float = 1.0   # of the quantizer's loss, relative to the reconstruction's
     codebook_start: float = 0.0    # fraction of the steps after which features are rounded to codes
     consistency: float = 0.0       # weight of the loss that makes a cell's code independent of its surroundings; 0: without
@@ -89,7 +89,7 @@ class TokenizerStageConfig:
 class StageConfig:
     """Training of one of Mentor's stages."""
 
-    steps: int = 20000             # of the optimizer
+    steps: int = 20000             # optimizer steps, before --train_scale
     global_batch: int = 128        # samples per step, over all processes and micro-batches
     lr: float = 5e-4               # AdamW's peak learning rate
     muon_lr: float = 0.0           # Muon's peak, for the matrices of hidden layers; 0: AdamW for all
@@ -107,7 +107,7 @@ class ReleasedConfig:
     generator: str = ""            # LlamaGen's or MENTOR's generator checkpoint
     mentor: str = ""               # MENTOR's checkpoint of stage 1 or 2, which has everything but the VQ
     vq: str = ""                   # LlamaGen's vq_ds16_t2i.pt
-    spiece: str = ""               # T5's spiece.model, if there is no T5 folder
+    spiece: str = ""               # T5's spiece.model, if --released.t5 is not given
     into: str = "pretrain"         # stage to import into: pretrain for parts, align or instruct for MENTOR's own weights
     fresh: str = ""                # parts to initialise instead of reading, comma-separated: connector, projector, ...
 
@@ -131,21 +131,21 @@ class RunConfig:
     backgrounds: str = ""          # manifest or folder of pictures to put behind recovery's objects; empty: data's
     cache_codes: bool = False      # keep the codes of data's targets in OUT/codes, to encode each only once
     skip_bad: bool = False         # skip and list wrong lines of a manifest, instead of stopping at the first
-    seed: int = 0                  # determines everything random
+    seed: int = 0                  # of everything random in training
     train_scale: float = 1.0       # multiplies the steps of every stage
     recipe: str = "scratch"        # which parts train in which stage (TRAINED): scratch, paper or released
-    micro_batch: int = 0           # samples per process and pass; 0: its whole share of global_batch
+    micro_batch: int = 0           # samples in one pass of one process; 0: its whole share of global_batch
     weight_decay: float = 0.05     # AdamW's and Muon's, on matrices
-    grad_clip: float = 1.0         # largest gradient norm
+    grad_clip: float = 1.0         # larger gradients are scaled down to this norm
     warmup: float = 0.05           # fraction of a stage's steps with a rising learning rate
     prefix_drop: float = 0.1       # share of samples trained without their prompt, for guidance
     device: str = "auto"           # auto (cuda, then mps, then cpu) or a torch device
     dtype: str = "auto"            # of autocast: auto (bfloat16 on a GPU that supports it), bfloat16 or float32
-    workers: int = 0               # data processes
+    workers: int = 0               # processes that prepare samples; 0: the training process does
     save_every: int = 1000         # steps between checkpoints
-    score_every: int = 0           # steps between CP and PF in the logs of align and instruct; 0: never
-    claims_seeds: int = 1          # seeds, from `seed` on, of --stage=claims: for the full run, and rows that one does not tell from it
-    checkpoint: bool = False       # recompute activations in the backward pass: less memory, a third slower
+    score_every: int = 0           # steps between scores (CP, PF) in the logs of align and instruct; 0: never
+    claims_seeds: int = 1          # seeds of --stage=claims, for the full run and the rows that one seed cannot tell from it
+    checkpoint: bool = False       # keep less for the backward pass and compute it again: less memory, a third slower
     compile: str = "auto"          # torch.compile the blocks of text encoder and decoder: true, false, or auto (on CUDA)
     dry_run: bool = False          # train nothing: check the run, print parameters, FLOPs, memory and hours
     bench: bool = False            # train nothing: measure steps of instruct with and without each optimisation
@@ -1343,10 +1343,22 @@ def parse_mix(stage, mix):
 
 
 def print_help(preset="full"):
-    """Print every key with its default in a preset and its meaning."""
-    print(f"python train.py {{{','.join(PRESETS)}}} [--key=value ...]\n\nKeys, with the defaults of {preset}:\n")
+    """Print how to call this file, and every key with its default in a preset and its meaning."""
+    print(f"""python train.py PRESET [--key=value ...]                  PRESET: {', '.join(PRESETS)}
+
+    python train.py tiny                                  all stages, on the built-in world, into out/tiny
+    python train.py tiny --stage=align --align.lr=0.001   one stage, one key changed
+    python train.py small --data=FOLDER                   your own pictures; the README says which mixes to give
+    python train.py full --stage=align --dry_run          check and plan, train nothing
+    torchrun --nproc_per_node=8 train.py base             on 8 GPUs
+
+The same command again goes on where a stopped run ended. A key that is false may be written alone to make it true.
+
+Keys, with the defaults of {preset} (`python train.py PRESET --help` shows those of PRESET):
+""")
     for key, (value, meaning) in flatten(PRESETS[preset]).items():
-        print(f"  --{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}".ljust(44), meaning)
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else value
+        print(f"  --{key}={text}".ljust(44), meaning)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1828,8 +1840,9 @@ def marks(row):
 def table_of_rows(rows):
     """The scores of all runs beside the paper's."""
     labels = sample.MEASURES.values()
-    cells = [[name, row["samples"], row["seeds"], *marks(row), *(ROWS[name].paper or ("", "", ""))] for name, row in rows.items()]
-    return sample.table(["row", "samples", "seeds", *labels, *(f"the paper's {label}" for label in labels)], cells)
+    cells = [[name, row["samples"], row["seeds"], *marks(row), *(ROWS[name].paper or ("", "", "")), f"{row['segmentation_iou']:.2f}"]
+             for name, row in rows.items()]
+    return sample.table(["row", "samples", "seeds", *labels, *(f"the paper's {label}" for label in labels), "segm. IoU"], cells)
 
 
 def control_text(one, full, rebuilt):
