@@ -77,8 +77,7 @@ def center_crop(picture, size):
 def vision_pixels(picture, size):
     """A picture as CLIP's input: short side resized (bicubic), centred square, normalised; float32 (3, size, size)."""
     image, short = Image.fromarray(picture), min(picture.shape[:2])
-    if short != size:
-        image = image.resize((int(image.width * size / short), int(image.height * size / short)), Image.BICUBIC)
+    image = image.resize((int(image.width * size / short), int(image.height * size / short)), Image.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     square = np.asarray(image.crop((left, top, left + size, top + size)), np.float32)
     return torch.from_numpy(((square / 255 - CLIP_MEAN) / CLIP_STD).transpose(2, 0, 1).copy())
@@ -86,8 +85,7 @@ def vision_pixels(picture, size):
 
 def tokenizer_pixels(picture, size):
     """A picture as the VQGAN's input: float32 (3, size, size) in [-1, 1]."""
-    pixels = center_crop(picture, size) if picture.shape[:2] != (size, size) else picture
-    return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1)
+    return torch.from_numpy(center_crop(picture, size).transpose(2, 0, 1).astype(np.float32) / 127.5 - 1)
 
 
 def to_picture(image):
@@ -451,8 +449,7 @@ class Emoji(World):
         """The emoji's Unicode name in lower case."""
         return self.characters[subject.character]
 
-    def describe(self, subject):
-        return self.label(subject)
+    describe = label  # there is no more to say
 
     @functools.lru_cache(maxsize=1000)  # of 64 pixels a side: 66 MB in every data process
     def sprite(self, placed):
@@ -793,9 +790,9 @@ class Manifest:
         offsets, numbers, tasks, n_image, most_tokens, pictures = rows.T  # (lines,) each; copied below, so that rows is freed
         self.offsets, self.numbers = offsets.copy(), numbers.copy()      # where each line begins, and its number
         self.n_image, self.most_tokens = n_image.astype(np.int32), most_tokens.astype(np.int32)  # of its prompt
-        self.held = self.choose_held_out(tasks, pictures)                # (lines,) bool: not for training
-        self.readable = np.ones(len(rows), bool)                         # (lines,) bool: as far as check_files was told to look
-        self.tasks, self.held_out = lines_by_task(tasks, ~self.held), lines_by_task(tasks, self.held)
+        self.task = tasks.astype(np.int8)                                # in TASK_NUMBERS
+        self.held = self.choose_held_out(tasks, pictures)                # not for training
+        self.usable = np.ones(len(rows), bool)                           # as far as anyone was told to look
 
     def check_lines(self, workers):
         """Check all lines. Returns check_chunk's rows for the right ones, (lines, 6) int64. Sets `digest`, of the lines and the
@@ -886,7 +883,7 @@ class Manifest:
 
     def check_prompts(self, collate):
         """Tokenize every prompt that may be too long for the context. Raises ValueError naming the first that is, or
-        with skip_bad removes such lines from the tasks."""
+        with skip_bad leaves such lines out."""
         long = np.flatnonzero(self.most_tokens + self.n_image * collate.image_tokens > collate.context).tolist()
         wrong = []
         for index, entry in zip(long, self.read(long)):
@@ -895,15 +892,13 @@ class Manifest:
             except ValueError as error:
                 self.leave_out(self.numbers[index], error)
                 wrong.append(index)
-        self.remove(wrong)
+        self.usable[wrong] = False
 
-    def remove(self, wrong):
-        """Take the lines with these indices from the tasks."""
-        for tasks in (self.tasks, self.held_out):
-            for task in list(tasks):
-                tasks[task] = np.setdiff1d(tasks[task], wrong, assume_unique=True)
-                if not len(tasks[task]):
-                    del tasks[task]
+    def lines(self, held_out=False):
+        """{task: its usable lines} to train on, or those held out; without tasks that have none."""
+        chosen = self.usable & (self.held == held_out)
+        found = {task: np.flatnonzero(chosen & (self.task == number)) for task, number in TASK_NUMBERS.items()}
+        return {task: lines for task, lines in found.items() if len(lines)}
 
     def check_files(self, size, workers):
         """Open every file of every line. Returns messages about those that cannot be used; with skip_bad their lines are left out.
@@ -914,9 +909,8 @@ class Manifest:
         wrong = {line: message for batch in batches for line, message in batch}
         if self.skip_bad:
             self.bad += wrong.values()
-            self.readable[list(wrong)] = False
-            self.remove(list(wrong))
-            if not self.readable.any():
+            self.usable[list(wrong)] = False
+            if not self.usable.any():
                 raise ValueError(f"{self.path}: the files of no line can be read; the first: {self.bad[-len(wrong)]}")
         return list(wrong.values())
 
@@ -961,29 +955,21 @@ class Manifest:
         """The picture in a file named by the manifest."""
         return load_image(os.path.join(self.root, name))
 
-    def load_masked(self, entry, index=0):
-        """An entry's picture and its object's mask, bool (H, W), True above 127. Raises ValueError naming a mask that is not of
-        the picture's size or all black."""
-        picture, name = self.load(entry.picture), os.path.join(self.root, entry.masks[index])
-        mask = np.asarray(Image.fromarray(load_image(name)).convert("L")) > 127
+    def load_mask(self, name, entry, picture):
+        """One of an entry's masks, bool (H, W), True above 127. Raises ValueError if it is not of the picture's size or all black."""
+        mask = np.asarray(Image.fromarray(self.load(name)).convert("L")) > 127
         if mask.shape != picture.shape[:2]:
             (height, width), (h, w) = mask.shape, picture.shape[:2]
             raise ValueError(f"{name}: the mask is {width} x {height} pixels, but its picture {entry.picture} is {w} x {h}; "
                              "they must be equal")
         if not mask.any():
             raise ValueError(f"{name}: the mask is all black; the object must be white (above 127)")
-        return picture, mask
+        return mask
 
     def text_tokenizer(self):
         """A word-level text tokenizer of the texts and labels, of 100,000 evenly spaced lines if there are more."""
         texts = (text.replace("<image>", " ") for entry in self.some(100_000) for text in (entry.text, *entry.labels) if text)
         return TextTokenizer.train(itertools.chain(PROMPT_WORDS, texts))
-
-
-def lines_by_task(tasks, chosen):
-    """{task: its chosen lines}, without tasks that have none; tasks (lines,): each line's task number, chosen (lines,) bool."""
-    lines = {task: np.flatnonzero((tasks == number) & chosen) for task, number in TASK_NUMBERS.items()}
-    return {task: found for task, found in lines.items() if len(found)}
 
 
 def square_of_object(picture, mask, size):
@@ -1019,29 +1005,29 @@ def object_on_black(picture, mask, box):
 
 def entry_sample(manifest, entry, size, rng):
     """Make a manifest entry's Sample: its target at size x size, its references at their own size."""
-    prompt, labels, task = entry_prompt(entry, rng), list(entry.labels), entry.task
+    prompt, labels, task, picture = entry_prompt(entry, rng), list(entry.labels), entry.task, manifest.load(entry.picture)
+    masks = [manifest.load_mask(name, entry, picture) for name in entry.masks]
     if task in ("segmentation", "recovery"):
-        target, mask = square_of_object(*manifest.load_masked(entry), size)
+        target, mask = square_of_object(picture, *masks, size)
         cut_out = (mask * target + 0.5).astype(np.uint8)
         if task == "segmentation":
             return Sample(task, prompt, [target], labels, cut_out, None)
         background = center_crop(manifest.backgrounds.load(some_background(manifest, entry, rng)), size)
         pasted = paste_distorted(cut_out, mask, background, rng)
         return Sample(task, prompt, [pasted], labels, target, None)
-    picture = manifest.load(entry.picture)
-    images = [manifest.load(name) for name in entry.references]
     if task == "reconstruction":
-        images, labels = [picture], [WHOLE]
-    for i in range(len(entry.masks)):
-        images.append(object_on_black(*manifest.load_masked(entry, i), rng.random() < 0.5))
+        return Sample(task, prompt, [picture], [WHOLE], center_crop(picture, size), None)
+    images = [manifest.load(name) for name in entry.references]
+    images += [object_on_black(picture, mask, rng.random() < 0.5) for mask in masks]
     return Sample(task, prompt, images, labels, center_crop(picture, size), None)
 
 
 def entry_target(manifest, entry, size):
     """An entry's target alone, uint8 (size, size, 3); nothing about it is random."""
-    if not entry.masks or entry.task == "multi_image":
-        return center_crop(manifest.load(entry.picture), size)
-    target, mask = square_of_object(*manifest.load_masked(entry), size)
+    picture = manifest.load(entry.picture)
+    if entry.task not in ("segmentation", "recovery"):
+        return center_crop(picture, size)
+    target, mask = square_of_object(picture, manifest.load_mask(*entry.masks, entry, picture), size)
     return (mask * target + 0.5).astype(np.uint8) if entry.task == "segmentation" else target
 
 
@@ -1051,7 +1037,7 @@ def some_background(manifest, entry, rng):
     for _ in range(100):
         line = rng.randrange(len(others))
         other = others[line]
-        if others.readable[line] and not others.held[line] and (others.root, other.picture) != (manifest.root, entry.picture):
+        if others.usable[line] and not others.held[line] and (others.root, other.picture) != (manifest.root, entry.picture):
             return other.picture
     raise ValueError(f"{others.path} has no other picture than {entry.picture} to put behind the {entry.labels[0]!r}; "
                      "give --backgrounds a manifest or folder with more")
@@ -1119,27 +1105,26 @@ def manifest_of_folder(folder):
     return "".join(lines).encode()
 
 
-COCO_FIELDS = {"images": {"id": int, "file_name": str, "width": int, "height": int}, "categories": {"id": int, "name": str},
-               "annotations": {"id": int, "image_id": int, "category_id": int, "segmentation": (list, dict)},
-               "captions": {"image_id": int, "caption": str}}
+INSTANCES = {"images": {"id": int, "file_name": str, "width": int, "height": int}, "categories": {"id": int, "name": str},
+             "annotations": {"id": int, "image_id": int, "category_id": int, "segmentation": (list, dict)}}
+CAPTIONS = {"annotations": {"image_id": int, "caption": str}}
 
 
-def read_coco(path, *keys):
-    """Read some lists of a COCO file, whose entries have COCO_FIELDS. Raises ValueError naming the file and what it lacks."""
+def read_coco(path, lists):
+    """Read a COCO file's lists, {key: fields of each entry and their types}. Raises ValueError naming the file and what it lacks."""
     try:
         content = json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file") from None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
-    for key in keys:
+    for key, wanted in lists.items():
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise ValueError(f"{path}: no {key!r} in it; give COCO's instances_*.json, then captions_*.json")
-        wanted = COCO_FIELDS["captions" if len(keys) == 1 else key]
         for number, entry in enumerate(content[key]):
             if not isinstance(entry, dict) or not all(isinstance(entry.get(name), kind) for name, kind in wanted.items()):
                 raise ValueError(f"{path}: {key}[{number}] is {json.dumps(entry):.120}; it must have COCO's {', '.join(wanted)}")
-    return [content[key] for key in keys]
+    return [content[key] for key in lists]
 
 
 def nameable_objects(annotations):
@@ -1152,20 +1137,12 @@ def nameable_objects(annotations):
     return objects
 
 
-def draw_polygons(polygons, width, height):
-    """Draw COCO polygons, lists of x, y, x, y, ..., as a mask: an image of mode L, 255 inside."""
-    mask = Image.new("L", (width, height))
-    for points in polygons:
-        ImageDraw.Draw(mask).polygon(points, fill=255)
-    return mask
-
-
 def manifest_of_coco(instances, captions, images, out):
     """Write out/manifest.jsonl and out/masks/ID.png for COCO's pictures, with nameable objects that cover OBJECT_SHARE of them.
     Returns the number of lines. Raises ValueError naming a file that is missing or of another kind."""
-    pictures, annotations, categories = read_coco(instances, "images", "annotations", "categories")
+    pictures, categories, annotations = read_coco(instances, INSTANCES)
     texts, names, objects = {}, {c["id"]: c["name"] for c in categories}, nameable_objects(annotations)
-    for caption in read_coco(captions, "annotations")[0]:
+    for caption in read_coco(captions, CAPTIONS)[0]:
         texts.setdefault(caption["image_id"], []).append(" ".join(caption["caption"].split()))
     out, count = Path(out), 0
     (out / "masks").mkdir(parents=True, exist_ok=True)
@@ -1180,7 +1157,9 @@ def manifest_of_coco(instances, captions, images, out):
             for item in objects.get(picture["id"], []):
                 try:
                     label = names[item["category_id"]]
-                    mask = draw_polygons(item["segmentation"], picture["width"], picture["height"])
+                    mask = Image.new("L", (picture["width"], picture["height"]))
+                    for points in item["segmentation"]:                  # x, y, x, y, ...
+                        ImageDraw.Draw(mask).polygon(points, fill=255)
                 except (KeyError, TypeError, ValueError) as error:
                     raise ValueError(f"{instances}: annotation {item['id']} has no known category or no polygons ({error!r})") from None
                 if OBJECT_SHARE[0] <= mask.histogram()[255] / (mask.width * mask.height) <= OBJECT_SHARE[1]:
@@ -1231,15 +1210,11 @@ class ManifestDataset(torch.utils.data.Dataset):
 
     def __init__(self, manifest, mix, seed, size, prefix_drop=0.0, targets_only=False, held_out=False):
         """mix: {task: share}, or None for all lines alike; size: pixels per side of the targets; targets_only: without prompts
-        and references, for the tokenizer; held_out: use the held-out lines, of tasks that have any. Raises ValueError naming
-        tasks that the manifest does not have."""
-        missing = [task for task, share in (mix or {}).items() if share and task not in manifest.tasks]
-        if missing:
-            raise ValueError(f"{manifest.path} has no lines for {', '.join(missing)}; it has {', '.join(manifest.tasks)}")
+        and references, for the tokenizer; held_out: use the held-out lines. Tasks of the mix that have no lines are left out."""
         self.manifest, self.seed, self.size, self.prefix_drop, self.targets_only = manifest, seed, size, prefix_drop, targets_only
-        lines = manifest.held_out if held_out else manifest.tasks
+        lines = manifest.lines(held_out)
         shares = {task: share for task, share in mix.items() if share and task in lines} if mix else {"": 1.0}
-        self.groups = [lines[task] if task else np.flatnonzero((manifest.held == held_out) & manifest.readable) for task in shares]
+        self.groups = [lines[task] if task else np.flatnonzero((manifest.held == held_out) & manifest.usable) for task in shares]
         self.count = sum(map(len, self.groups))                          # of lines
         edges = np.cumsum([*shares.values()])
         self.edges = [0, *(edges / edges[-1:] * self.BLOCK).round().astype(int).tolist()]  # task k: edges[k] to edges[k + 1] of a block
@@ -1327,6 +1302,7 @@ class Collate:
         images = [image for s in samples for image in s.images]
         names = pad([self.text_tokenizer.encode(name) for s in samples for name in s.names], self.multiple)
         size, real = self.vision_size, text_ids != self.text_tokenizer.PAD
+        draws = [torch.rand(real.shape[1], generator=torch.Generator().manual_seed(s.mask_seed)) for s in samples]  # whatever the batch
         targets = [tokenizer_pixels(s.target, self.target_size) for s in samples if s.target is not None]
         return Batch(
             text_ids=text_ids,
@@ -1336,14 +1312,9 @@ class Collate:
             name_ids=names, name_mask=names != self.text_tokenizer.PAD,
             targets=torch.stack(targets) if targets else torch.zeros(0, 3, self.target_size, self.target_size),
             drop=torch.tensor([s.drop for s in samples]),
-            masked=self.choose_masked(samples, real),
+            masked=real & (torch.stack(draws) < 0.5),
             tasks=[s.task for s in samples],
             lines=[s.line for s in samples])
-
-    def choose_masked(self, samples, real):
-        """Each real token with probability 1/2, given real (B, L) bool; a sample's choice does not depend on its batch."""
-        draws = [torch.rand(real.shape[1], generator=torch.Generator().manual_seed(s.mask_seed)) for s in samples]
-        return real & (torch.stack(draws) < 0.5)
 
 
 def pad(rows, multiple=1):

@@ -26,6 +26,7 @@ import signal
 import sys
 import time
 import weakref
+from collections import namedtuple
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -35,7 +36,6 @@ from functools import cache, partial
 from inspect import getsource
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -234,15 +234,11 @@ class Machine:
         if self.world_size > 1:
             dist.barrier()
 
-    def sum(self, tensor):
-        """Sum a tensor over all processes, in place, and return it."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
     def average(self, tensor):
         """Turn a tensor into the mean of all processes' ones, in place, and return it."""
-        return self.sum(tensor).div_(self.world_size)
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor.div_(self.world_size)
 
     def gather(self, tensor):
         """Concatenate all processes' tensors along the first dimension, in rank order; gradients flow back."""
@@ -319,15 +315,9 @@ class Stage(nn.Module):
 OUTPUTS_PER_CODE = 64  # encoder outputs per code, from which the codes are placed
 
 
-class Reconstruction(NamedTuple):
-    """What the tokenizer makes of targets (B, 3, S, S), and its loss."""
-
-    loss: torch.Tensor              # reconstruction + codebook_weight * quantizer
-    reconstruction: torch.Tensor
-    quantizer: torch.Tensor
-    images: torch.Tensor            # (B, 3, S, S)
-    z: torch.Tensor                 # encoder outputs (B, C, h, w)
-    codes: torch.Tensor             # (B, h, w)
+# What the tokenizer makes of targets (B, 3, S, S): loss = reconstruction + codebook_weight * quantizer, images (B, 3, S, S), the
+# encoder's outputs z (B, C, h, w) and codes (B, h, w)
+Reconstruction = namedtuple("Reconstruction", "loss reconstruction quantizer images z codes")
 
 
 class TokenizerStage(Stage):
@@ -669,24 +659,23 @@ def open_manifest(path, name, run, machine, backgrounds=None):
 def describe_data(run, source, machine):
     """Print which lines were left out, and what the others are."""
     for manifest in dict.fromkeys((source.backgrounds, source)):
-        good = sum(len(lines) for tasks in (manifest.tasks, manifest.held_out) for lines in tasks.values())
         for message in manifest.bad:
             machine.say(f"left out: {message}")
         if manifest.bad:
-            machine.say(f"left out {len(manifest.bad)} of {len(manifest.bad) + good} lines of {manifest.path}")
-    counts = ", ".join(f"{task} {len(lines)}" for task, lines in source.tasks.items())
+            machine.say(f"left out {len(manifest.bad)} of {len(manifest.bad) + manifest.usable.sum()} lines of {manifest.path}")
+    counts = ", ".join(f"{task} {len(lines)}" for task, lines in source.lines().items())
     held = f"{source.held.sum()} more are held out" if source.held.any() else "too few pictures to hold any out"
     machine.say(f"data: {counts} lines of {run.data}; {held} for validation")
 
 
 def check_tasks(run, source):
     """Raise ValueError naming the tasks of a stage for which the data has no lines."""
-    for stage in STAGES[1:] if run.stage == "all" else {run.stage} - {"tokenizer"}:
-        mix = getattr(run, stage).mix
-        lacking = [task for task, share in parse_mix(stage, mix).items() if share and task not in source.tasks]
+    for stage in STAGES[1:] if run.stage == "all" or run.bench else {run.stage} - {"tokenizer"}:
+        mix, there = getattr(run, stage).mix, source.lines()
+        lacking = [task for task, share in parse_mix(stage, mix).items() if share and task not in there]
         if lacking:
-            raise ValueError(f"--{stage}.mix={mix}: {run.data} has nothing for {', '.join(lacking)}; it has {', '.join(source.tasks)}, "
-                             f"so give for example --{stage}.mix={','.join(f'{task}:1' for task in source.tasks)}")
+            raise ValueError(f"--{stage}.mix={mix}: {run.data} has nothing for {', '.join(lacking)}; it has {', '.join(there)}, "
+                             f"so give for example --{stage}.mix={','.join(f'{task}:1' for task in there)}")
 
 
 def check_vocabulary(text_tokenizer, run):
@@ -819,22 +808,18 @@ class Log:
         if machine.main:
             done = [json.dumps(line) + "\n" for line in read_log(folder / "log.jsonl") if line["step"] <= start] if start else []
             mentor.write_atomically(folder / "log.jsonl", lambda file: file.write_text("".join(done)))
-            self.bar = tqdm(total=self.config.steps, initial=start, desc=name.ljust(9), dynamic_ncols=True, smoothing=0.05)
+        self.bar = tqdm(total=self.config.steps, initial=start, desc=name.ljust(9), dynamic_ncols=True, smoothing=0.05,
+                        disable=not machine.main)
 
     def add(self, values):
         """Record values, each a number or a scalar tensor."""
         for key, value in values.items():
             self.values.setdefault(key, []).append(value)
 
-    def pause(self, seconds):
-        """Leave seconds without training out of samples/s."""
-        self.started += seconds
-
     def step(self, step, loss, grad_norm, lr, tasks, due=False):
         """Count a step; write a line at intervals and if `due`. Raises ValueError when the loss or gradient is not finite."""
         self.recent.append((step, torch.stack([loss.float(), grad_norm.float()]), lr, tasks))
-        if self.machine.main:
-            self.bar.update()
+        self.bar.update()
         due = due or (step + 1) % self.every == 0
         if due or self.machine.device.type == "cpu":
             self.check()
@@ -880,11 +865,6 @@ class Log:
                 words += f", {self.flops * rate / self.machine.world_size / peak / 1e12:.0%} of the peak"
             words += f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
         return words
-
-    def close(self):
-        """Finish the bar."""
-        if self.machine.main:
-            self.bar.close()
 
 
 class StopSignals:
@@ -998,9 +978,13 @@ def train_stage(name, run, machine, source, text_tokenizer):
                 optimizer.zero_grad()
             log.add(stage.after_step(step))
 
+            paused = time.perf_counter()                                                 # scoring does not count in samples/s
             if run.score_every and name in STAGES[2:] and (step + 1) % run.score_every == 0 and machine.main:
                 log.add(score_now(stage, run, source, text_tokenizer, machine))
-            validation_loss = held_out_loss(stage, validation, collate, micro, machine, log) if due else None
+            validation_loss = held_out_loss(stage, validation, collate, micro, machine) if due else None
+            if validation_loss is not None:
+                log.add({"validation": validation_loss})
+            log.started += time.perf_counter() - paused
             log.step(step, loss, grad_norm, config.lr * lr_factor, tasks, due)
             if validation_loss is not None and machine.main:
                 # before the checkpoint: if the run is killed in between, this step is done again
@@ -1011,7 +995,7 @@ def train_stage(name, run, machine, source, text_tokenizer):
                 save_state(folder, name, stage, saved, step + 1, run.keep, machine)
             if stop:
                 break
-    log.close()
+    log.bar.close()
     if last:
         save_weights(folder, name, stage, machine)
     if stop:
@@ -1058,10 +1042,10 @@ VALIDATION = 128  # most samples
 
 
 @torch.no_grad()
-def held_out_loss(stage, dataset, collate, micro, machine, log):
+def held_out_loss(stage, dataset, collate, micro, machine):
     """Mean loss of the first VALIDATION samples of a held-out dataset, None if it is empty; the processes share the samples.
     Nothing here is random or changes the stage."""
-    began, count = time.perf_counter(), min(VALIDATION, dataset.count)
+    count = min(VALIDATION, dataset.count)
     if not count:
         return None
     stage.eval()
@@ -1071,10 +1055,7 @@ def held_out_loss(stage, dataset, collate, micro, machine, log):
         with machine.autocast():
             total += stage.validation_loss(batch) * len(batch)
     stage.train()
-    loss = float(machine.sum(total)) / count
-    log.add({"validation": loss})
-    log.pause(time.perf_counter() - began)
-    return loss
+    return float(machine.average(total)) * machine.world_size / count
 
 
 def score_now(stage, run, world, text_tokenizer, machine):
@@ -1089,14 +1070,12 @@ def score_now(stage, run, world, text_tokenizer, machine):
 
 def describe_stage(name, stage, config, machine, micro, accumulate, start):
     """Print what will be trained, on how much, and what the first loss should be."""
-    parts, trained = {"vqgan": stage.model}, {id(p) for _, p in stage.trained()}
+    parts, counts = {"vqgan": stage.model}, []
     if name != "tokenizer":
-        encoder = stage.model.encoder
-        parts = {"vision": encoder.vision, "connector": encoder.connector, "text": encoder.text,
-                 "projector": stage.model.projector, "decoder": stage.model.decoder, "vqgan": stage.vqgan[0]}
-    counts = []
+        parts = {**dict(stage.model.encoder.named_children()), "projector": stage.model.projector, "decoder": stage.model.decoder,
+                 "vqgan": stage.vqgan[0]}
     for part, module in parts.items():
-        total, learning = (sum(p.numel() for p in module.parameters() if every or id(p) in trained) for every in (True, False))
+        total, learning = (sum(p.numel() for p in module.parameters() if p.requires_grad or every) for every in (True, False))
         state = " frozen" if not learning else "" if learning == total else f" ({learning / 1e6:.2f}M trained)"
         counts.append(f"{part} {total / 1e6:.2f}M{state}")
     machine.say(f"{name}: {', '.join(counts)}")
@@ -1393,7 +1372,7 @@ def check_record(folder, record):
         return
     old = mentor.read_json(file)
     for key in sorted(record.keys() | old.keys()) if "imported from" not in old else ():
-        if record.get(key) != old.get(key) and (key in old or key not in CHANGED):  # older runs did not record these
+        if record.get(key) != old.get(key):
             raise ValueError(f"{folder} was trained with {key}={old.get(key)}, this run has {record.get(key)}{CHANGED.get(key, '')}; "
                              f"choose another --out, or delete {folder}")
 
@@ -1456,10 +1435,7 @@ def import_released(run, machine):
     check_vocabulary(text_tokenizer, run)
     with torch.device("meta"):
         model, vqgan = Mentor(run.model), VQGAN(run.vqgan)
-
-    def say(words):
-        machine.say(f"import: {words}")
-
+    say = partial(machine.say, "import:")
     codes = mentor.released_tensors("vq", released.vq, say)
     mentor.check_fit(vqgan.state_dict(), codes)
     sources = {s: getattr(released, s) for s in ("clip", "t5", "connector", "generator", "mentor") if getattr(released, s)}
@@ -1610,22 +1586,16 @@ class Rehearsal:
         return peak.most
 
 
-class MemoryPlan:
-    """Bytes that a GPU needs for a stage with prompts all as long as this one, (tokens, images). `fixed`, {what: bytes}, is the
-    same for every micro-batch: weights, gradients and AdamW's two moments are float32, and several processes also copy gradients
-    into buckets to send them."""
-
-    def __init__(self, rehearsal, machine, prompt):
-        learning = sum(p.numel() for _, p in rehearsal.stage.trained())
-        every = sum(p.numel() for module in (rehearsal.stage, *getattr(rehearsal.stage, "vqgan", ())) for p in module.parameters())
-        gradients = (4 if machine.world_size == 1 else 8) * learning
-        self.fixed = {"weights": 4 * every, "gradients": gradients, "optimizer": 8 * learning}
-        self.probed = [rehearsal.memory(micro, *prompt) for micro in PROBES]
-
-    def activations(self, micro):
-        """Bytes of a pass with that micro-batch."""
-        slope = (self.probed[-1] - self.probed[-2]) / (PROBES[-1] - PROBES[-2])
-        return float(np.interp(micro, PROBES, self.probed)) + slope * max(0, micro - PROBES[-1])
+def memory_plan(rehearsal, machine, prompt):
+    """Bytes that a GPU needs for a stage with prompts all as long as this one, (tokens, images): {what: bytes} the same for every
+    micro-batch, and a function from a micro-batch to the bytes of its pass. Weights, gradients and AdamW's two moments are
+    float32, and several processes also copy gradients into buckets to send them."""
+    learning = sum(p.numel() for _, p in rehearsal.stage.trained())
+    every = sum(p.numel() for module in (rehearsal.stage, *getattr(rehearsal.stage, "vqgan", ())) for p in module.parameters())
+    fixed = {"weights": 4 * every, "gradients": (4 if machine.world_size == 1 else 8) * learning, "optimizer": 8 * learning}
+    probed = [rehearsal.memory(micro, *prompt) for micro in PROBES]
+    slope = (probed[-1] - probed[-2]) / (PROBES[-1] - PROBES[-2])
+    return fixed, lambda micro: float(np.interp(micro, PROBES, probed)) + slope * max(0, micro - PROBES[-1])
 
 
 def first_prompts(name, run, source, text_tokenizer, count=64):
@@ -1658,15 +1628,15 @@ def plan_stage(name, run, machine, dtype, prompts):
     for recompute in (False,) if name == "tokenizer" else (False, True):
         if recompute:
             recompute_activations(rehearsal.stage.model)
-        plan = MemoryPlan(rehearsal, machine, max(prompts))
+        fixed, activations = memory_plan(rehearsal, machine, max(prompts))
         if recompute == run.checkpoint or name == "tokenizer":
-            amounts = {**plan.fixed, f"activations of {micro}": plan.activations(micro)}
+            amounts = {**fixed, f"activations of {micro}": activations(micro)}
             parts = " + ".join(f"{size / 2**30:.1f} {what}" for what, size in amounts.items())
             machine.say(f"{name}: memory per GPU, micro-batch {micro}: {sum(amounts.values()) / 2**30:.1f} GiB = {parts}")
         fits = []
         for card in CARDS:
-            room = card * 2**30 * (1 - SPARE) - sum(plan.fixed.values())
-            largest = max((m for m in range(least, share + 1, least) if share % m == 0 and plan.activations(m) <= room), default=0)
+            room = card * 2**30 * (1 - SPARE) - sum(fixed.values())
+            largest = max((m for m in range(least, share + 1, least) if share % m == 0 and activations(m) <= room), default=0)
             fits.append(f"{largest} in {card} GiB" if largest else f"none fits {card} GiB")
         machine.say(f"{name}: largest micro_batch{' with --checkpoint=true' * recompute}: {', '.join(fits)}")
 
@@ -1845,33 +1815,6 @@ def table_of_rows(rows):
     return sample.table(["row", "samples", "seeds", *labels, *(f"the paper's {label}" for label in labels), "segm. IoU"], cells)
 
 
-def control_text(one, full, rebuilt):
-    """Claim 4: repeated drawings, and reconstruction after each stage."""
-    errors = [*(row["reconstruction_l2"] for row in (one, full, rebuilt)), full["tokenizer_l2"]]
-    header = ["after stage 1", "after stage 2", "after reconstruction tuning", "the tokenizer alone"]
-    twice = "yes" if full["repeats"] == 1 else "no"
-    return (f"**4. Deterministic control.** The same prompt and seed drew the same picture twice: {twice}. "
-            "Reconstruction L2 (the paper: 0.1008 on COCO after tuning):\n\n" + sample.table(header, [errors]))
-
-
-def balance_text(balance):
-    """Claim 5: the full run without a modality, and at other guidance."""
-    cells = [[name, row["loss"], *marks(row)] for name, row in balance.items()]
-    return (f"**5. Balance.** The full run on {sample.FEWER_PROMPTS} prompts; the loss is that of the true picture's codes.\n\n"
-            + sample.table(["full run", "loss", *sample.MEASURES.values()], cells))
-
-
-def versatility_text(one, full, tuned):
-    """Claim 6: segmentation, and rules learnt in context."""
-    outcomes = len(rules("shapes") + rules("shapes", True)) + 1
-    cells = [[when, *(row[kind][part] for kind in ("known_rules", "new_rules") for part in ("whole", "parts"))]
-             for when, row in (("before", full), ("after", tuned))]
-    return (f"**6. Versatile without new parts.** Segmentation straight after stage 1: IoU {one['segmentation_iou']:.3f}; of two subjects, "
-            f"{one['named_iou']:.3f} with the one that is named and {one['other_iou']:.3f} with the other. In context, from two examples, "
-            f"the rule (paint, move, cut out) whose outcome is nearest of all {outcomes}:\n\n"
-            + sample.table(["tuned in context", "known rules", "their parts", "new combinations", "their parts"], cells))
-
-
 def efficiency_text(curve):
     """Claim 7: samples until the scores come near the last ones; curve: [samples, CP, PF, CP*PF] in order."""
     if not curve:
@@ -1885,6 +1828,11 @@ def claims_text(result):
     """The claims in markdown: the table of runs, then the numbers for each claim."""
     rows = result["rows"]
     full, one, multi, query = (rows[name] for name in ("full", "stage 1 alone", "with multi-image", "query connector"))
+    rebuilt, tuned = rows["reconstruction tuning"], rows["in-context tuning"]
+    errors = [*(row["reconstruction_l2"] for row in (one, full, rebuilt)), full["tokenizer_l2"]]
+    balance = [[case, row["loss"], *marks(row)] for case, row in result["balance"].items()]
+    learnt = [[when, *(row[kind][part] for kind in ("known_rules", "new_rules") for part in ("whole", "parts"))]
+              for when, row in (("before", full), ("after", tuned))]
     return "\n\n".join([
         f"± is one standard error over {sample.PROMPTS} prompts and the row's seeds.",
         table_of_rows(rows),
@@ -1896,9 +1844,15 @@ def claims_text(result):
         "**3. Multi-image training.** Two subjects from two images: CP {cp:.3f}, PF {pf:.3f} with it, ".format(**multi["two subjects"])
         + "{cp:.3f} and {pf:.3f} without.".format(**full["two subjects"]),
         against_full("with multi-image", rows),
-        control_text(one, full, rows["reconstruction tuning"]),
-        balance_text(result["balance"]),
-        versatility_text(one, full, rows["in-context tuning"]),
+        "**4. Deterministic control.** The same prompt and seed drew the same picture twice: " + ("yes" if full["repeats"] == 1 else "no")
+        + ". Reconstruction L2 (the paper: 0.1008 on COCO after tuning):",
+        sample.table(["after stage 1", "after stage 2", "after reconstruction tuning", "the tokenizer alone"], [errors]),
+        f"**5. Balance.** The full run on {sample.FEWER_PROMPTS} prompts; the loss is that of the true picture's codes.",
+        sample.table(["full run", "loss", *sample.MEASURES.values()], balance),
+        f"**6. Versatile without new parts.** Segmentation straight after stage 1: IoU {one['segmentation_iou']:.3f}; of two subjects, "
+        f"{one['named_iou']:.3f} with the one that is named and {one['other_iou']:.3f} with the other. In context, from two examples, "
+        f"the rule (paint, move, cut out) whose outcome is nearest of all {len(rules('shapes') + rules('shapes', True)) + 1}:",
+        sample.table(["tuned in context", "known rules", "their parts", "new combinations", "their parts"], learnt),
         efficiency_text(result["efficiency"])]) + "\n"
 
 

@@ -3,7 +3,6 @@
 import re
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -97,8 +96,8 @@ def test_memory_is_what_a_gpu_takes(make_batch):
     for _ in range(2):
         step(stage, batch)
         optimizers[0].step()
-    plan = train.MemoryPlan(train.Rehearsal("instruct", run, torch.bfloat16), machine, (batch.text_ids.shape[1], 1))
-    assert abs((sum(plan.fixed.values()) + plan.activations(8)) / torch.cuda.max_memory_allocated() - 1) < 0.15
+    fixed, activations = train.memory_plan(train.Rehearsal("instruct", run, torch.bfloat16), machine, (batch.text_ids.shape[1], 1))
+    assert abs((sum(fixed.values()) + activations(8)) / torch.cuda.max_memory_allocated() - 1) < 0.15
 
 
 def test_cards_are_found_by_what_the_driver_calls_them():
@@ -133,7 +132,7 @@ def test_a_run_that_could_start_is_planned_and_nothing_is_written(trained, tmp_p
 
 def test_hours_are_said_for_the_run_too(monkeypatch, capsys):
     monkeypatch.setattr(train.Rehearsal, "flops", lambda self, prompts: 1e15)
-    monkeypatch.setattr(train, "MemoryPlan", lambda *arguments: SimpleNamespace(fixed={}, activations=lambda micro: 0))
+    monkeypatch.setattr(train, "memory_plan", lambda *arguments: ({}, lambda micro: 0))
     run = train.parse(["tiny", *SHORT])[1]
     for count, said in ((1, r"TFLOPS: (\S+) h on one, (\S+) h on 8\n"), (4, r"TFLOPS: (\S+) h on one, (\S+) h on 4, (\S+) h on 8\n")):
         train.plan_stage("align", run, train.Machine(0, count, torch.device("cpu"), torch.float32), torch.float32, [(20, 1)])
@@ -180,4 +179,4 @@ def test_training_prints_its_speed(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
     log.machine = train.Machine(0, 2, torch.device("cuda:0"), torch.bfloat16)
     assert log.speed({}, 104.0) == ", 6656 codes/s, 50% of the peak, 3.0 GiB"
-    log.close()
+    log.bar.close()

@@ -147,9 +147,9 @@ def test_validation_is_on_held_out_subjects_and_leaves_no_trace(world, text_toke
         samples = [first[i] for i in range(20)]
         assert all(world.held_out(placed.subject) for s in samples for placed in s.scene.subjects) and not any(s.drop for s in samples)
         assert all((s.target == again[i].target).all() and s.prompt == again[i].prompt for i, s in enumerate(samples))
-        collate, log = train.Collate(text_tokenizer, 32, run.model.image_tokens, run.model.context, 32), SimpleNamespace(add=lambda values: None, pause=lambda seconds: None)
+        collate = train.Collate(text_tokenizer, 32, run.model.image_tokens, run.model.context, 32)
         state, before = torch.get_rng_state(), {k: v.clone() for k, v in stage.state_dict().items()}
-        losses = [train.held_out_loss(stage.train(), first, collate, micro, CPU, log) for micro in (1, 3, 8)]
+        losses = [train.held_out_loss(stage.train(), first, collate, micro, CPU) for micro in (1, 3, 8)]
         assert stage.training and max(losses) - min(losses) < 1e-5 and torch.equal(state, torch.get_rng_state()) and equal(before, stage.state_dict())
         assert name != "tokenizer" or not stage.usage.counts.any()
     line = train.read_log(trained / "align" / "log.jsonl")[-1]
