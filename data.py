@@ -37,9 +37,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------------------
+# --- Pictures ----------------------------------------------------------------------------------------------------
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -106,9 +104,7 @@ def contact_sheet(rows, pad=2, scale=1):
     return sheet.repeat(scale, 0).repeat(scale, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The text tokenizer
-# ---------------------------------------------------------------------------------------------------------------
+# --- The text tokenizer ------------------------------------------------------------------------------------------
 
 HALF = re.compile("[\ud800-\udfff]")  # a lone surrogate, which SentencePiece cannot read
 
@@ -181,9 +177,7 @@ class TextTokenizer:
             raise ValueError(f"{path}: not a SentencePiece model ({str(error).splitlines()[0]})") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The built-in worlds
-# ---------------------------------------------------------------------------------------------------------------
+# --- The built-in worlds -----------------------------------------------------------------------------------------
 
 COLORS = {"red": (215, 35, 40), "orange": (245, 140, 25), "yellow": (250, 220, 45), "green": (35, 150, 65),
           "cyan": (45, 190, 215), "blue": (35, 65, 200), "purple": (130, 45, 165), "pink": (245, 140, 190)}
@@ -253,7 +247,7 @@ class World:
 
     def center(self, place, size):
         """Pixel centre (x, y) of a place: 8, 16, 24 of 32 for small subjects and 12, 16, 20 for big ones."""
-        middle, step = self.image_size // 2, self.image_size // 32 * (8, 4)[size]
+        middle, step = self.image_size // 2, self.image_size * (8, 4)[size] // 32
         return middle + (place % 3 - 1) * step, middle + (place // 3 - 1) * step
 
     @functools.lru_cache(maxsize=None)
@@ -472,9 +466,7 @@ class Emoji(World):
 
 WORLDS = {"shapes": Shapes, "emoji": Emoji}
 
-# ---------------------------------------------------------------------------------------------------------------
-# The tasks (MENTOR section 3.2): each turns random scenes into a prompt, reference images and a target
-# ---------------------------------------------------------------------------------------------------------------
+# --- The tasks (MENTOR section 3.2): each turns random scenes into a prompt, reference images and a target -------
 
 
 @dataclass
@@ -636,9 +628,7 @@ def in_context(world, rng, held_out=False, new_rule=False):
 
 TASKS = {f.__name__: f for f in (text_to_image, reconstruction, segmentation, recovery, subject_driven, multi_image, in_context)}
 
-# ---------------------------------------------------------------------------------------------------------------
-# Manifests: the same tasks from picture files, one JSON line per sample
-# ---------------------------------------------------------------------------------------------------------------
+# --- Manifests: the same tasks from picture files, one JSON line per sample --------------------------------------
 
 FLAGS = {"generation_only": "text_to_image", "do_mask": "segmentation", "do_replace": "recovery"}
 HELD_OUT_EVERY, HELD_OUT_MOST = 50, 128  # one picture in 50 is held out for validation, but at most 128
@@ -689,6 +679,8 @@ def read_entry(line):
     if not labels or isinstance(record["objects"], list) != (task == "multi_image"):
         needed = "at least one label" if task == "multi_image" else "one label"
         raise ValueError(f"objects={record.get('objects')!r}: {task} needs {needed}")
+    if any("<image>" in label for label in labels):
+        raise ValueError(f"objects={record['objects']!r}: a label stands in the prompt, where <image> is a picture's place; leave it out")
     text = read_text(record, task, len(labels))
     picture, = strings(record, "source_image", task, 1)
     given = "input_img_list" if task == "multi_image" and record.get("input_img_list") else "image_path"
@@ -1043,9 +1035,7 @@ def some_background(manifest, entry, rng):
                      "give --backgrounds a manifest or folder with more")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Making manifests: of a folder of pictures, and of COCO with `python data.py coco INSTANCES CAPTIONS IMAGES_DIR OUT_DIR`
-# ---------------------------------------------------------------------------------------------------------------
+# --- Making manifests: of a folder of pictures, and of COCO with `python data.py coco INSTANCES CAPTIONS IMAGES_DIR OUT_DIR` 
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 OBJECT_SHARE = (0.05, 0.95)  # of a COCO picture; smaller objects are hard to see on the code grid
@@ -1086,6 +1076,8 @@ def manifest_of_folder(folder):
     """
     pictures, masks, lines = {}, {}, []                                  # the first two: {path without suffix: file}
     for file in sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in PICTURE_SUFFIXES and f.is_file()):
+        if file.stem.endswith(".mask") and file.suffix != ".png":
+            raise ValueError(f"{file}: a mask must be a .png file, since others do not keep its edges; convert or rename it")
         if file.name.endswith(".mask.png"):
             masks[file.with_name(file.name.removesuffix(".mask.png"))] = file
         elif (first := pictures.setdefault(file.with_suffix(""), file)) != file:
@@ -1172,9 +1164,7 @@ def manifest_of_coco(instances, captions, images, out):
     return count
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Datasets and batches
-# ---------------------------------------------------------------------------------------------------------------
+# --- Datasets and batches ----------------------------------------------------------------------------------------
 
 
 class WorldDataset(torch.utils.data.Dataset):

@@ -30,9 +30,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-# ---------------------------------------------------------------------------------------------------------------
-# Configuration: the defaults are the published model, PRESETS holds what differs
-# ---------------------------------------------------------------------------------------------------------------
+# --- Configuration: the defaults are the published model, PRESETS holds what differs -----------------------------
 
 
 LIMITS = {  # smallest and largest legal value of a number, by its name; others: whole 1 to 2**20, fractions from 0 up
@@ -217,9 +215,7 @@ PRESETS = {
     "multi": MentorConfig(context=1280),
 }
 
-# ---------------------------------------------------------------------------------------------------------------
-# Vision encoder
-# ---------------------------------------------------------------------------------------------------------------
+# --- Vision encoder ----------------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -301,9 +297,7 @@ class VisionEncoder(nn.Module):
         return self.post_norm(self.blocks[-1](features)[:, 0])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Connectors: from patch features to tokens of the text encoder
-# ---------------------------------------------------------------------------------------------------------------
+# --- Connectors: from patch features to tokens of the text encoder -----------------------------------------------
 
 
 class MLPConnector(nn.Module):
@@ -362,9 +356,7 @@ class QueryConnector(nn.Module):
         return self.out(self.norm(x[:, : self.n_query]))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Text encoder
-# ---------------------------------------------------------------------------------------------------------------
+# --- Text encoder ------------------------------------------------------------------------------------------------
 
 
 def relative_position_bucket(distance, n_bucket, max_distance):
@@ -471,9 +463,7 @@ def length_mask(lengths, size):
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Projector
-# ---------------------------------------------------------------------------------------------------------------
+# --- Projector ---------------------------------------------------------------------------------------------------
 
 
 class Projector(nn.Module):
@@ -496,9 +486,7 @@ class Projector(nn.Module):
         return self.fc2(F.gelu(self.fc1(hidden), approximate="tanh"))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Image decoder
-# ---------------------------------------------------------------------------------------------------------------
+# --- Image decoder -----------------------------------------------------------------------------------------------
 
 
 def rotary_table(grid_size, head_width, prefix_rotation="identity", base=10000.0):
@@ -656,9 +644,7 @@ def sequence_order(lengths, n_prefix, n_code):
     return torch.where(t < n, t, torch.where(t < n + n_code, code, padding))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The whole model
-# ---------------------------------------------------------------------------------------------------------------
+# --- The whole model ---------------------------------------------------------------------------------------------
 
 
 class Mentor(nn.Module):
@@ -755,9 +741,7 @@ def start_from_codebook(decoder, codebook):
         weight.copy_(std * codebook @ torch.randn(codebook.shape[1], weight.shape[1], device=codebook.device))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Files: a model is a folder with config.json and model.safetensors
-# ---------------------------------------------------------------------------------------------------------------
+# --- Files: a model is a folder with config.json and model.safetensors -------------------------------------------
 
 
 def first_line(error):
@@ -824,9 +808,7 @@ def load_folder(cls, config_class, folder, command, config=None):
     return model.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Released weights: every parameter's name in MENTOR's checkpoints
-# ---------------------------------------------------------------------------------------------------------------
+# --- Released weights: every parameter's name in MENTOR's checkpoints --------------------------------------------
 
 RELEASED_NAMES = [  # ours -> the released checkpoint's, applied in order; \1 is a block's number
     (r"^decoder\.code_embedding", "tok_embeddings"),

@@ -35,9 +35,7 @@ from data import (WORLDS, Collate, Placed, Sample, Scene, ShapeSubject, TextToke
 from mentor import KVCache, Mentor, SamplingConfig, first_line, read_json
 from tokenizer import VQGAN
 
-# ---------------------------------------------------------------------------------------------------------------
-# Choosing a code
-# ---------------------------------------------------------------------------------------------------------------
+# --- Choosing a code ---------------------------------------------------------------------------------------------
 
 
 def guide(conditional, unconditional, cfg_scale):
@@ -69,9 +67,7 @@ def choose(logits, sampling, generator):
     return (probabilities / noise).argmax(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Generation
-# ---------------------------------------------------------------------------------------------------------------
+# --- Generation --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -107,9 +103,7 @@ def continue_prefix(decoder, prefix, lengths, guided, n_code, sampling, generato
     return torch.stack(codes, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The same function, sooner: prepare a model for a device. Only rounding changes (bfloat16 on GPUs); skip at first.
-# ---------------------------------------------------------------------------------------------------------------
+# --- The same function, sooner: prepare a model for a device. Only rounding changes (bfloat16 on GPUs); skip at first. 
 
 # Prompts are padded to a multiple of this, so that a CPU splits attention's sums alike for a prompt alone and in a batch.
 PROMPT_MULTIPLE = 32
@@ -220,9 +214,7 @@ def make_ready(model, device):
     return GraphedDecoder(model) if device.type == "cuda" else model
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The judge: reads a drawing back into the scene it shows
-# ---------------------------------------------------------------------------------------------------------------
+# --- The judge: reads a drawing back into the scene it shows -----------------------------------------------------
 
 
 class ShapesJudge:
@@ -347,9 +339,7 @@ class EmojiJudge:
 
 JUDGES = {"shapes": ShapesJudge, "emoji": EmojiJudge}
 
-# ---------------------------------------------------------------------------------------------------------------
-# A trained model and everything it needs
-# ---------------------------------------------------------------------------------------------------------------
+# --- A trained model and everything it needs ---------------------------------------------------------------------
 
 
 def weights_hash(folder):
@@ -479,9 +469,7 @@ class Pipeline:
         return self.decode(self.tokenize(pictures))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Scores
-# ---------------------------------------------------------------------------------------------------------------
+# --- Scores ------------------------------------------------------------------------------------------------------
 
 PROMPTS, FEWER_PROMPTS, SCALES = 512, 128, (1.0, 2.0, 4.0, 7.5)
 MEASURES = {"cp": "CP", "pf": "PF", "cp_pf": "CP*PF"}
@@ -692,9 +680,7 @@ def show_pictures(pipeline, samples, out):
           f"the tokenizer alone {pixel_l2(pipeline.rebuild(targets), again):.4f}; look at {out}/sheet.png")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Speed (--bench): every variant beside its baseline, in turns, so that noise affects both
-# ---------------------------------------------------------------------------------------------------------------
+# --- Speed (--bench): every variant beside its baseline, in turns, so that noise affects both --------------------
 
 
 def synchronize(device):
@@ -882,9 +868,7 @@ def bench(preset, device):
     tables.pixels()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------
+# --- Command line ------------------------------------------------------------------------------------------------
 
 
 def enlarged(picture, least=256):

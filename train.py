@@ -34,6 +34,7 @@ from datetime import timedelta
 from difflib import get_close_matches
 from functools import cache, partial
 from inspect import getsource
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,9 +64,7 @@ from mentor import Mentor, MentorConfig
 from tokenizer import (VQGAN, WEIGHT_LIMIT, CodebookUsage, LPIPS, PatchDiscriminator, TokenizerConfig, adaptive_weight, collages,
                        consistency_loss, hinge_d_loss, spread_codes)
 
-# ---------------------------------------------------------------------------------------------------------------
-# Configuration
-# ---------------------------------------------------------------------------------------------------------------
+# --- Configuration -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ TINY_INSTRUCT_MIX = "text_to_image:300,segmentation:100,recovery:100,subject_dri
 class RunConfig:
     """A whole run. Nested keys are written with dots: --align.lr=0.001 --model.decoder.n_layer=6."""
 
-    out: str = ""                  # folder to write; empty: out/PRESET
+    out: str = ""                  # folder to write
     stage: str = "all"             # all, tokenizer, pretrain, align, instruct, claims (the paper's), import or export (released weights)
     world: str = "shapes"          # built-in world: shapes or emoji
     emoji_font: str = ""           # colour emoji font file; empty: the system's
@@ -199,9 +198,7 @@ TRAINED = {  # recipe -> stage -> parts of Mentor that train, as prefixes of par
                  "instruct": EVERYTHING_BUT_VISION},
 }
 
-# ---------------------------------------------------------------------------------------------------------------
-# Processes and devices
-# ---------------------------------------------------------------------------------------------------------------
+# --- Processes and devices ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -292,9 +289,7 @@ def start_machine(run):
     return machine
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The stages: what they train, on which samples, with which loss
-# ---------------------------------------------------------------------------------------------------------------
+# --- The stages: what they train, on which samples, with which loss ----------------------------------------------
 
 
 class Stage(nn.Module):
@@ -620,9 +615,7 @@ def as_vision_pixels(targets, size):
     return torch.stack([(x - float(mean)) / float(std) for x, mean, std in channels], 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Where the samples come from: a built-in world, or your own pictures
-# ---------------------------------------------------------------------------------------------------------------
+# --- Where the samples come from: a built-in world, or your own pictures -----------------------------------------
 
 
 def open_source(run, machine):
@@ -714,9 +707,7 @@ def make_dataset(name, run, mix, source, held_out=False):
     return ManifestDataset(source, mix, seed, run.vqgan.image_size, prefix_drop, held_out=held_out)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The optimizer
-# ---------------------------------------------------------------------------------------------------------------
+# --- The optimizer -----------------------------------------------------------------------------------------------
 
 
 class Muon(torch.optim.Optimizer):
@@ -785,9 +776,7 @@ def schedule(step, config, run):
     return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The loop, after its log (Log) and the signals that stop it (StopSignals)
-# ---------------------------------------------------------------------------------------------------------------
+# --- The loop, after its log (Log) and the signals that stop it (StopSignals) ------------------------------------
 
 
 def read_log(file):
@@ -903,7 +892,7 @@ def micro_batches(config, run, machine):
     loss, which has so many fewer pairs to compare, and the discriminator's, through its adaptive weight.
     """
     share, rest = divmod(config.global_batch, machine.world_size)
-    micro = run.micro_batch or share
+    micro = run.micro_batch or max(1, share)
     if rest or share % micro:
         times = config.global_batch / machine.world_size / micro
         raise ValueError(f"global_batch={config.global_batch} is not processes x micro_batch x a whole number: "
@@ -1086,9 +1075,7 @@ def describe_stage(name, stage, config, machine, micro, accumulate, start):
         machine.say(f"{name}: guessing codes costs ln({codes}) = {math.log(codes):.2f}; contrastive and fill-in losses are added to that")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------------
+# --- Checkpoints -------------------------------------------------------------------------------------------------
 
 
 def checkpoints(folder):
@@ -1209,9 +1196,7 @@ def save_weights(folder, name, stage, machine):
     machine.barrier()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------
+# --- Command line ------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -1276,20 +1261,24 @@ def parse(arguments):
 LIMITS = {  # of this file's numbers, as mentor.LIMITS
     "steps": (1, 2**30), "seed": (0, 2**32), "micro_batch": (0, 2**20), "workers": (0, 1024), "save_every": (1, 2**30),
     "score_every": (0, 2**30), "restart_every": (1, 2**30),
-    "final_lr": (0, 1), "disc_start": (0, 1), "warmup": (0, 1), "prefix_drop": (0, 1)}
+    "final_lr": (0, 1), "disc_start": (0, 1), "codebook_start": (0, 1), "warmup": (0, 1), "prefix_drop": (0, 1)}
 CHOICES = {"stage": ("all", *STAGES, "claims", "import", "export"), "world": tuple(WORLDS), "recipe": tuple(TRAINED),
-           "dtype": ("auto", "bfloat16", "float32"), "compile": ("auto", "true", "false")}
+           "dtype": ("auto", "bfloat16", "float32"), "compile": ("auto", "true", "false"), "released.into": STAGES[1:]}
 
 
 def validate(run):
     """Return the run if its keys are legal, each and together. Raises ValueError naming those that are not."""
     mentor.check_fields(run, "--", {**mentor.LIMITS, **LIMITS})
     for key, legal in CHOICES.items():
-        if getattr(run, key) not in legal:
-            raise ValueError(f"--{key}={getattr(run, key)}: must be one of {', '.join(legal)}"
-                             + "; T5 overflows in float16" * (getattr(run, key) == "float16"))
+        value = attrgetter(key)(run)
+        if value not in legal:
+            raise ValueError(f"--{key}={value}: must be one of {', '.join(legal)}" + "; T5 overflows in float16" * (value == "float16"))
     for stage in STAGES[1:]:
         parse_mix(stage, getattr(run, stage).mix)
+    if not run.out:
+        raise ValueError("--out=: name the folder to write, or leave out the key")
+    if run.backgrounds and not run.data:
+        raise ValueError(f"--backgrounds={run.backgrounds}: a built-in world draws its own; use it with --data")
     if run.cache_codes and not run.data:
         raise ValueError("--cache_codes=true: a built-in world never draws a sample twice, so there is nothing to keep; use it with --data")
     if run.data and run.score_every:
@@ -1340,9 +1329,7 @@ Keys, with the defaults of {preset} (`python train.py PRESET --help` shows those
         print(f"  --{key}={text}".ljust(44), meaning)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Before a run starts: check that everything it needs is there, fits and belongs to it. Nothing is written before that.
-# ---------------------------------------------------------------------------------------------------------------
+# --- Before a run starts: check that everything it needs is there, fits and belongs to it. Nothing is written before that. 
 
 NOT_OF_THE_RESULT = (  # keys that may change between runs in one folder
     "out", "stage", "device", "dtype", "workers", "save_every", "score_every", "claims_seeds", "keep", "micro_batch", "train_scale",
@@ -1418,9 +1405,7 @@ def start_problems(name, run, machine, source, text_tokenizer):
     return problems
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Released weights
-# ---------------------------------------------------------------------------------------------------------------
+# --- Released weights --------------------------------------------------------------------------------------------
 
 
 def import_released(run, machine):
@@ -1486,9 +1471,7 @@ def export_released(run, machine):
     machine.say(f"export: wrote {' and '.join(targets)}")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What a stage will cost (--dry_run=true): run its own code on tensors that have shapes but no memory
-# ---------------------------------------------------------------------------------------------------------------
+# --- What a stage will cost (--dry_run=true): run its own code on tensors that have shapes but no memory ---------
 
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "L4": 121, "4090": 165}           # dense bfloat16, without sparsity
 UTILISATION = 0.4                  # of a card's peak
@@ -1655,9 +1638,7 @@ def dry_run(run, machine, source, text_tokenizer, stages, problems):
     machine.say("everything needed is there")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The paper's claims (--stage=claims): the same run with one thing changed at a time, and the effect on the scores
-# ---------------------------------------------------------------------------------------------------------------
+# --- The paper's claims (--stage=claims): the same run with one thing changed at a time, and the effect on the scores 
 
 
 @dataclass(frozen=True)
@@ -1856,9 +1837,7 @@ def claims_text(result):
         efficiency_text(result["efficiency"])]) + "\n"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Speed of a training step (--bench=true)
-# ---------------------------------------------------------------------------------------------------------------
+# --- Speed of a training step (--bench=true) ---------------------------------------------------------------------
 
 
 def widen(batch, width):
@@ -1939,9 +1918,7 @@ def bench(run, machine, source, text_tokenizer):
     sample.print_table(["a training step with", "samples/s", "of the matrix rate", "against", "samples/s", "ratio"], rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The report and main
-# ---------------------------------------------------------------------------------------------------------------
+# --- The report and main -----------------------------------------------------------------------------------------
 
 
 def draw_curves(out, path):
@@ -1949,7 +1926,7 @@ def draw_curves(out, path):
     the steps is cut off at the top, since it would flatten the rest."""
     logs = [(name, lines) for name in STAGES if (lines := read_log(Path(out) / name / "log.jsonl"))]
     width, height, pad = 300, 200, 36
-    canvas = Image.new("RGB", (width * len(logs), height), "white")
+    canvas = Image.new("RGB", (width * max(1, len(logs)), height), "white")              # without logs, where all was imported, empty
     pen = ImageDraw.Draw(canvas)
     for i, (name, lines) in enumerate(logs):
         left, right, top, bottom = i * width + pad, (i + 1) * width - 12, 24, height - 24
@@ -2006,7 +1983,9 @@ def main(arguments):
     run = with_values(run, {f"{s}.steps": max(1, round(getattr(run, s).steps * run.train_scale)) for s in STAGES})
     machine = start_machine(run)
     if run.stage in ("import", "export"):
-        return import_released(run, machine) if run.stage == "import" else export_released(run, machine)
+        if machine.main:  # the work of one process
+            import_released(run, machine) if run.stage == "import" else export_released(run, machine)
+        return
     source, text_tokenizer = open_source(run, machine)
     check_text_tokenizer(text_tokenizer, run, source, machine)
     if run.bench:

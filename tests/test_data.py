@@ -56,6 +56,14 @@ def test_a_scene_pixel_by_pixel(world):
     assert world.caption(scene) == "A big red star with an orange half at the center on an orange striped background"
 
 
+@pytest.mark.parametrize("size", [16, 48, 64])
+def test_subjects_that_are_apart_never_touch(size):
+    world = data.Shapes(size)
+    for a, b in ((a, b) for a in range(9) for b in range(9) if data.apart(a, b)):
+        masks = [world.shape_mask(list(data.SHAPES).index("square"), at, 0) for at in (a, b)]
+        assert not (masks[0] * masks[1]).any()
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_prompts_have_a_placeholder_an_image_and_only_known_words(world, text_tokenizer, task):
     for i in range(50):

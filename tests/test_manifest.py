@@ -232,6 +232,7 @@ def test_a_mix_gives_tasks_their_shares_and_lines_their_turns(folder):
     ({**MULTI, "objects": ["box"]}, "image_path=.*multi_image needs 1 here, not 2"),
     ({**MULTI, "objects": []}, "objects=.*at least one label"),
     ({**SEGMENTATION, "objects": ["box", "bar"]}, "objects=.*segmentation needs one label"),
+    ({**SEGMENTATION, "objects": "box <image>"}, "objects='box <image>': a label stands in the prompt"),
 ])
 def test_a_wrong_line_is_named_and_may_be_left_out(folder, record, message):
     path = folder / "m.jsonl"
@@ -392,7 +393,10 @@ def test_folders_that_are_wrong_are_named(pictures):
     save(pictures / "cat.jpg", picture())
     with pytest.raises(ValueError, match="cat.png and .*cat.jpg would share one caption"):
         manifest_of_folder(pictures)
-    (pictures / "cat.jpg").unlink()
+    (pictures / "cat.jpg").rename(pictures / "cat.mask.jpg")
+    with pytest.raises(ValueError, match="cat.mask.jpg: a mask must be a .png file"):
+        manifest_of_folder(pictures)
+    (pictures / "cat.mask.jpg").unlink()
     (pictures / "dog.png").unlink()
     with pytest.raises(ValueError, match="dog.mask.png: there is no picture of that name"):
         manifest_of_folder(pictures)

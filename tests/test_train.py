@@ -262,6 +262,8 @@ def test_batches_cover_every_sample_once():
     assert micro_batches(train.StageConfig(global_batch=8), small_run("--micro_batch=2"), CPU) == (2, 4)
     with pytest.raises(ValueError, match="global_batch=8 .* 1 x 3 x 2.67"):
         micro_batches(train.StageConfig(global_batch=8), small_run("--micro_batch=3"), CPU)
+    with pytest.raises(ValueError, match="global_batch=8 is not processes x micro_batch x a whole number: 16 x 1 x 0.50"):
+        micro_batches(train.StageConfig(global_batch=8), small_run(), Machine(0, 16, torch.device("cpu"), torch.float32))
     run = small_run("--tokenizer.global_batch=6", "--micro_batch=3")
     with pytest.raises(ValueError, match="micro_batch=3: --tokenizer.consistency pairs .* even"):
         micro_batches(run.tokenizer, run, CPU)
@@ -308,6 +310,12 @@ def test_published_recipe_is_the_default_of_full():
     (["tiny", "--align.mix=segmentation"], "'segmentation' is not task:share"),
     (["tiny", "--model.decoder.codebook_size=64"], "codes of 256, but .*codebook_size=64"),
     (["tiny", "--model.decoder.n_head=5"], "decoder.width=96 is not legal"),
+    (["tiny", "--model.text.n_bucket=3"], "text.n_bucket=3 is not legal: it must be at least 4"),
+    (["tiny", "--model.text.max_distance=8"], "text.max_distance=8 is not legal: it must be more than .* = 8"),
+    (["tiny", "--released.into=tokenizer"], "--released.into=tokenizer: must be one of pretrain, align, instruct"),
+    (["tiny", "--tokenizer.codebook_start=3"], "codebook_start=3.0 is not legal: it must be a number from 0 to 1"),
+    (["tiny", "--out="], "--out=: name the folder"),
+    (["tiny", "--backgrounds=here"], "--backgrounds=here: a built-in world draws its own"),
 ])
 def test_mistakes_on_the_command_line_get_a_message(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -349,3 +357,8 @@ def test_presets_fit_together():
     for name, run in train.PRESETS.items():
         train.validate(run)
         assert run.model is mentor.PRESETS[name] and run.vqgan.image_size % run.vqgan.downsample == 0
+
+
+def test_curves_of_stages_without_logs_are_an_empty_picture(tmp_path):
+    train.draw_curves(tmp_path, tmp_path / "curves.png")  # as where all stages were imported
+    assert (tmp_path / "curves.png").is_file()
