@@ -293,9 +293,13 @@ class World:
         """The target of segmentation, the subject's pixels on black: uint8 (S, S, 3)."""
         return (self.subject_mask(placed) * self.draw_subject(placed) + 0.5).astype(np.uint8)
 
+    def attributes(self, subject):
+        """What makes a subject itself, a tuple: CP compares it, and the held-out eighth is chosen by it."""
+        return subject
+
     def held_out(self, subject):
         """Whether a subject is kept out of training."""
-        return an_eighth(subject)
+        return an_eighth(self.attributes(subject))
 
     @functools.cached_property
     def subjects(self):
@@ -312,14 +316,19 @@ class World:
             if apart(a, b):
                 return Scene(color, pattern, (Placed(subjects[0], a, 0), Placed(subjects[1], b, 0)))
 
-    def random_subjects(self, rng, count, held_out=False):
-        """Some training (or held-out) subjects with different labels, so that a label names one of them."""
+    def vary(self, subject, rng):
+        """The subject with other looks under the same label, if the world has them."""
+        return subject
+
+    def random_subjects(self, rng, count, held_out=False, varied=True):
+        """Some training (or held-out) subjects with different labels, so that a label names one of them. Training subjects are
+        varied, so that the label does not tell their looks, unless there is only text to tell them."""
         subjects = [rng.choice(self.subjects[held_out])]
         while len(subjects) < count:
             other = rng.choice(self.subjects[held_out])
             if self.label(other) not in map(self.label, subjects):
                 subjects.append(other)
-        return subjects
+        return [self.vary(s, rng) for s in subjects] if varied and not held_out else subjects
 
     def caption(self, scene, looks=True):
         """The sentence for a scene. With looks=False it leaves the subjects' colours and patterns to a reference image."""
@@ -388,7 +397,8 @@ class Shapes(World):
 
 EMOJI_FONTS = ("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf", "/System/Library/Fonts/Apple Color Emoji.ttc",
                "C:/Windows/Fonts/seguiemj.ttf")
-EmojiSubject = namedtuple("EmojiSubject", "character")
+CHANNELS = tuple(itertools.permutations(range(3)))
+EmojiSubject = namedtuple("EmojiSubject", "character channels flipped", defaults=(CHANNELS[0], False))
 
 
 class Emoji(World):
@@ -445,6 +455,14 @@ class Emoji(World):
 
     describe = label  # there is no more to say
 
+    def attributes(self, subject):
+        """The character, in whatever colours."""
+        return subject[:1]
+
+    def vary(self, subject, rng):
+        """Swap the colour channels and perhaps the sides: 12 looks for each drawing, or a model learns the drawings by heart."""
+        return subject._replace(channels=rng.choice(CHANNELS), flipped=rng.random() < 0.5)
+
     @functools.lru_cache(maxsize=1000)  # of 64 pixels a side: 66 MB in every data process
     def sprite(self, placed):
         """RGBA of a placed emoji, float32 (S, S, 4) in [0, 255], colours premultiplied by coverage."""
@@ -453,8 +471,9 @@ class Emoji(World):
         scale = width / max(glyph.size)
         glyph = glyph.resize((max(1, round(glyph.width * scale)), max(1, round(glyph.height * scale))), Image.LANCZOS)
         x, y = self.center(placed.place, placed.size)
+        glyph = ImageOps.mirror(glyph) if placed.subject.flipped else glyph
         canvas.paste(glyph, (x - glyph.width // 2, y - glyph.height // 2))
-        return np.asarray(canvas, np.float32)
+        return np.asarray(canvas, np.float32)[..., [*placed.subject.channels, 3]]
 
     def subject_mask(self, placed):
         return self.sprite(placed)[..., 3:] / 255
@@ -487,14 +506,14 @@ class Sample:
 TWO_SUBJECTS = 0.1  # share of scenes with two subjects, in tasks that allow them
 
 
-def some_scene(world, rng, held_out):
+def some_scene(world, rng, held_out, varied=True):
     """A scene of one or two subjects."""
-    return world.random_scene(rng, world.random_subjects(rng, 2 if rng.random() < TWO_SUBJECTS else 1, held_out))
+    return world.random_scene(rng, world.random_subjects(rng, 2 if rng.random() < TWO_SUBJECTS else 1, held_out, varied))
 
 
 def text_to_image(world, rng, held_out=False):
     """`{caption}` -> the image."""
-    scene = some_scene(world, rng, held_out)
+    scene = some_scene(world, rng, held_out, varied=False)
     return Sample("text_to_image", world.caption(scene), [], [], world.draw(scene), scene)
 
 

@@ -228,6 +228,7 @@ class ShapesJudge:
     SHORTLIST = 12
 
     def __init__(self, world):
+        self.attributes = world.attributes
         self.geometries = list(itertools.product(*(range(len(names)) for names in (data.SHAPES, data.PLACES, data.SIZES))))
         coverage = np.stack([world.shape_mask(*g).ravel() for g in self.geometries])                       # (G, P)
         second = np.stack([[world.pattern_mask(p, *world.center(place, size), False).ravel() for p in range(len(data.PATTERNS))]
@@ -286,9 +287,9 @@ class ShapesJudge:
         return best.values.item(), Scene(color, ground_pattern, (Placed(ShapeSubject(shape, a, b, pattern), place, size),))
 
 
-def concept_preservation(seen, meant):
-    """Share of the subjects' attributes (shape, colours, pattern) that match the references, in [0, 1]."""
-    pairs = [pair for a, b in zip(seen.subjects, meant.subjects) for pair in zip(a.subject, b.subject)]
+def concept_preservation(seen, meant, attributes=tuple):
+    """Share of the subjects' attributes (a World's; by default all: shape, colours, pattern) that match the references, in [0, 1]."""
+    pairs = [pair for a, b in zip(seen.subjects, meant.subjects) for pair in zip(attributes(a.subject), attributes(b.subject))]
     return sum(x == y for x, y in pairs) / len(pairs)
 
 
@@ -307,6 +308,7 @@ class EmojiJudge:
     """Analysis by synthesis for emoji: the background that fits most pixels, then the nearest of all emoji at all places."""
 
     def __init__(self, world):
+        self.attributes = world.attributes
         self.grounds = np.stack([world.background(c, p) for c in range(len(data.COLORS)) for p in range(len(data.PATTERNS))]) / 255
         self.subjects = world.all_subjects()
         self.candidates = []  # for every place and size: (place, size, window, and per emoji its colours and transparency)
@@ -489,7 +491,7 @@ def judge_pictures(judge, pictures, samples):
         meant = sample.scene
         seen = judge.read(picture) if len(meant.subjects) == 1 else judge.read_two(picture)
         orders = (seen, seen._replace(subjects=seen.subjects[::-1]))
-        marks.append(max(((concept_preservation(s, meant), prompt_following(s, meant)) for s in orders), key=sum))
+        marks.append(max(((concept_preservation(s, meant, judge.attributes), prompt_following(s, meant)) for s in orders), key=sum))
     each = np.array(marks)
     cp, pf = each.mean(0).tolist()
     errors = (each @ [[1, 0, pf], [0, 1, cp]]).std(0) / len(each) ** 0.5  # a product's error is that of pf * cp_i + cp * pf_i

@@ -243,9 +243,9 @@ def test_standard_errors_are_those_of_a_bootstrap():
     generator = np.random.default_rng(0)
     marks = np.stack([generator.integers(0, 5, 200) / 4, generator.integers(2, 5, 200) / 4], 1)
     meant = [Sample("", "", [], [], None, Scene(*(0, 0), (placed(0, 0, 0),))) for _ in marks]
-    judge = SimpleNamespace(read=iter([Scene(*(i, i), (s,)) for i, s in enumerate([placed(0, 0, 0)] * 200)]).__next__)
+    judge = SimpleNamespace(attributes=tuple, read=iter([Scene(*(i, i), (s,)) for i, s in enumerate([placed(0, 0, 0)] * 200)]).__next__)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "concept_preservation", lambda seen, meant: marks[seen.color, 0])
+        patch.setattr(sample, "concept_preservation", lambda seen, meant, attributes: marks[seen.color, 0])
         patch.setattr(sample, "prompt_following", lambda seen, meant: marks[seen.color, 1])
         judge.read = lambda picture: Scene(picture, 0, (placed(0, 0, 0),))
         scores = sample.judge_pictures(judge, range(200), meant)

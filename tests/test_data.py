@@ -8,7 +8,7 @@ from PIL import Image
 
 import data
 from data import COLORS, PATTERNS, PLACES, TASKS, Collate, Emoji, Placed, Scene, ShapeSubject, TextTokenizer, WorldDataset, load_image
-from sample import EmojiJudge
+from sample import EmojiJudge, concept_preservation
 
 RED_STAR_BLUE_STRIPES = ShapeSubject(list(data.SHAPES).index("star"), list(COLORS).index("red"), list(COLORS).index("blue"), PATTERNS.index("striped"))
 
@@ -252,6 +252,21 @@ def test_the_judge_reads_true_renders_of_emoji():
     scenes = [world.random_scene(chance, world.random_subjects(chance, 1, held_out=True)) for _ in range(60)]
     assert [judge.read(world.draw(scene)) for scene in scenes] == scenes
     assert world.sprite.cache_info().maxsize * 64 * 64 * 16 < 2**27  # bytes of a data process that draws 64 pixels a side
+
+
+def test_emoji_have_other_looks_only_where_a_training_reference_shows_them():
+    world, plain = emoji_or_skip(32), data.EmojiSubject("x")[1:]
+    for task in data.TASKS:
+        looks = {held: {p.subject[1:] for i in range(40) for p in data.TASKS[task](world, rng(i), held).scene.subjects} for held in (False, True)}
+        assert looks[True] == {plain} and (looks[False] == {plain} if task == "text_to_image" else len(looks[False]) > 6)
+    subject = world.all_subjects()[100]
+    swapped = world.cut_out(place(subject._replace(channels=(1, 2, 0))))
+    assert (swapped == world.cut_out(place(subject))[..., [1, 2, 0]]).all()
+    mirrored = np.abs(world.cut_out(place(subject._replace(flipped=True)))[:, ::-1].astype(int) - world.cut_out(place(subject)))
+    assert mirrored.mean() < 0.5 * np.abs(swapped[:, ::-1].astype(int) - swapped).mean()  # to a pixel
+    assert world.held_out(subject) == world.held_out(world.vary(subject, rng()))
+    scenes = [Scene(0, 0, (place(s),)) for s in (subject, subject._replace(channels=(2, 1, 0)), world.all_subjects()[101])]
+    assert [concept_preservation(s, scenes[0], world.attributes) for s in scenes] == [1, 1, 0]
 
 
 def test_emoji_world():
