@@ -316,19 +316,19 @@ class World:
             if apart(a, b):
                 return Scene(color, pattern, (Placed(subjects[0], a, 0), Placed(subjects[1], b, 0)))
 
-    def vary(self, subject, rng):
-        """The subject with other looks under the same label, if the world has them."""
+    def vary(self, subject, rng, alone):
+        """The subject with other looks, and if it is alone perhaps without its name, if the world has such."""
         return subject
 
     def random_subjects(self, rng, count, held_out=False, varied=True):
         """Some training (or held-out) subjects with different labels, so that a label names one of them. Training subjects are
-        varied, so that the label does not tell their looks, unless there is only text to tell them."""
+        varied, so that the label does not tell what they look like, unless there is only text to tell it."""
         subjects = [rng.choice(self.subjects[held_out])]
         while len(subjects) < count:
             other = rng.choice(self.subjects[held_out])
             if self.label(other) not in map(self.label, subjects):
                 subjects.append(other)
-        return [self.vary(s, rng) for s in subjects] if varied and not held_out else subjects
+        return [self.vary(s, rng, count == 1) for s in subjects] if varied and not held_out else subjects
 
     def caption(self, scene, looks=True):
         """The sentence for a scene. With looks=False it leaves the subjects' colours and patterns to a reference image."""
@@ -398,7 +398,8 @@ class Shapes(World):
 EMOJI_FONTS = ("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf", "/System/Library/Fonts/Apple Color Emoji.ttc",
                "C:/Windows/Fonts/seguiemj.ttf")
 CHANNELS = tuple(itertools.permutations(range(3)))
-EmojiSubject = namedtuple("EmojiSubject", "character channels flipped", defaults=(CHANNELS[0], False))
+EmojiSubject = namedtuple("EmojiSubject", "character channels flipped named", defaults=(CHANNELS[0], False, True))
+NAMED = 0.3  # share of emoji with their names, where a training reference shows one alone
 
 
 class Emoji(World):
@@ -450,8 +451,8 @@ class Emoji(World):
         return [EmojiSubject(c) for c in self.characters]
 
     def label(self, subject):
-        """The emoji's Unicode name in lower case."""
-        return self.characters[subject.character]
+        """The emoji's Unicode name in lower case, or a word for all of them."""
+        return self.characters[subject.character] if subject.named else "symbol"
 
     describe = label  # there is no more to say
 
@@ -459,9 +460,10 @@ class Emoji(World):
         """The character, in whatever colours."""
         return subject[:1]
 
-    def vary(self, subject, rng):
-        """Swap the colour channels and perhaps the sides: 12 looks for each drawing, or a model learns the drawings by heart."""
-        return subject._replace(channels=rng.choice(CHANNELS), flipped=rng.random() < 0.5)
+    def vary(self, subject, rng, alone):
+        """Swap the colour channels and perhaps the sides, 12 looks for each drawing, and mostly hide the name: or a model learns
+        the drawings by heart. Of several emoji only names tell which is which."""
+        return subject._replace(channels=rng.choice(CHANNELS), flipped=rng.random() < 0.5, named=not alone or rng.random() < NAMED)
 
     @functools.lru_cache(maxsize=1000)  # of 64 pixels a side: 66 MB in every data process
     def sprite(self, placed):

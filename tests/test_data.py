@@ -264,7 +264,11 @@ def test_emoji_have_other_looks_only_where_a_training_reference_shows_them():
     assert (swapped == world.cut_out(place(subject))[..., [1, 2, 0]]).all()
     mirrored = np.abs(world.cut_out(place(subject._replace(flipped=True)))[:, ::-1].astype(int) - world.cut_out(place(subject)))
     assert mirrored.mean() < 0.5 * np.abs(swapped[:, ::-1].astype(int) - swapped).mean()  # to a pixel
-    assert world.held_out(subject) == world.held_out(world.vary(subject, rng()))
+    assert world.held_out(subject) == world.held_out(world.vary(subject, rng(), True))
+    alone = [world.label(world.vary(subject, rng(i), True)) for i in range(200)]
+    assert set(alone) == {world.label(subject), "symbol"} and 0.2 < alone.count(world.label(subject)) / 200 < 0.4
+    assert all(world.label(p.subject) != "symbol" for i in range(40) for p in data.multi_image(world, rng(i)).scene.subjects)
+    assert world.text_tokenizer().unknown_word("symbol") is None
     scenes = [Scene(0, 0, (place(s),)) for s in (subject, subject._replace(channels=(2, 1, 0)), world.all_subjects()[101])]
     assert [concept_preservation(s, scenes[0], world.attributes) for s in scenes] == [1, 1, 0]
 
