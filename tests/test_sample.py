@@ -213,3 +213,9 @@ def test_the_model_that_comes_along_draws_what_it_is_told(world, judge):
     samples = [s for s in sample.held_out_samples(world, "text_to_image", 40) if len(s.scene.subjects) == 1][:24]
     scores = judge_pictures(judge, pipeline.draw(samples)[0], samples)
     assert scores["cp"] > 0.6 and scores["pf"] > 0.9
+
+
+@pytest.mark.parametrize("name", ["meta", "nonsense", "cuda:99"])
+def test_devices_that_cannot_draw_are_refused(name):
+    with pytest.raises(ValueError, match=f"--device={name}: torch cannot use it here .*; leave out --device"):
+        sample.usable_device(name)

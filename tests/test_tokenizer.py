@@ -241,3 +241,20 @@ def test_presets_and_illegal_sizes():
         TokenizerConfig(ch=16)
     with pytest.raises(ValueError, match="no square grid"):
         VQGAN(SMALL).decode(torch.zeros(1, 63, dtype=torch.long))
+
+
+def test_usage_counts_beyond_what_float32_can():
+    usage = CodebookUsage(2, "cpu")
+    usage.counts[0] = 2**24  # + 1 would be lost there
+    usage.add(torch.zeros(10, dtype=torch.long))
+    assert usage.counts.tolist() == [2**24 + 10, 0]
+
+
+def test_a_few_pictures_at_a_time_are_all_pictures(monkeypatch):
+    model, images = VQGAN(SMALL), torch.rand(5, 3, SMALL.image_size, SMALL.image_size) * 2 - 1
+    codes = model.encode(images)
+    whole = model.decode(codes)
+    monkeypatch.setattr(tokenizer, "PIXELS_AT_ONCE", 2 * SMALL.image_size**2)
+    assert model.at_once() == 2 and torch.equal(model.encode(images), codes)
+    torch.testing.assert_close(model.decode(codes), whole)
+    assert model.encode(images[:0]).shape == (0, SMALL.grid_size**2)
