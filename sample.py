@@ -383,7 +383,7 @@ def usable_device(name):
         there = torch.zeros(1, device=name)
         there.item()  # torch's device "meta" has no values
         return there.device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:                 # a torch without CUDA asserts
         reason = first_line(error)[:100]
         raise ValueError(f"--device={name}: torch cannot use it here ({reason}); leave out --device, or give cpu, cuda or mps") from None
 

@@ -946,10 +946,10 @@ def train_stage(name, run, machine, source, text_tokenizer):
     describe_stage(name, stage, config, machine, micro, accumulate, start)
 
     collate, validation = make_collate(run, text_tokenizer), make_dataset(name, run, stage.mix, source, held_out=True)
+    indices = index_batches(start, config.steps, config.global_batch, micro, accumulate, machine.rank)
     batches = iter(torch.utils.data.DataLoader(
-        make_dataset(name, run, stage.mix, source), collate_fn=collate, num_workers=run.workers, worker_init_fn=leave_group,
-        batch_sampler=index_batches(start, config.steps, config.global_batch, micro, accumulate, machine.rank),
-        pin_memory=machine.device.type == "cuda"))
+        make_dataset(name, run, stage.mix, source), batch_sampler=indices, collate_fn=collate, num_workers=run.workers,
+        worker_init_fn=leave_group, pin_memory=machine.device.type == "cuda"))
     wrapped = machine.wrap(stage.train())
     log = Log(folder, name, run, start, machine)
     with StopSignals() as signals, explain_out_of_memory(name, run, machine, micro, accumulate):
@@ -958,13 +958,8 @@ def train_stage(name, run, machine, source, text_tokenizer):
             last = step + 1 == config.steps
             due = last or (step + 1) % run.save_every == 0                               # validation and a checkpoint
             lr_factor = schedule(step, config, run)
-            for group in (g for o in optimizers for g in o.param_groups):
-                group["lr"] = group["peak"] * lr_factor
             loss, tasks = add_gradients(step, wrapped, batches, accumulate, log)
-            grad_norm = nn.utils.clip_grad_norm_([p for _, p in stage.trained()], run.grad_clip)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            grad_norm = update_weights(stage, optimizers, lr_factor, run.grad_clip)
             log.add(stage.after_step(step))
 
             paused = time.perf_counter()                                                 # scoring does not count in samples/s
@@ -1006,6 +1001,17 @@ def add_gradients(step, wrapped, batches, accumulate, log):
         losses.append(loss.detach())
         log.add({"loss": losses[-1], **logs})
     return torch.stack(losses).mean(), tasks
+
+
+def update_weights(stage, optimizers, lr_factor, grad_clip):
+    """Clip the gradients, take a step at lr_factor of the peak learning rates, clear the gradients. Returns their norm."""
+    grad_norm = nn.utils.clip_grad_norm_([p for _, p in stage.trained()], grad_clip)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * lr_factor
+        optimizer.step()
+        optimizer.zero_grad()
+    return grad_norm
 
 
 @contextmanager
