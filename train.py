@@ -602,7 +602,8 @@ def compile_blocks(model, machine):
     except (RuntimeError, OSError, ImportError, TypeError) as error:                     # no compiler, no Triton, no torch.compile
         for block in (*text.blocks, *decoder.blocks):
             vars(block).pop("forward", None)
-        machine.say(f"blocks not compiled: torch.compile fails here ({mentor.first_line(error)[:150]})")
+        cause = getattr(error, "inner_exception", error)  # torch._dynamo's own first line names only the backend
+        machine.say(f"blocks not compiled: torch.compile fails here ({mentor.first_line(cause)[:150]})")
     model.zero_grad()
     return "forward" in vars(decoder.blocks[0])
 

@@ -1,4 +1,5 @@
-"""Small models and batches that the tests share. Everything runs on the CPU, without network."""
+"""Small models and batches that the tests share. Everything runs on the CPU, without network; where there is a GPU, drawing and
+benchmarks run on it as well."""
 
 import sys
 from dataclasses import replace
@@ -15,7 +16,7 @@ from mentor import ConnectorConfig, DecoderConfig, Mentor, MentorConfig, TextCon
 
 SMALL = ["--vqgan.ch=8", "--vqgan.ch_mult=1,1,1", "--vqgan.num_res_blocks=1", "--vqgan.norm_groups=4", "--vqgan.z_channels=8", "--vqgan.codebook_size=32",
          "--model.vision.width=16", "--model.vision.n_head=2", "--model.vision.n_layer=2", "--model.vision.mlp_width=32", "--model.text.width=16", "--model.text.n_head=2",
-         "--model.text.mlp_width=32", "--model.decoder.width=32", "--model.decoder.n_layer=2", "--model.decoder.codebook_size=32"]
+         "--model.text.mlp_width=32", "--model.decoder.width=32", "--model.decoder.n_layer=2", "--model.decoder.codebook_size=32", "--device=cpu"]
 
 
 def few_steps(**keys):

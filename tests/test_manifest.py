@@ -468,7 +468,7 @@ def test_coco_entries_that_are_wrong_are_named(file, keys, value, message, tmp_p
         data.manifest_of_coco(*files)
 
 
-SHORT = [*SMALL, "--device=cpu", *few_steps(steps=2, global_batch=4)]
+SHORT = [*SMALL, *few_steps(steps=2, global_batch=4)]
 CPU = train.Machine(0, 1, train.torch.device("cpu"), train.torch.float32)
 MIXES = ["--align.mix=text_to_image:1,reconstruction:1,segmentation:1", "--instruct.mix=recovery:1,segmentation:1"]
 

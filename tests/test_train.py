@@ -252,7 +252,7 @@ def test_the_best_device_is_chosen(cuda, mps, best, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: False)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
-    assert train.sample.parse(["out/tiny", "A star"]).device == train.start_machine(small_run()).device.type == best
+    assert train.sample.parse(["out/tiny", "A star"]).device == train.start_machine(small_run("--device=auto")).device.type == best
 
 
 def test_batches_cover_every_sample_once():
