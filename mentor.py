@@ -507,8 +507,13 @@ def rotary_table(grid_size, head_width, prefix_rotation="identity", base=10000.0
 
 def apply_rotary(x, rotations):
     """Rotate the interleaved pairs (2i, 2i + 1) of x (..., hd), as complex numbers, by rotations (..., hd / 2) complex."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))                      # (..., hd / 2)
-    return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))                                             # (..., hd / 2, 2)
+    if torch.compiler.is_compiling():  # torch.compile generates code for real numbers only
+        (a, b), (cos, sin) = pairs.unbind(-1), torch.view_as_real(rotations).unbind(-1)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * rotations)
+    return turned.flatten(-2).to(x.dtype)
 
 
 class KVCache:
