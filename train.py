@@ -29,6 +29,7 @@ import weakref
 from collections import namedtuple
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from difflib import get_close_matches
@@ -1873,16 +1874,13 @@ def straightforward_losses(model, batch, codes, everywhere=True):
 def bench(run, machine, source, text_tokenizer):
     """Print samples/s of whole steps of instruct with new weights: each optimisation beside the plain way, in turns."""
     device, (micro, _) = machine.device, micro_batches(run.instruct, run, machine)
+    torch.manual_seed(run.seed)
+    vqgan = VQGAN(run.vqgan).to(device)
+    plain = MentorStage("instruct", replace(run, compile="false"), machine, Mentor(run.model), vqgan).to(device).train()
+    compiled = deepcopy(plain, {id(p): p for p in (*plain.parameters(), *vqgan.parameters())})  # other blocks on the same weights
+    optimizers = make_optimizers(plain, run.instruct, run)
 
-    def new():
-        torch.manual_seed(run.seed)
-        vqgan = VQGAN(run.vqgan).to(device)
-        stage = MentorStage("instruct", replace(run, compile="false"), machine, Mentor(run.model), vqgan).to(device).train()
-        return stage, make_optimizers(stage, run.instruct, run)
-
-    (plain, own), (compiled, others) = new(), new()
-
-    def stepping(losses, optimizers=own, dtype=machine.dtype):
+    def stepping(losses, dtype=machine.dtype):
         """A function that takes one step on the mean of losses()."""
         def step():
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -1909,7 +1907,9 @@ def bench(run, machine, source, text_tokenizer):
         ("autocast to bfloat16", "float32"):
             [stepping(lambda: plain.code_losses(batch, codes)[0], dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]}
     if compile_blocks(compiled.model, machine):
-        pairs["compiled blocks", "as they are"] = stepping(lambda: compiled.code_losses(batch, codes)[0], others), lean
+        if run.checkpoint:
+            recompute_activations(compiled.model)
+        pairs["compiled blocks", "as they are"] = stepping(lambda: compiled.code_losses(batch, codes)[0]), lean
 
     copied, multiplied = sample.measure_limits(device, machine.dtype)
     tokens, images = batch.lengths.float().mean().item(), len(batch.pixels) / micro
@@ -1920,8 +1920,11 @@ def bench(run, machine, source, text_tokenizer):
           f"{multiplied / 1e12:.3g} TFLOPS")
     rows = []
     for (name, baseline), both in pairs.items():
-        fast, slow = (micro / seconds for seconds in sample.median_seconds(dict(zip((name, baseline), both)), device).values())
-        rows.append([name, fast, f"{fast * flops / multiplied:.0%}", baseline, slow, fast / slow])
+        try:
+            fast, slow = (micro / seconds for seconds in sample.median_seconds(dict(zip((name, baseline), both)), device).values())
+            rows.append([name, fast, f"{fast * flops / multiplied:.0%}", baseline, slow, fast / slow])
+        except torch.OutOfMemoryError:  # baselines need more memory
+            rows.append([name, "", "", baseline, "out of memory", ""])
     sample.print_table(["a training step with", "samples/s", "of the matrix rate", "against", "samples/s", "ratio"], rows)
 
 
@@ -1996,7 +1999,8 @@ def main(arguments):
     source, text_tokenizer = open_source(run, machine)
     check_text_tokenizer(text_tokenizer, run, source, machine)
     if run.bench:
-        return bench(run, machine, source, text_tokenizer)
+        with explain_out_of_memory("instruct", run, machine, *micro_batches(run.instruct, run, machine)):
+            return bench(run, machine, source, text_tokenizer)
     stages = (run.stage,) if run.stage in STAGES else STAGES
     problems = [problem for name in stages for problem in start_problems(name, run, machine, source, text_tokenizer)]
     if run.dry_run:

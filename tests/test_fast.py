@@ -260,6 +260,20 @@ def test_the_training_benchmark_prints_its_table(once, monkeypatch, capsys):
     assert out.count("| all of it |") == out.count("| cached codes |") == out.count("blocks not compiled") == 1 and "GB/s" in out
 
 
+def test_a_baseline_that_does_not_fit_costs_only_its_row(once, monkeypatch, capsys):
+    def too_large(*arguments, **options):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(train, "straightforward_losses", too_large)
+    monkeypatch.setattr(torch, "compile", None)
+    train.main(["tiny", "--bench", "--instruct.global_batch=2"])
+    out = capsys.readouterr().out
+    assert "| no mask |  |  | dense mask, left padding | out of memory |  |" in out and "| cached codes | 2,000 |" in out
+    monkeypatch.setattr(train.VQGAN, "encode", too_large)
+    with pytest.raises(ValueError, match="out of memory on .* set --micro_batch=1"):
+        train.main(["tiny", "--bench", "--instruct.global_batch=2"])
+
+
 def test_the_sampling_benchmark_prints_its_tables(once, capsys):
     sample.main(["--bench=tiny"])
     out = capsys.readouterr().out
