@@ -148,7 +148,7 @@ class RunConfig:
     checkpoint: bool = False       # keep less for the backward pass and compute it again: less memory, a third slower
     compile: str = "auto"          # torch.compile the blocks of text encoder and decoder: true, false, or auto (on CUDA)
     dry_run: bool = False          # train nothing: check the run, print parameters, FLOPs, memory and hours
-    bench: bool = False            # train nothing: measure steps of instruct with and without each optimisation
+    bench: bool = False            # train nothing: measure steps of instruct (of --stage=align), with and without each optimisation
     keep: int = 2                  # newest checkpoints of a stage to keep
     released: ReleasedConfig = field(default_factory=ReleasedConfig)
     vqgan: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -1871,14 +1871,15 @@ def straightforward_losses(model, batch, codes, everywhere=True):
     return F.cross_entropy(logits.transpose(1, 2), codes, reduction="none").mean(1)
 
 
-def bench(run, machine, source, text_tokenizer):
-    """Print samples/s of whole steps of instruct with new weights: each optimisation beside the plain way, in turns."""
-    device, (micro, _) = machine.device, micro_batches(run.instruct, run, machine)
+def bench(name, run, machine, source, text_tokenizer):
+    """Print samples/s of whole steps of a stage with new weights: each optimisation beside the plain way, in turns."""
+    device, config = machine.device, getattr(run, name)
+    micro, _ = micro_batches(config, run, machine)
     torch.manual_seed(run.seed)
     vqgan = VQGAN(run.vqgan).to(device)
-    plain = MentorStage("instruct", replace(run, compile="false"), machine, Mentor(run.model), vqgan).to(device).train()
+    plain = MentorStage(name, replace(run, compile="false"), machine, Mentor(run.model), vqgan).to(device).train()
     compiled = deepcopy(plain, {id(p): p for p in (*plain.parameters(), *vqgan.parameters())})  # other blocks on the same weights
-    optimizers = make_optimizers(plain, run.instruct, run)
+    optimizers = make_optimizers(plain, config, run)
 
     def stepping(losses, dtype=machine.dtype):
         """A function that takes one step on the mean of losses()."""
@@ -1893,7 +1894,7 @@ def bench(run, machine, source, text_tokenizer):
 
         return step
 
-    dataset, collate = make_dataset("instruct", run, plain.mix, source), make_collate(run, text_tokenizer)
+    dataset, collate = make_dataset(name, run, plain.mix, source), make_collate(run, text_tokenizer)
     batch = collate([dataset[i] for i in range(micro)]).to(device)
     wide, codes = widen(batch, run.model.context), plain.vqgan[0].encode(batch.targets)
     lean = stepping(lambda: plain.code_losses(batch, codes)[0])
@@ -1913,18 +1914,18 @@ def bench(run, machine, source, text_tokenizer):
 
     copied, multiplied = sample.measure_limits(device, machine.dtype)
     tokens, images = batch.lengths.float().mean().item(), len(batch.pixels) / micro
-    flops = Rehearsal("instruct", replace(run, cache_codes=True), machine.dtype).flops([(tokens, images)] * 8)
-    print(f"steps of {micro} samples: {tokens:.0f} prompt tokens (longest {batch.text_ids.shape[1]}, window {run.model.context}), "
+    flops = Rehearsal(name, replace(run, cache_codes=True), machine.dtype).flops([(tokens, images)] * 8)
+    print(f"{name}: steps of {micro} samples: {tokens:.0f} prompt tokens (longest {batch.text_ids.shape[1]}, window {run.model.context}), "
           f"{codes.shape[1]} codes, {flops / 1e9:.3g} GFLOPs each; {torch.get_num_threads()} threads; "
           f"{torch.cuda.get_device_name() if device.type == 'cuda' else device} copies {copied / 1e9:.3g} GB/s and multiplies "
           f"{multiplied / 1e12:.3g} TFLOPS")
     rows = []
-    for (name, baseline), both in pairs.items():
+    for (variant, baseline), both in pairs.items():
         try:
-            fast, slow = (micro / seconds for seconds in sample.median_seconds(dict(zip((name, baseline), both)), device).values())
-            rows.append([name, fast, f"{fast * flops / multiplied:.0%}", baseline, slow, fast / slow])
+            fast, slow = (micro / seconds for seconds in sample.median_seconds(dict(zip((variant, baseline), both)), device).values())
+            rows.append([variant, fast, f"{fast * flops / multiplied:.0%}", baseline, slow, fast / slow])
         except torch.OutOfMemoryError:  # baselines need more memory
-            rows.append([name, "", "", baseline, "out of memory", ""])
+            rows.append([variant, "", "", baseline, "out of memory", ""])
     sample.print_table(["a training step with", "samples/s", "of the matrix rate", "against", "samples/s", "ratio"], rows)
 
 
@@ -1999,8 +2000,9 @@ def main(arguments):
     source, text_tokenizer = open_source(run, machine)
     check_text_tokenizer(text_tokenizer, run, source, machine)
     if run.bench:
-        with explain_out_of_memory("instruct", run, machine, *micro_batches(run.instruct, run, machine)):
-            return bench(run, machine, source, text_tokenizer)
+        name = "align" if run.stage == "align" else "instruct"
+        with explain_out_of_memory(name, run, machine, *micro_batches(getattr(run, name), run, machine)):
+            return bench(name, run, machine, source, text_tokenizer)
     stages = (run.stage,) if run.stage in STAGES else STAGES
     problems = [problem for name in stages for problem in start_problems(name, run, machine, source, text_tokenizer)]
     if run.dry_run:

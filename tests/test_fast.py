@@ -255,9 +255,9 @@ def once(monkeypatch):
 
 def test_the_training_benchmark_prints_its_table(once, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", None)
-    train.main(["tiny", "--bench", "--instruct.global_batch=2"])
+    train.main(["tiny", "--bench", "--stage=align", "--align.global_batch=2"])
     out = capsys.readouterr().out
-    assert out.count("| all of it |") == out.count("| cached codes |") == out.count("blocks not compiled") == 1 and "GB/s" in out
+    assert out.count("align: steps of 2 samples") == out.count("| all of it |") == out.count("| cached codes |") == out.count("blocks not compiled") == 1 and "GB/s" in out
 
 
 def test_a_baseline_that_does_not_fit_costs_only_its_row(once, monkeypatch, capsys):
@@ -268,7 +268,7 @@ def test_a_baseline_that_does_not_fit_costs_only_its_row(once, monkeypatch, caps
     monkeypatch.setattr(torch, "compile", None)
     train.main(["tiny", "--bench", "--instruct.global_batch=2"])
     out = capsys.readouterr().out
-    assert "| no mask |  |  | dense mask, left padding | out of memory |  |" in out and "| cached codes | 2,000 |" in out
+    assert "instruct: steps of 2 samples" in out and "| no mask |  |  | dense mask, left padding | out of memory |  |" in out and "| cached codes | 2,000 |" in out
     monkeypatch.setattr(train.VQGAN, "encode", too_large)
     with pytest.raises(ValueError, match="out of memory on .* set --micro_batch=1"):
         train.main(["tiny", "--bench", "--instruct.global_batch=2"])
