@@ -1878,7 +1878,7 @@ def bench(name, run, machine, source, text_tokenizer):
     torch.manual_seed(run.seed)
     vqgan = VQGAN(run.vqgan).to(device)
     plain = MentorStage(name, replace(run, compile="false"), machine, Mentor(run.model), vqgan).to(device).train()
-    compiled = deepcopy(plain, {id(p): p for p in (*plain.parameters(), *vqgan.parameters())})  # other blocks on the same weights
+    compiled = deepcopy(plain, {id(x): x for x in (vqgan, *plain.parameters(), *plain.buffers())})  # other blocks, the same weights
     optimizers = make_optimizers(plain, config, run)
 
     def stepping(losses, dtype=machine.dtype):
