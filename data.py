@@ -43,9 +43,9 @@ CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
-def load_image(path):
-    """Read any image file as a picture, uint8 (H, W, 3): rotated by its EXIF tag, 16 bits scaled to 8, the first frame
-    of an animation, transparency on white. Raises ValueError naming a file that is no readable image."""
+def load_image(path, under="white"):
+    """Read any image file as a picture, uint8 (H, W, 3): rotated by its EXIF tag, 16 bits scaled to 8, the first frame of an
+    animation, transparency on the colour `under`. Raises ValueError naming a file that is no readable image."""
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
@@ -53,7 +53,7 @@ def load_image(path):
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                image = Image.alpha_composite(Image.new("RGBA", image.size, under), image)
             return np.asarray(image.convert("RGB"))
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such image file") from None
@@ -252,8 +252,8 @@ class World:
 
     @functools.lru_cache(maxsize=None)
     def pattern_mask(self, pattern, x, y, upright):
-        """Where a pattern shows its second colour: float32 (S, S, 1) in [0, 1], anchored at (x, y) pixels. Stripes and splits
-        are horizontal on subjects and vertical (upright) on backgrounds."""
+        """Where a pattern shows its second colour: float32 (S, S, 1) in [0, 1], anchored at (x, y) pixels. On subjects
+        stripes lie and a split stands (left and right); on backgrounds (upright) stripes stand and a split lies."""
         fine = self.image_size * SUPERSAMPLE
         grid = (np.arange(fine, dtype=np.float32) + 0.5) / SUPERSAMPLE
         u, v = (grid[None, :] - x, grid[:, None] - y) if upright else (grid[:, None] - y, grid[None, :] - x)
@@ -499,7 +499,7 @@ class Sample:
     images: list[np.ndarray]                            # the references
     names: list[str]                                    # the subject of each reference: the query connector's words
     target: np.ndarray | None                           # the picture to draw; None where only a prompt is given
-    scene: Scene | None                                 # the target's scene, for the judge; None for pictures of your own
+    scene: Scene | None                                 # for the judge; in_context: before the rule; None: your own pictures
     drop: bool = False                                  # train without the prompt (for guidance)
     line: int = -1                                      # its line in the manifest
     mask_seed: int = 0                                  # seed of the choice of tokens that pretraining masks
@@ -827,7 +827,8 @@ class Manifest:
 
     def choose_held_out(self, tasks, pictures):
         """Choose the lines to hold out of training, bool (lines,), from each line's task number and picture hash: all lines of
-        some pictures, so that none is partly seen. A task that would have no lines left keeps them."""
+        some pictures, so that training never draws them (though one may be another picture's reference). A task that would have
+        no lines left keeps them."""
         different = np.unique(pictures)
         held = pictures < different[min(len(different) // HELD_OUT_EVERY, HELD_OUT_MOST)]
         for i in range(len(TASKS)):
@@ -950,8 +951,8 @@ class Manifest:
         return len(self.offsets)
 
     def some(self, count):
-        """About `count` entries evenly spaced, or all if there are fewer."""
-        return self.read(range(0, len(self), max(1, len(self) // count)))
+        """At most `count` entries, evenly spaced."""
+        return self.read(range(0, len(self), max(1, -(-len(self) // count))))
 
     def __getitem__(self, index):
         """The Entry of a line, counted from 0 without the bad ones."""
@@ -969,8 +970,9 @@ class Manifest:
         return load_image(os.path.join(self.root, name))
 
     def load_mask(self, name, entry, picture):
-        """One of an entry's masks, bool (H, W), True above 127. Raises ValueError if it is not of the picture's size or all black."""
-        mask = np.asarray(Image.fromarray(self.load(name)).convert("L")) > 127
+        """One of an entry's masks, bool (H, W), True above 127, transparency as black. Raises ValueError if it is not of the
+        picture's size or all black."""
+        mask = np.asarray(Image.fromarray(load_image(os.path.join(self.root, name), under="black")).convert("L")) > 127
         if mask.shape != picture.shape[:2]:
             (height, width), (h, w) = mask.shape, picture.shape[:2]
             raise ValueError(f"{name}: the mask is {width} x {height} pixels, but its picture {entry.picture} is {w} x {h}; "
@@ -980,7 +982,7 @@ class Manifest:
         return mask
 
     def text_tokenizer(self):
-        """A word-level text tokenizer of the texts and labels, of 100,000 evenly spaced lines if there are more."""
+        """A word-level text tokenizer of the texts and labels, of at most 100,000 evenly spaced lines."""
         texts = (text.replace("<image>", " ") for entry in self.some(100_000) for text in (entry.text, *entry.labels) if text)
         return TextTokenizer.train(itertools.chain(PROMPT_WORDS, texts))
 
@@ -1232,11 +1234,12 @@ class ManifestDataset(torch.utils.data.Dataset):
 
     def line(self, index):
         """The manifest's line for an index."""
-        block, place = divmod(index, self.BLOCK)
-        place = int(shuffled(self.BLOCK, f"{self.seed} {block}")[place])
-        k = bisect_right(self.edges, place) - 1                          # the task's number
-        lines, share = self.groups[k], self.edges[k + 1] - self.edges[k]
-        before = block * share + place - self.edges[k]                   # samples of this task so far
+        block, position = divmod(index, self.BLOCK)
+        places = shuffled(self.BLOCK, f"{self.seed} {block}")
+        k = bisect_right(self.edges, places[position]) - 1               # the task's number
+        lines, first, end = self.groups[k], self.edges[k], self.edges[k + 1]
+        earlier = places[:position]
+        before = block * (end - first) + int(((first <= earlier) & (earlier < end)).sum())  # samples of this task so far
         epoch, position = divmod(before, len(lines))
         return int(lines[shuffled(len(lines), f"{self.seed} {k} {epoch}")[position]])
 

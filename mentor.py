@@ -309,6 +309,7 @@ class MLPConnector(nn.Module):
         self.fc2 = nn.Linear(config.text.width, config.text.width)
 
     def forward(self, patches, words, words_mask):
+        """words and words_mask are what the query connector reads; it is called alike."""
         return self.fc2(F.gelu(self.fc1(patches)))
 
 
@@ -499,10 +500,8 @@ def rotary_table(grid_size, head_width, prefix_rotation="identity", base=10000.0
     rows = cell[:, None].expand(-1, grid_size, -1)
     columns = cell[None].expand(grid_size, -1, -1)
     angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)                            # (N, head_width / 2)
-    angles = torch.cat([torch.zeros_like(angles[:1]), angles])
-    table = torch.polar(torch.ones_like(angles), angles)
-    table[0] = {"identity": 1, "zero": 0}[prefix_rotation]
-    return table
+    codes = torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([torch.full_like(codes[:1], {"identity": 1, "zero": 0}[prefix_rotation]), codes])
 
 
 def apply_rotary(x, rotations):
@@ -520,8 +519,8 @@ class KVCache:
     """Keys and values of everything read so far: each sample's row is [prefix | codes | unused], allocated once.
 
     Attention reads the used slots rounded up to a multiple of BUCKET; `mask` hides the unused ones. So shapes change only
-    every BUCKET steps, and a sample's result does not depend on the others' lengths. The next slot is kept in tensors, so
-    that a step needs nothing from the CPU.
+    every BUCKET steps, and a sample's result does not depend on the others' lengths. The last slot and position are kept in
+    tensors, so that a step needs nothing from the CPU.
     """
 
     BUCKET = 64

@@ -51,9 +51,9 @@ def filter_logits(logits, temperature, top_k, top_p):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1.0:
         ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)                    # probability of all better codes
-        out = (before > top_p).scatter(1, order, before > top_p)
-        logits = logits.masked_fill(out, -torch.inf)
+        probability = ordered.softmax(-1)
+        out = probability.cumsum(-1) - probability > top_p                               # the better codes have more without it
+        logits = logits.masked_fill(out.scatter(1, order, out), -torch.inf)
     return logits
 
 
@@ -81,9 +81,8 @@ def generate(model, batch, sampling, generator, decoder=None):
     With guidance the batch is doubled: first conditional, then unconditional prefixes of the same lengths.
     """
     hidden, lengths = model.encoder(batch), batch.lengths
-    conditional = torch.zeros(len(batch), dtype=torch.bool, device=lengths.device)
-    unconditional = ~conditional
-    drops = {0: [unconditional], 1: [conditional]}.get(sampling.cfg_scale, [conditional, unconditional])
+    drop_none = torch.zeros(len(batch), dtype=torch.bool, device=lengths.device)
+    drops = {0: [~drop_none], 1: [drop_none]}.get(sampling.cfg_scale, [drop_none, ~drop_none])
     prefix = torch.cat([model.projector(hidden, lengths, drop) for drop in drops])
     return continue_prefix(decoder or model, prefix, lengths.repeat(len(drops)), len(drops) == 2, model.config.decoder.n_code,
                            sampling, generator, least_rows(model))
@@ -196,7 +195,8 @@ def pack(model):
     for linear in (module for module in model.decoder.modules() if isinstance(module, nn.Linear)):
         weight = linear.weight.detach()
         if is_large(model):
-            linear.forward = partial(packed_linear, torch.ops.mkldnn._reorder_linear_weight(weight, 2))
+            layout = torch.ops.mkldnn._reorder_linear_weight(weight, 2)  # for 2 rows, one guided prompt
+            linear.forward = partial(packed_linear, layout)
         else:
             linear.forward = partial(torch.matmul, other=weight.t().contiguous())
 
@@ -255,7 +255,7 @@ class ShapesJudge:
         x, fill, to_ground = self.distances(picture)
         ground_error, ground = (self.outside @ to_ground).min(-1)                                          # (G,)
         shortlist = (fill + ground_error[:, None]).flatten().topk(self.SHORTLIST, largest=False).indices.tolist()
-        candidates = [self.exact(x, *divmod(index, len(data.PATTERNS)), ground) for index in shortlist]
+        candidates = [self.exact(x, g, pattern, ground[g]) for g, pattern in (divmod(i, len(data.PATTERNS)) for i in shortlist)]
         return min(candidates, key=lambda candidate: candidate[0])[1]
 
     def read_two(self, picture):
@@ -265,7 +265,7 @@ class ShapesJudge:
         change = change.view(len(data.SHAPES), len(data.PLACES), len(data.SIZES), -1)[:, :, 0].amin(0)     # (9, 32), of small ones
         pairs = {(a, b): change[a] + change[b] + to_ground.sum(0) for a in range(len(change)) for b in range(a) if data.apart(a, b)}
         places = min(pairs, key=lambda pair: pairs[pair].min())
-        ground, found = pairs[places].argmin().repeat(len(fill)), []
+        ground, found = pairs[places].argmin(), []
         for place in places:
             geometries = [g for g, (_, p, size) in enumerate(self.geometries) if (p, size) == (place, 0)]
             candidates = [self.exact(x, g, pattern, ground) for g in geometries for pattern in range(len(data.PATTERNS))]
@@ -275,9 +275,9 @@ class ShapesJudge:
     def exact(self, x, geometry, pattern, ground):
         """The best colours for one geometry and pattern: (squared distance, Scene)."""
         shape, place, size = self.geometries[geometry]
-        color, ground_pattern = divmod(ground[geometry].item(), len(data.PATTERNS))
+        color, ground_pattern = divmod(ground.item(), len(data.PATTERNS))
         w1, w2 = self.first[geometry, pattern], self.second[geometry, pattern]
-        rest = x - self.outside[geometry][:, None] * self.grounds[ground[geometry]]
+        rest = x - self.outside[geometry][:, None] * self.grounds[ground]
         # |rest - w1 a - w2 b|^2 for all pairs of colours a, b, expanded
         one = (w1 @ w1) * self.colors.square().sum(1) - 2 * self.colors @ (w1 @ rest)
         two = (w2 @ w2) * self.colors.square().sum(1) - 2 * self.colors @ (w2 @ rest)
@@ -311,7 +311,8 @@ class EmojiJudge:
         self.attributes = world.attributes
         self.grounds = np.stack([world.background(c, p) for c in range(len(data.COLORS)) for p in range(len(data.PATTERNS))]) / 255
         self.subjects = world.all_subjects()
-        self.candidates = []  # for every place and size: (place, size, window, and per emoji its colours and transparency)
+        # for every place and size: (place, size, window, and of each emoji colours, transparency, their product, sum of squares)
+        self.candidates = []
         for size, width in enumerate(world.widths):
             for place in range(len(data.PLACES)):
                 x, y, half = *world.center(place, size), (width + 1) // 2
@@ -875,7 +876,7 @@ def bench(preset, device):
 
 def enlarged(picture, least=256):
     """Repeat a small picture's pixels until it is at least `least` wide, so that people can see it."""
-    scale = max(1, least // picture.shape[1])
+    scale = -(-least // picture.shape[1])
     return picture.repeat(scale, 0).repeat(scale, 1)
 
 
@@ -1038,6 +1039,10 @@ def parse(arguments):
     parser.add_argument("--gif", action="store_true", help="also write an animation of the first sample appearing")
     parser.add_argument("--device", default=best_device(), help="cuda, mps or cpu; by default the first that is there (here %(default)s)")
     options = parser.parse_args(arguments)
+    asked = [f"--{key}" for key in ("segment", "reconstruct", "score", "dreambench", "bench") if getattr(options, key)]
+    asked += ["a prompt"] * (options.prompt is not None)
+    if len(asked) > 1:
+        raise ValueError(f"{' and '.join(asked)}: give one of them")
     if options.segment:
         if len(options.images) != 1:
             raise ValueError(f"--segment={options.segment}: give one image to cut it out of, --images=FILE; got {len(options.images)}")
@@ -1046,7 +1051,7 @@ def parse(arguments):
     for key, (low, high) in legal.items():
         value = getattr(options, key)
         if value is not None and not low <= value <= (sys.float_info.max if high is None else high):
-            raise ValueError(f"--{key}={value}: must be at least {low}" + (f" and at most {high}" if high is not None else ""))
+            raise ValueError(f"--{key}={value}: must be at least {low} and " + ("finite" if high is None else f"at most {high}"))
     out = Path(options.out)
     writable = Image.registered_extensions().get(out.suffix.lower()) in Image.SAVE
     if not (options.score or options.dreambench) and not (writable and out.parent.is_dir()):

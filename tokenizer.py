@@ -379,9 +379,9 @@ def adaptive_weight(reconstruction_loss, generator_loss, last_layer, average=lam
 
 
 def collages(targets, cells, step):
-    """Turn every second of the targets (B, 3, S, S) into a collage: some of its cells, `cells` per side, keep their own content,
-    the others show the picture before it. Which ones (a window, or all but one) depends only on `step`. Returns the new targets
-    and `kept` (cells, cells) bool: where a collage shows the picture before it."""
+    """Turn every second of the targets (B, 3, S, S) into a collage: the cells in `kept`, of `cells` per side, show the picture
+    before it, the others its own content. Which ones (a window, or all but one) depends only on `step`. Returns the new targets and
+    `kept` (cells, cells) bool."""
     rng = random.Random(step)
     top, bottom = sorted(rng.sample(range(cells + 1), 2))
     left, right = sorted(rng.sample(range(cells + 1), 2))

@@ -936,6 +936,7 @@ def train_stage(name, run, machine, source, text_tokenizer):
     check_record(folder, record)
     if (folder / "model.safetensors").is_file():
         machine.say(f"{name}: done already, {folder} holds its weights")
+        remove_checkpoints(folder, machine)  # if a kill came before
         return
     micro, accumulate = micro_batches(config, run, machine)
     stage = build_stage(name, run, machine, source)
@@ -1072,7 +1073,8 @@ def describe_stage(name, stage, config, machine, micro, accumulate, start):
         parts = {**dict(stage.model.encoder.named_children()), "projector": stage.model.projector, "decoder": stage.model.decoder,
                  "vqgan": stage.vqgan[0]}
     for part, module in parts.items():
-        total, learning = (sum(p.numel() for p in module.parameters() if p.requires_grad or every) for every in (True, False))
+        total = sum(p.numel() for p in module.parameters())
+        learning = sum(p.numel() for p in module.parameters() if p.requires_grad)
         state = " frozen" if not learning else "" if learning == total else f" ({learning / 1e6:.2f}M trained)"
         counts.append(f"{part} {total / 1e6:.2f}M{state}")
     machine.say(f"{name}: {', '.join(counts)}")
@@ -1199,9 +1201,14 @@ def save_weights(folder, name, stage, machine):
         except OSError as error:
             raise ValueError(f"{name}: {error}: make room on the disk, then run the same command again; "
                              f"{last_checkpoint(folder)}") from None
-        for file in folder.glob("state-*"):
-            file.unlink()
+    remove_checkpoints(folder, machine)
     machine.barrier()
+
+
+def remove_checkpoints(folder, machine):
+    """Remove what a finished stage needs no more."""
+    for file in folder.glob("state-*") if machine.main else ():
+        file.unlink()
 
 
 # --- Command line ------------------------------------------------------------------------------------------------
@@ -1295,9 +1302,9 @@ def validate(run):
         raise ValueError("--stage=claims: the claims are tested with shapes; give --world=shapes and no --data")
     if run.dry_run and run.stage in ("claims", "import", "export"):
         raise ValueError(f"--dry_run=true plans the training of stages; it has nothing for --stage={run.stage}: leave out one of them")
-    codes, decoder = run.vqgan, run.model.decoder
-    if (codes.grid_size, codes.codebook_size) != (decoder.grid_size, decoder.codebook_size):
-        raise ValueError(f"the tokenizer gives {codes.grid_size}x{codes.grid_size} codes of {codes.codebook_size}, but model.decoder."
+    vqgan, decoder = run.vqgan, run.model.decoder
+    if (vqgan.grid_size, vqgan.codebook_size) != (decoder.grid_size, decoder.codebook_size):
+        raise ValueError(f"the tokenizer gives {vqgan.grid_size}x{vqgan.grid_size} codes of {vqgan.codebook_size}, but model.decoder."
                          f"grid_size={decoder.grid_size} and model.decoder.codebook_size={decoder.codebook_size}: make them equal")
     return run
 
@@ -1441,7 +1448,7 @@ def import_released(run, machine):
     tensors, change = mentor.fit_unconditional(model, tensors)
     new = tuple(p for part in released.fresh.split(",") if part for p in (part, f"encoder.{part}"))
     names = {mentor.released_name(n): n for n, _ in model.named_parameters()}
-    mentor.check_fit(mentor.released_parameters(model), tensors, [r for r, n in names.items() if new and n.startswith(new)])
+    mentor.check_fit(mentor.released_parameters(model), tensors, [r for r, n in names.items() if n.startswith(new)])
     for line in filter(None, (change, new and f"new, as asked: {released.fresh}")):
         say(line)
     for record in (folder / "stage.json" for folder in folders.values()):
@@ -1634,7 +1641,7 @@ def plan_stage(name, run, machine, dtype, prompts):
 
 def dry_run(run, machine, source, text_tokenizer, stages, problems):
     """Print what the stages would cost. Raises ValueError listing everything that keeps the run from starting."""
-    dtype = machine.dtype if machine.device.type == "cuda" else getattr(torch, run.dtype, torch.bfloat16)
+    dtype = machine.dtype if machine.device.type == "cuda" or run.dtype != "auto" else torch.bfloat16
     machine.say(f"a plan, nothing is trained: for {machine.world_size} GPUs (torchrun sets how many) in {str(dtype)[6:]}")
     for name in stages:
         plan_stage(name, run, machine, dtype, first_prompts(name, run, source, text_tokenizer))

@@ -175,7 +175,12 @@ def test_every_epoch_shows_every_line_once_in_another_order(folder):
     dataset = ManifestDataset(manifest(folder, ALL * 10), None, 0, 32)
     drawn = [dataset.line(i) for i in range(dataset.BLOCK * 3)]  # 30,000 indices are 500 epochs of 60 lines
     assert (np.bincount(drawn) == 500).all()
-    assert len({tuple(drawn[i : i + 60]) for i in range(0, 30_000, 60)}) == 500
+    epochs = {tuple(drawn[i : i + 60]) for i in range(0, 30_000, 60)}
+    assert len(epochs) == 500 and all(len(set(epoch)) == 60 for epoch in epochs)
+    mixed = ManifestDataset(manifest(folder, ALL * 10), {"text_to_image": 1.0, "segmentation": 3.0}, 0, 32)
+    for lines in mixed.groups:
+        own = [line for line in (mixed.line(i) for i in range(10_500)) if line in lines]
+        assert all(len(set(own[i : i + len(lines)])) == len(lines) for i in range(0, len(own) - len(lines), len(lines)))
 
 
 def test_a_few_pictures_are_held_out_with_all_their_lines(folder):
@@ -258,6 +263,14 @@ def test_names_start_from_the_root(folder, tmp_path_factory):
     with pytest.raises(ValueError, match="no such file"):
         Manifest(elsewhere, quiet=True)
     assert (ManifestDataset(Manifest(elsewhere, root=folder, quiet=True), None, 0, 32)[0].target == picture()).all()
+
+
+def test_transparency_in_a_mask_is_not_the_object(folder):
+    dataset = ManifestDataset(manifest(folder, [SEGMENTATION]), None, 0, 32)
+    white = dataset[0].target
+    mask = np.asarray(Image.open(folder / "mask.png").convert("L"))
+    save(folder / "mask.png", np.dstack([np.full_like(mask, 255)] * 3 + [mask]))  # white all over, transparent around the object
+    assert (dataset[0].target == white).all() and (white != picture()).any()
 
 
 def test_masks_that_do_not_fit_are_named_with_their_line(folder):

@@ -140,6 +140,16 @@ def test_the_best_weights_are_kept_apart_and_survive_a_kill(killed_in, trained, 
     assert train.best_so_far(tmp_path / "killed" / "pretrain", 6) == (float("inf"), 0)
 
 
+def test_checkpoints_that_a_kill_left_at_the_end_are_removed(trained, tmp_path, monkeypatch):
+    link_stages(trained, tmp_path, "tokenizer")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "remove_checkpoints", lambda *arguments: None)
+        run_stage(tmp_path, "pretrain", "--save_every=2")
+    assert len(train.checkpoints(tmp_path / "pretrain")) == 2
+    run_stage(tmp_path, "pretrain", "--save_every=2")
+    assert not train.checkpoints(tmp_path / "pretrain") and (tmp_path / "pretrain" / "model.safetensors").is_file()
+
+
 def test_validation_is_on_held_out_subjects_and_leaves_no_trace(world, text_tokenizer, trained, tmp_path):
     for name in train.STAGES:
         run, stage, batch = stage_and_batch(name, "scratch", world, text_tokenizer)
