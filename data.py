@@ -41,6 +41,8 @@ from tqdm import tqdm
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+EXIF_TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE, 6: Image.ROTATE_270,
+              7: Image.TRANSVERSE, 8: Image.ROTATE_90}  # of EXIF's orientation tag
 
 
 def load_image(path, under="white"):
@@ -48,7 +50,8 @@ def load_image(path, under="white"):
     animation, transparency on the colour `under`. Raises ValueError naming a file that is no readable image."""
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
+            turn = EXIF_TURNS.get(file.getexif().get(0x0112))  # not ImageOps.exif_transpose, which fails at any other odd tag
+            image = file if turn is None else file.transpose(turn)
             if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -109,6 +112,14 @@ def contact_sheet(rows, pad=2, scale=1):
 HALF = re.compile("[\ud800-\udfff]")  # a lone surrogate, which SentencePiece cannot read
 
 
+EDGE = re.compile(r"(?<!\w)[^\w\s]|[^\w\s](?!\w)")  # a character that is no letter, digit or space, at the edge of a word
+
+
+def punctuation_apart(text):
+    """A text with spaces around the punctuation at the edges of words: "(a T-shirt)." -> " ( a T-shirt )  . "."""
+    return EDGE.sub(lambda found: f" {found[0]} " if unicodedata.category(found[0])[0] in "PS" else found[0], text)
+
+
 class TextTokenizer:
     """SentencePiece pieces plus T5's added tokens: ids 0 pad, 1 </s>, 2 unknown, then the pieces, then
     <extra_id_99> .. <extra_id_0> and last <image> (32100 with T5's own 32000 pieces).
@@ -124,6 +135,7 @@ class TextTokenizer:
             raise RuntimeError("it is empty")  # SentencePiece would take that as "none given"
         self.proto, self.digest = proto, hashlib.sha256(proto).hexdigest()[:16]
         self.pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        self.whole_words = len(self.pieces.encode("a.b")) == 1  # then `beach.` would be another word than `beach`
         first = self.pieces.vocab_size()
         self.added = {"<pad>": self.PAD, "</s>": self.EOS, "<unk>": self.UNKNOWN}
         self.added.update({f"<extra_id_{99 - i}>": first + i for i in range(100)})
@@ -138,12 +150,16 @@ class TextTokenizer:
             if part in self.added:
                 ids += [self.added[part]] * (image_tokens if part == "<image>" else 1)
             else:
-                ids += self.pieces.encode(part)
+                ids += self.pieces.encode(self.apart(part))
         return ids + [self.EOS]
+
+    def apart(self, text):
+        """A text as the pieces want it: with punctuation apart if they are whole words."""
+        return punctuation_apart(text) if self.whole_words else text
 
     def unknown_word(self, text):
         """The first word of a text that the text model does not know; None if it knows all."""
-        for word in text.replace("<image>", " ").split():
+        for word in self.apart(text.replace("<image>", " ")).split():
             if HALF.search(word) or self.UNKNOWN in self.pieces.encode(word):
                 return word
         return None
@@ -158,10 +174,12 @@ class TextTokenizer:
 
     @classmethod
     def train(cls, sentences):
-        """Train a word-level SentencePiece model (case-folded) with every word of the sentences; for the built-in worlds."""
+        """Train a word-level SentencePiece model (case-folded) with the words of the sentences, the 32,000 most frequent ones, and
+        their punctuation."""
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences), model_writer=model, model_type="word", vocab_size=8000,
+            sentence_iterator=map(punctuation_apart, sentences), model_writer=model, model_type="word", vocab_size=32_000,
+            max_sentence_length=2**30,  # longer ones would be left out
             hard_vocab_limit=False, normalization_rule_name="nmt_nfkc_cf", pad_id=cls.PAD, eos_id=cls.EOS,
             unk_id=cls.UNKNOWN, bos_id=-1, character_coverage=1.0, minloglevel=2)
         return cls(model.getvalue())
@@ -320,15 +338,16 @@ class World:
         """The subject with other looks, and if it is alone perhaps without its name, if the world has such."""
         return subject
 
-    def random_subjects(self, rng, count, held_out=False, varied=True):
+    def random_subjects(self, rng, count, held_out=False, varied=True, alone=True):
         """Some training (or held-out) subjects with different labels, so that a label names one of them. Training subjects are
-        varied, so that the label does not tell what they look like, unless there is only text to tell it."""
+        varied, so that the label does not tell what they look like, unless there is only text to tell it. alone: whether a
+        single one is alone in its reference."""
         subjects = [rng.choice(self.subjects[held_out])]
         while len(subjects) < count:
             other = rng.choice(self.subjects[held_out])
             if self.label(other) not in map(self.label, subjects):
                 subjects.append(other)
-        return [self.vary(s, rng, count == 1) for s in subjects] if varied and not held_out else subjects
+        return [self.vary(s, rng, alone and count == 1) for s in subjects] if varied and not held_out else subjects
 
     def caption(self, scene, looks=True):
         """The sentence for a scene. With looks=False it leaves the subjects' colours and patterns to a reference image."""
@@ -548,7 +567,7 @@ def subject_prompt(world, scene):
 
 def recovery(world, rng, held_out=False):
     """The segmented object, distorted and pasted on a random other image, and the caption -> the original image."""
-    scene = world.random_scene(rng, world.random_subjects(rng, 1, held_out))
+    scene = world.random_scene(rng, world.random_subjects(rng, 1, held_out, alone=False))
     label = world.label(scene.subjects[0].subject)
     other = some_scene(world, rng, held_out)
     while label in [world.label(placed.subject) for placed in other.subjects]:
@@ -918,7 +937,8 @@ class Manifest:
         """Open every file of every line. Returns messages about those that cannot be used; with skip_bad their lines are left out.
         Then raises ValueError if there are no others."""
         wrong_files = functools.partial(self.wrong_files, size)
-        loader = torch.utils.data.DataLoader(range(len(self)), batch_size=16, num_workers=workers, collate_fn=wrong_files)
+        lines = np.flatnonzero(self.usable).tolist()
+        loader = torch.utils.data.DataLoader(lines, batch_size=16, num_workers=workers, collate_fn=wrong_files)
         batches = tqdm(loader, desc="opening all files", unit_scale=16, disable=self.quiet)
         wrong = {line: message for batch in batches for line, message in batch}
         if self.skip_bad:
@@ -951,8 +971,8 @@ class Manifest:
         return len(self.offsets)
 
     def some(self, count):
-        """At most `count` entries, evenly spaced."""
-        return self.read(range(0, len(self), max(1, -(-len(self) // count))))
+        """At most `count` entries, in order: always the same random ones, since every k-th line may be of one task."""
+        return self.read(sorted(random.Random(0).sample(range(len(self)), min(count, len(self)))))
 
     def __getitem__(self, index):
         """The Entry of a line, counted from 0 without the bad ones."""
@@ -964,6 +984,10 @@ class Manifest:
             for index in indices:
                 file.seek(self.offsets[index])
                 yield read_entry(file.readline())
+
+    def path_of(self, name):
+        """The path of a file named by the manifest, the same for every way to write it."""
+        return os.path.abspath(os.path.join(self.root, name))
 
     def load(self, name):
         """The picture in a file named by the manifest."""
@@ -982,7 +1006,7 @@ class Manifest:
         return mask
 
     def text_tokenizer(self):
-        """A word-level text tokenizer of the texts and labels, of at most 100,000 evenly spaced lines."""
+        """A word-level text tokenizer of the texts and labels, of at most 100,000 lines."""
         texts = (text.replace("<image>", " ") for entry in self.some(100_000) for text in (entry.text, *entry.labels) if text)
         return TextTokenizer.train(itertools.chain(PROMPT_WORDS, texts))
 
@@ -1034,26 +1058,32 @@ def entry_sample(manifest, entry, size, rng):
         return Sample(task, prompt, [picture], [WHOLE], center_crop(picture, size), None)
     images = [manifest.load(name) for name in entry.references]
     images += [object_on_black(picture, mask, rng.random() < 0.5) for mask in masks]
-    return Sample(task, prompt, images, labels, center_crop(picture, size), None)
+    target = square_of_object(picture, np.logical_or.reduce(masks), size)[0] if masks else center_crop(picture, size)
+    return Sample(task, prompt, images, labels, target, None)
 
 
 def entry_target(manifest, entry, size):
     """An entry's target alone, uint8 (size, size, 3); nothing about it is random."""
     picture = manifest.load(entry.picture)
-    if entry.task not in ("segmentation", "recovery"):
+    if not entry.masks:
         return center_crop(picture, size)
-    target, mask = square_of_object(picture, manifest.load_mask(*entry.masks, entry, picture), size)
+    masks = [manifest.load_mask(name, entry, picture) for name in entry.masks]
+    target, mask = square_of_object(picture, np.logical_or.reduce(masks), size)
     return (mask * target + 0.5).astype(np.uint8) if entry.task == "segmentation" else target
 
 
 def some_background(manifest, entry, rng):
     """The file of a picture other than the entry's, of manifest.backgrounds. Raises ValueError if none is found."""
-    others = manifest.backgrounds
-    for _ in range(100):
-        line = rng.randrange(len(others))
-        other = others[line]
-        if others.usable[line] and not others.held[line] and (others.root, other.picture) != (manifest.root, entry.picture):
-            return other.picture
+    others, own = manifest.backgrounds, manifest.path_of(entry.picture)
+
+    def lines():
+        """Random lines; if a hundred of them will not do, all in random order."""
+        yield from (rng.randrange(len(others)) for _ in range(100))
+        yield from rng.sample(range(len(others)), len(others))
+
+    for line in lines():
+        if others.usable[line] and not others.held[line] and others.path_of(picture := others[line].picture) != own:
+            return picture
     raise ValueError(f"{others.path} has no other picture than {entry.picture} to put behind the {entry.labels[0]!r}; "
                      "give --backgrounds a manifest or folder with more")
 
@@ -1080,11 +1110,24 @@ def lines_of_picture(picture, captions, objects):
 def read_caption(file):
     """The first two lines of a text file, stripped; "" for lines that are missing, or if there is no such file."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        lines = file.read_text(encoding="utf-8-sig").split("\n") if file.is_file() else []
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 text ({error})") from None
     first, second = [*lines, "", ""][:2]
     return first.strip(), second.strip()
+
+
+def files_below(folder):
+    """The files in a folder and below it, sorted, also behind links to folders (each folder once)."""
+    seen, files = set(), []
+    for path, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(path)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        files += [Path(path, name) for name in names]
+    return sorted(files)
 
 
 def manifest_of_folder(folder):
@@ -1098,7 +1141,7 @@ def manifest_of_folder(folder):
     Raises ValueError naming a mask without picture or name, two pictures with one caption, or a folder without pictures.
     """
     pictures, masks, lines = {}, {}, []                                  # the first two: {path without suffix: file}
-    for file in sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in PICTURE_SUFFIXES and f.is_file()):
+    for file in (f for f in files_below(folder) if f.suffix.lower() in PICTURE_SUFFIXES and f.is_file()):
         if file.stem.endswith(".mask") and file.suffix != ".png":
             raise ValueError(f"{file}: a mask must be a .png file, since others do not keep its edges; convert or rename it")
         if file.name.endswith(".mask.png"):
@@ -1158,7 +1201,8 @@ def manifest_of_coco(instances, captions, images, out):
     pictures, categories, annotations = read_coco(instances, INSTANCES)
     texts, names, objects = {}, {c["id"]: c["name"] for c in categories}, nameable_objects(annotations)
     for caption in read_coco(captions, CAPTIONS)[0]:
-        texts.setdefault(caption["image_id"], []).append(" ".join(caption["caption"].split()))
+        if words := " ".join(caption["caption"].split()):
+            texts.setdefault(caption["image_id"], []).append(words)
     out, count = Path(out), 0
     (out / "masks").mkdir(parents=True, exist_ok=True)
     with open(out / "manifest.jsonl.tmp", "w", encoding="utf-8") as file:

@@ -415,7 +415,8 @@ def spread_codes(z, size, generator):
         weights = (distance / distance.max().clamp(min=1e-9)) ** 8 + 1e-30               # 1e-30: all outputs may be centres
         centers = torch.cat([centers, z[torch.multinomial(weights, 1, generator=generator)]])
     nearest = VectorQuantizer.nearest(z, centers)
-    return F.normalize(torch.zeros_like(centers).index_add_(0, nearest, z), dim=-1)
+    means = torch.zeros_like(centers).index_add_(0, nearest, z)
+    return F.normalize(torch.where(means.any(-1, keepdim=True), means, centers), dim=-1)  # a centre drawn twice has outputs once
 
 
 class CodebookUsage:

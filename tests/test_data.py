@@ -280,3 +280,33 @@ def test_emoji_world():
     assert sample.target.shape == (64, 64, 3) and (sample.target == world.draw(sample.scene)).all()
     mask = world.subject_mask(sample.scene.subjects[0])
     assert mask.max() == 1 and mask.min() == 0
+
+
+def test_an_odd_exif_tag_does_not_hide_a_readable_picture(tmp_path):
+    """Width stored as text: ImageOps.exif_transpose raises struct.error when it writes the tags again."""
+    base = np.random.default_rng(0).integers(0, 256, (24, 18, 3), dtype=np.uint8)
+    for turn in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112], exif[0x010E] = turn, "hello"
+        Image.fromarray(base).save(tmp_path / "odd.png", exif=exif)
+        plain = load_image(tmp_path / "odd.png")
+        Image.fromarray(base).save(tmp_path / "odd.png", exif=exif.tobytes().replace(b"\x01\x0e", b"\x01\x00").replace(b"\x0e\x01", b"\x00\x01"))
+        assert (load_image(tmp_path / "odd.png") == plain).all()
+
+
+def test_recovery_names_the_emoji_that_is_meant():
+    """Its reference shows others too."""
+    world = emoji_or_skip(32)
+    assert all(data.recovery(world, rng(i)).names != ["symbol"] for i in range(60))
+
+
+def test_punctuation_is_not_part_of_a_word():
+    tokenizer = TextTokenizer.train(["A dog on the beach.", "(two cats, one T-shirt)"])
+    for text in ("beach", "cats (dog) T-shirt.", "a dog, two cats"):
+        assert tokenizer.unknown_word(text) is None and tokenizer.UNKNOWN not in tokenizer.encode(text)
+    assert tokenizer.encode("beach.") == tokenizer.encode("beach .") and tokenizer.unknown_word("T") == "T"
+
+
+def test_every_word_of_many_and_of_long_sentences_is_known():
+    tokenizer = TextTokenizer.train([*(f"w{i}" for i in range(9000)), " ".join(f"q{i}" for i in range(2000))])
+    assert tokenizer.unknown_word(" ".join([*(f"w{i}" for i in range(9000)), *(f"q{i}" for i in range(2000))])) is None

@@ -619,3 +619,36 @@ def test_cached_codes_know_their_tokenizer_and_their_pictures(folder):
 def test_caching_codes_needs_data():
     with pytest.raises(ValueError, match="--cache_codes=true: .*use it with --data"):
         train.parse(["tiny", "--cache_codes=true"])
+
+
+def test_several_objects_are_in_the_picture_that_is_to_be_drawn(folder):
+    """In a wide picture both stand at the right edge, out of the centred square."""
+    wide = (32, 96)
+    save(folder / "scene.png", picture(box=np.s_[8:24, 80:96], size=wide))
+    save(folder / "mask.png", picture(BLACK, np.s_[8:24, 80:96], (255, 255, 255), wide))
+    save(folder / "secondmask.png", picture(BLACK, np.s_[8:24, 70:76], (255, 255, 255), wide))
+    drawn, = samples(folder, MULTI, 1)
+    alone = ManifestDataset(manifest(folder, [MULTI]), None, 0, 32, targets_only=True)[0]
+    assert (drawn.target == picture(box=np.s_[8:24, 16:32])).all() and (alone.target == drawn.target).all()
+
+
+def test_a_background_is_found_among_many_lines_of_one_picture_however_it_is_named(folder):
+    lines = manifest(folder, [RECOVERY] * 300 + [{"image_path": "./scene.png"}, {"image_path": "blue.png"}])
+    assert {data.some_background(lines, lines[0], random.Random(i)) for i in range(30)} == {"blue.png"}
+
+
+def test_some_lines_are_not_all_of_one_task(folder):
+    lines = manifest(folder, [T2I, RECONSTRUCTION, SEGMENTATION, RECOVERY] * 50)
+    assert len({entry.task for entry in lines.some(50)}) == 4 and len(list(lines.some(50))) == 50 and list(lines.some(999)) == list(lines.read(range(200)))
+
+
+def test_captions_with_a_byte_order_mark_and_folders_behind_links(folder, tmp_path_factory):
+    (folder / "scene.txt").write_bytes("\ufeff\nbox\n".encode())
+    (folder / "scene.mask.png").write_bytes((folder / "mask.png").read_bytes())
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    save(elsewhere / "more.png", picture())
+    (folder / "link").symlink_to(elsewhere)
+    (folder / "loop").symlink_to(folder)
+    records = [json.loads(line) for line in manifest_of_folder(folder).splitlines()]
+    assert not any(r.get("generation_only") or r.get("do_replace") for r in records)
+    assert [r["image_path"] for r in records if r["image_path"].startswith("l")] == ["link/more.png"]

@@ -258,3 +258,8 @@ def test_a_few_pictures_at_a_time_are_all_pictures(monkeypatch):
     assert model.at_once() == 2 and torch.equal(model.encode(images), codes)
     torch.testing.assert_close(model.decode(codes), whole)
     assert model.encode(images[:0]).shape == (0, SMALL.grid_size**2)
+
+
+def test_more_codes_than_different_outputs_are_vectors_all_the_same():
+    codes = spread_codes(torch.randn(20, 8).repeat(10, 1), 64, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(codes.norm(dim=-1), torch.ones(64))
