@@ -96,6 +96,11 @@ def test_a_removed_task_is_gone_and_the_others_keep_their_proportions(out, name,
     assert log and not any(task in line for line in log)
 
 
+def test_tuning_is_one_task_at_half_the_learning_rates():
+    run = small_run("--instruct.lr=0.004", "--instruct.muon_lr=0.01")
+    assert train.ROWS["in-context tuning"].keys(run) == {"instruct.mix": "in_context:1", "instruct.steps": 3, "instruct.lr": 0.002, "instruct.muon_lr": 0.005}
+
+
 def test_rows_see_as_many_samples_as_the_full_run(out):
     rows = json.loads((out / "claims.json").read_text())["rows"]
     for name, row in rows.items():

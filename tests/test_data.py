@@ -27,6 +27,7 @@ def test_the_world_has_the_stated_counts(world):
     assert len(subjects) == len(set(subjects)) == 8 * (8 + 3 * 8 * 7)
     held = sum(map(world.held_out, subjects))
     assert abs(held / len(subjects) - 1 / 8) < 0.02
+    assert [i for i, s in enumerate(subjects) if world.held_out(s)][:5] == [5, 22, 23, 24, 25]  # trained/tiny has not seen these
     for attribute in range(4):  # every single attribute value is seen in training, only combinations are new
         assert {s[attribute] for s in world.subjects[False]} == {s[attribute] for s in subjects}
 
@@ -54,6 +55,17 @@ def test_a_scene_pixel_by_pixel(world):
     orange = RED_STAR_BLUE_STRIPES._replace(color2=list(COLORS).index("orange"), pattern=PATTERNS.index("split"))
     scene = Scene(list(COLORS).index("orange"), 1, (place(orange),))
     assert world.caption(scene) == "A big red star with an orange half at the center on an orange striped background"
+
+
+def test_patterns_lie_on_subjects_and_stand_on_backgrounds(world):
+    striped, dotted, split = (PATTERNS.index(pattern) for pattern in ("striped", "dotted", "split"))
+    for upright, (along, across) in ((True, (0, 1)), (False, (1, 0))):
+        masks = [world.pattern_mask(pattern, 16, 16, upright)[..., 0] for pattern in (striped, split)]
+        assert np.ptp(masks[0], along).max() == 0 and np.ptp(masks[0], across).max() == 1  # stripes
+        assert np.ptp(masks[1], across).max() == 0 and np.ptp(masks[1], along).max() == 1  # a split, across the stripes
+        assert abs(world.pattern_mask(dotted, 16, 16, upright).mean() - 0.5) < 0.02         # dots cover half the area
+    ground = world.background(0, striped)
+    assert np.ptp(ground, 0).max() == 0 and np.ptp(ground, 1).max() > 0
 
 
 @pytest.mark.parametrize("size", [16, 48, 64])
@@ -103,6 +115,16 @@ def test_subject_prompts_never_tell_the_subjects_looks(world):
             assert not {"stripes", "dots", "half", "solid"} & set(words)
 
 
+def test_two_subjects_never_share_a_name(world, monkeypatch):
+    """Neither in a scene, nor the subject of recovery and those of the picture that it is pasted on."""
+    scenes, scene_of = [], data.some_scene
+    monkeypatch.setattr(data, "some_scene", lambda *arguments: scenes.append(scene_of(*arguments)) or scenes[-1])
+    for i in range(60):
+        assert len({world.label(subject) for subject in world.random_subjects(rng(i), 2)}) == 2
+        assert data.recovery(world, rng(i)).names[0] not in [world.label(placed.subject) for placed in scenes[-1].subjects]
+    assert len(scenes) > 60  # some were refused
+
+
 def test_recovery_shows_the_subject_distorted_on_another_picture(world):
     """The subject's colours are in the input; its place and shape differ from the target's."""
     same = 0
@@ -134,11 +156,38 @@ def test_paste_distorted_scales_and_moves(world):
     assert np.abs(centroid - 15.5).max() < 2
 
 
+def test_paste_distorted_turns_by_degrees_and_keeps_the_area():
+    """A flat bar, half the time turned and stretched, never otherwise."""
+    mask = np.zeros((64, 64, 1), np.float32)
+    mask[28:36, 16:48] = 1
+    bar = (mask * 255).astype(np.uint8).repeat(3, 2)
+
+    class Fixed(random.Random):
+        def random(self):
+            return self.chance
+
+        def uniform(self, low, high):
+            return {(0.6, 1.1): 1.0, (-20, 20): self.angle, (0.85, 1.18): self.stretch}.get((low, high), (low + high) / 2)
+
+    def pasted(chance, angle=0.0, stretch=1.0):
+        draws = Fixed()
+        draws.chance, draws.angle, draws.stretch = chance, angle, stretch
+        y, x = np.nonzero(data.paste_distorted(bar, mask, np.zeros_like(bar), draws)[..., 0] > 127)
+        return len(x), np.degrees(np.arctan(np.cov(x, y)[0, 1] / np.cov(x, y)[0, 0])), np.ptp(x) + 1, np.ptp(y) + 1
+
+    assert pasted(0.6, angle=15.0, stretch=1.18) == pasted(0.6) == (256, 0, 32, 8)
+    area, angle, *_ = pasted(0.4, angle=15.0)
+    assert abs(area - 256) < 16 and abs(abs(angle) - 15) < 2
+    area, angle, width, height = pasted(0.4, stretch=1.18)
+    assert abs(area - 256) < 32 and width < 30 and height > 8
+
+
 def test_samples_are_a_function_of_seed_and_index(world):
     mix = dict.fromkeys(TASKS, 1.0)
     first, again, other = WorldDataset(world, mix, 5), WorldDataset(world, mix, 5), WorldDataset(world, mix, 6)
     assert first[1000].prompt == again[1000].prompt and (first[1000].target == again[1000].target).all()
     assert any(first[i].prompt != other[i].prompt for i in range(5))
+    assert len({first[i].mask_seed for i in range(5)}) == 5
 
 
 def test_tasks_come_in_their_shares(world):
@@ -161,9 +210,13 @@ def test_wrong_prompts_are_refused_with_a_reason(world, text_tokenizer):
         encode("The star in <image> and <image>", [image])
     with pytest.raises(ValueError, match="at most 40"):
         encode("The star in <image>.\nThe star in <image>.\nThe star in <image>.", [image] * 3)
+    longest = encode("a star " * 19 + "a", [])
+    assert len(longest) == 40  # exactly as many as fit
     assert encode("", []) == [text_tokenizer.EOS]  # an empty prompt is a prompt
     with pytest.raises(ValueError, match="'sqare'.*square"):
         text_tokenizer.check_words("A big sqare in <image>")
+    with pytest.raises(ValueError, match="'SQARE'.*square"):
+        text_tokenizer.check_words("A BIG SQARE")
 
 
 def test_text_tokenizer_treats_image_as_one_added_token(text_tokenizer):
@@ -182,6 +235,7 @@ def test_collate_puts_every_image_into_its_slots(world, text_tokenizer):
     for ids, length in zip(batch.text_ids, batch.lengths):
         assert ids[length - 1] == text_tokenizer.EOS and not ids[length:].any()
     assert batch.targets.min() >= -1 and batch.targets.max() <= 1
+    assert 0.4 < batch.masked.sum() / batch.lengths.sum() < 0.6 and not batch.masked[batch.text_ids == 0].any()
 
 
 def test_pictures_of_every_kind_are_read_right(tmp_path):
@@ -202,6 +256,18 @@ def test_pictures_of_every_kind_are_read_right(tmp_path):
     exif[0x0112] = 6  # shown turned by 90 degrees
     Image.fromarray(base).save(tmp_path / "turned.png", exif=exif)
     assert (load_image(tmp_path / "turned.png") == np.rot90(base, -1)).all()
+
+
+def test_pictures_become_tensors_and_the_same_pictures_again():
+    picture = np.arange(3 * 16 * 16, dtype=np.int64).reshape(16, 16, 3).astype(np.uint8)  # every value of a byte
+    assert (data.to_picture(data.tokenizer_pixels(picture, 16)) == picture).all()
+
+
+def test_clips_long_side_is_rounded_down():
+    picture = np.random.default_rng(0).integers(0, 256, (29, 640, 3), dtype=np.uint8)
+    square = np.asarray(Image.fromarray(picture).resize((617, 28), Image.BICUBIC).crop((294, 0, 322, 28)))  # 640 * 28 / 29 is 617.9
+    expected = (square / 255 - data.CLIP_MEAN) / data.CLIP_STD
+    assert np.abs(data.vision_pixels(picture, 28).numpy().transpose(1, 2, 0) - expected).max() < 1e-5
 
 
 def test_animations_and_clear_palettes(tmp_path):
@@ -251,6 +317,8 @@ def test_the_judge_reads_true_renders_of_emoji():
     judge = EmojiJudge(world)
     scenes = [world.random_scene(chance, world.random_subjects(chance, 1, held_out=True)) for _ in range(60)]
     assert [judge.read(world.draw(scene)) for scene in scenes] == scenes
+    subject = scenes[0].subjects[0].subject
+    assert judge.attributes(subject) == (subject.character,)
     assert world.sprite.cache_info().maxsize * 64 * 64 * 16 < 2**27  # bytes of a data process that draws 64 pixels a side
 
 

@@ -209,6 +209,13 @@ def test_a_step_reads_the_buckets_that_are_filled_and_no_more(model, monkeypatch
     assert cache.k.shape[3] == 96 and read[::2] == [-(-(21 + k) // 16) * 16 for k in range(63)]
 
 
+def test_the_cache_has_room_for_the_last_code(model, make_batch, monkeypatch):
+    batch = make_batch(model.config, 3)
+    drawn = generate(model, batch, GREEDY, torch.Generator())
+    monkeypatch.setattr(KVCache, "BUCKET", 1)
+    assert torch.equal(generate(model, batch, GREEDY, torch.Generator()), drawn)
+
+
 def run_twice(step):
     """In record_graph's place: a warm-up run, then a function that runs the step into the tensor of the first run."""
     step()
@@ -231,6 +238,10 @@ def test_a_graphed_decoder_draws_the_same_from_buffers_that_stay(model, make_bat
     assert len(addresses) == 1 and decoder.warmup > 0 and decoder.cache.k.shape[3] >= model.config.context + 63
     generate(model, make_batch(model.config, 5), GREEDY, torch.Generator(), decoder)
     assert len(decoder.codes) == 10 and len(recorded) > len(decoder.graphs)  # another size starts over
+
+
+def test_a_model_is_made_ready_without_dropout(model):
+    assert not sample.make_ready(model.train(), torch.device("cpu")).training
 
 
 @torch.no_grad()  # as drawing is; the norm for gradients rounds more

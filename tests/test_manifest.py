@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,6 +112,9 @@ def test_recovery_takes_backgrounds_from_its_own_manifest_but_never_its_own_pict
 def test_subject_driven_and_multi_image(folder):
     drawn, = samples(folder, SUBJECT, 1)
     assert drawn.prompt == "The box in <image>.\na box on green" and (drawn.images[0] == BLUE).all() and (drawn.target == picture()).all()
+    save(folder / "blue.png", picture(BLUE, np.s_[0:0, 0:0], size=(40, 60)))
+    assert samples(folder, SUBJECT, 1)[0].images[0].shape == (40, 60, 3)  # references keep their size
+    save(folder / "blue.png", picture(BLUE, np.s_[0:0, 0:0]))
     seen = set()
     for drawn in samples(folder, MULTI):
         assert drawn.prompt == "The box in <image>.\nThe bar in <image>.\na box and a bar on green" and drawn.names == ["box", "bar"]
@@ -168,7 +172,7 @@ def test_samples_are_a_function_of_seed_and_index(folder):
     lines = manifest(folder, ALL + [{"image_path": "blue.png"}])
     first, again, other = (ManifestDataset(lines, None, seed, 32) for seed in (1, 1, 2))
     assert all((first[i].target == again[i].target).all() and first[i].prompt == again[i].prompt for i in reversed(range(20)))
-    assert [first.line(i) for i in range(7)] != [other.line(i) for i in range(7)]
+    assert [first.line(i) for i in range(7)] != [other.line(i) for i in range(7)] and len({first[i].mask_seed for i in range(5)}) == 5
 
 
 def test_every_epoch_shows_every_line_once_in_another_order(folder):
@@ -204,6 +208,17 @@ def test_a_few_pictures_are_held_out_with_all_their_lines(folder):
     assert len(seen) > 100 and seen.isdisjoint(held)
 
 
+@pytest.mark.parametrize("count, held", [(49, 0), (50, 1), (6400, 128), (20_000, 128)])
+def test_one_picture_in_50_is_held_out_but_at_most_128(count, held):
+    pictures = np.random.default_rng(0).permutation(count)
+    assert Manifest.choose_held_out(None, np.arange(count) % 2, pictures).sum() == held
+
+
+def test_a_task_keeps_its_lines_rather_than_losing_all():
+    held = Manifest.choose_held_out(None, np.array([0] * 100 + [1]), np.array([*range(1, 101), 0]))
+    assert np.flatnonzero(held).tolist() == [0]  # the last line's picture would be held out too
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 17, 64, 1000])
 def test_shuffled_is_a_permutation(count):
     assert sorted(shuffled(count, "key")) == list(range(count)) and (count < 17 or (shuffled(count, "key") != shuffled(count, "another key")).any())
@@ -217,6 +232,7 @@ def test_a_mix_gives_tasks_their_shares_and_lines_their_turns(folder):
     assert drawn[:30].min() == drawn[:30].max() == 250 and drawn[30:].max() - drawn[30:].min() <= 1
     early = [dataset.line(i) >= 30 for i in range(400)]
     assert 60 < sum(early) < 140  # the shares hold within a block too
+    assert early != [dataset.line(dataset.BLOCK + i) >= 30 for i in range(400)]  # and no two blocks are alike
 
 
 @pytest.mark.parametrize("record, message", [
@@ -339,6 +355,8 @@ def test_prompts_too_long_are_found_at_the_start(folder):
     kept.check_prompts(Collate(tokenizer, 32, 16, most, 32))
     assert [message.split(": ")[0][-6:] for message in kept.bad] == ["line 3", "line 4"]  # segmentation does not say the caption
     assert {task: lines.tolist() for task, lines in kept.lines().items()} == {"text_to_image": [0], "subject_driven": [1], "segmentation": [4]}
+    with pytest.raises(ValueError, match="400 of them for 2 images"):  # little text, large images
+        manifest(folder, [MULTI]).check_prompts(Collate(tokenizer, 32, 200, 300, 32))
     with pytest.raises(ValueError, match="line 2: the prompt takes"):
         manifest(folder, records).check_prompts(Collate(tokenizer, 32, 16, most - 1, 32))
 
@@ -614,6 +632,15 @@ def test_cached_codes_know_their_tokenizer_and_their_pictures(folder):
     assert len(list((out / "codes").iterdir())) == 2
     save(folder / "scene.png", picture(BLUE, size=(40, 40)))
     assert manifest(folder, [T2I, RECONSTRUCTION]).digest != lines.digest
+
+
+def test_the_last_code_can_be_cached(folder):
+    lines, run = manifest(folder, [T2I]), train.replace(train.PRESETS["tiny"], out=str(folder / "out"))
+    vqgan = train.VQGAN(run.vqgan)
+    vqgan.save_pretrained(folder / "out" / "tokenizer")
+    vqgan.encode = lambda targets: train.torch.full((len(targets), 64), run.vqgan.codebook_size - 1)
+    cache, batch = train.CodeCache(run, CPU, lines), SimpleNamespace(lines=[0], targets=train.torch.zeros(1, 3, 32, 32))
+    assert all((cache.encode(vqgan, batch) == run.vqgan.codebook_size - 1).all() for _ in range(2))
 
 
 def test_caching_codes_needs_data():

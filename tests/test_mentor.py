@@ -1,5 +1,6 @@
 """The model: masks, padding, rotary positions, cache, guidance, splice, frozen parts are right, not only plausible."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import only, randomize, small_config
-from mentor import Mentor, MentorConfig, SamplingConfig, apply_rotary, from_dict, relative_position_bucket, rotary_table, sequence_order, splice
+from mentor import PRESETS, Mentor, MentorConfig, SamplingConfig, apply_rotary, from_dict, relative_position_bucket, rotary_table, sequence_order, splice
 from sample import generate, guide
 
 
@@ -135,6 +136,21 @@ def test_query_connector_reads_the_name(text_tokenizer, make_batch):
     assert tokens.shape == (2, 4, 32) and (tokens[0] != other[0]).any() and torch.equal(tokens[1], other[1])
 
 
+def test_query_connector_by_hand(text_tokenizer, make_batch):
+    """Queries and words attend to each other, then the queries alone to the patches; padding of the words changes nothing."""
+    model = randomize(Mentor(small_config(text_tokenizer, "query"))).eval()
+    batch, connector = make_batch(model.config, 2, segmentation=1.0), model.encoder.connector
+    patches, words = model.encoder.vision(batch.pixels), model.encoder.text.embedding(batch.name_ids)
+    assert batch.name_mask.all()
+    x = torch.cat([connector.queries.expand(2, -1, -1), connector.word_in(words)], 1)
+    for block in connector.blocks:
+        x = x + block.attention(block.norm1(x))
+        x = torch.cat([x[:, :4] + block.cross_attention(block.norm2(x[:, :4]), connector.patch_norm(patches)), x[:, 4:]], 1)
+        x = x + block.fc2(F.gelu(block.fc1(block.norm3(x))))
+    padded, mask = F.pad(words, (0, 0, 0, 5), value=1.0), F.pad(batch.name_mask, (0, 5))
+    torch.testing.assert_close(connector(patches, padded, mask), connector.out(connector.norm(x[:, :4])), atol=2e-5, rtol=1e-4)
+
+
 def test_splice_refuses_a_wrong_number_of_placeholders():
     embeddings, tokens = torch.zeros(1, 5, 3), torch.ones(2, 2, 3)
     assert splice(embeddings, torch.tensor([0, 1, 3, 4]), tokens)[0, :, 0].tolist() == [1, 1, 0, 1, 1]
@@ -160,6 +176,32 @@ def test_behaviour_does_not_depend_on_training_mode(model, make_batch):
     assert torch.equal(model.train()(batch, codes, nobody(2)), before)
 
 
+def test_dropout_is_where_t5_and_llamagen_have_it(model, make_batch):
+    """After the embeddings, each attention and each MLP, and in T5 also inside the MLP and at the end."""
+    calls = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda module, inputs, output, name=name: calls.update([name]))
+    model(make_batch(model.config, 2), some_codes(model, 2), nobody(2))
+    assert calls == {"encoder.text.dropout": 2, **{f"encoder.text.blocks.{i}.dropout": 3 for i in range(2)},
+                     "decoder.dropout": 1, **{f"decoder.blocks.{i}.dropout": 2 for i in range(2)}}
+
+
+def test_norms_have_the_published_eps(model):
+    for part, eps in ((model.encoder.text, 1e-6), (model.decoder, 1e-5)):
+        assert {module.eps for module in part.modules() if isinstance(module, torch.nn.RMSNorm)} == {eps}
+
+
+def test_new_weights_have_the_stated_spread():
+    model = Mentor(PRESETS["tiny"])
+    text, decoder = model.encoder.text, model.decoder
+    block = text.blocks[0]
+    for weight, std in ((model.projector.fc1.weight, 0.02), (decoder.code_embedding.weight, 0.02), (decoder.blocks[0].attention.wqkv.weight, 0.02),
+                        (text.embedding.weight, 1.0), (block.q.weight, (128 * 32) ** -0.5), (block.k.weight, 128**-0.5), (block.wo.weight, 256**-0.5)):
+        assert weight.std().item() == pytest.approx(std, rel=0.1)
+    assert (model.encoder.vision.pre_norm.weight == 4).all() and not decoder.output.weight.any()
+
+
 def test_saved_model_is_the_same_model(model, tmp_path):
     model.save_pretrained(tmp_path)
     again = Mentor.from_pretrained(tmp_path)
@@ -167,9 +209,17 @@ def test_saved_model_is_the_same_model(model, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
 
 
+def test_a_model_is_loaded_in_float32_and_ready_to_draw(model, tmp_path):
+    model.bfloat16().save_pretrained(tmp_path)
+    again = Mentor.from_pretrained(tmp_path)
+    assert not again.training and {p.dtype for p in again.parameters()} == {torch.float32}
+
+
 def test_illegal_configs_name_the_key():
     with pytest.raises(ValueError, match="connector.kind=resampler .* mlp or query"):
         from_dict(MentorConfig, {"connector": {"kind": "resampler"}})
+    with pytest.raises(ValueError, match="context=256 is not legal: it must be more than the 256 tokens of one image"):
+        from_dict(MentorConfig, {"context": 256})
     with pytest.raises(ValueError, match="no key 'heads'"):
         from_dict(MentorConfig, {"decoder": {"heads": 4}})
 

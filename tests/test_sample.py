@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -54,6 +55,13 @@ def test_the_judge_finds_the_nearest_render_of_a_noisy_picture(world, judge):
     assert all(found <= distance(world.random_scene(rng, world.random_subjects(rng, 1))) for _ in range(300))
 
 
+def test_the_judges_shortlist_is_long_enough(judge, monkeypatch):
+    pictures = [np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8) for seed in (7, 9, 17, 19)]
+    found = [judge.read(picture) for picture in pictures]
+    monkeypatch.setattr(judge, "SHORTLIST", 400)
+    assert [judge.read(picture) for picture in pictures] == found
+
+
 def test_scores_count_attributes(world):
     rng = random.Random(2)
     a = world.random_scene(rng, world.random_subjects(rng, 1))
@@ -71,7 +79,56 @@ def test_bounds_are_what_they_claim(world, judge):
     true = judge_pictures(judge, [s.target for s in samples], samples)
     copied = judge_pictures(judge, [s.images[0] for s in samples], samples)
     assert true["cp"] == true["pf"] == 1
-    assert copied["cp"] == 1 and copied["pf"] < 0.5
+    assert copied["cp"] == 1 and copied["pf"] < 0.5 and copied["cp_over_pf"] == pytest.approx(1 / copied["pf"])
+
+
+def test_cp_is_told_by_the_subjects_pattern(world, judge):
+    """Drawings of striped subjects are right, all others have another shape."""
+    samples, pictures = sample.held_out_samples(world, "subject_driven", 12), []
+    for s in samples:
+        placed, = s.scene.subjects
+        other = placed.subject._replace(shape=(placed.subject.shape + (PATTERNS[placed.subject.pattern] != "striped")) % 8)
+        pictures.append(world.draw(s.scene._replace(subjects=(placed._replace(subject=other),))))
+    scores = sample.cp_by_pattern(judge, pictures, samples)
+    assert len(scores) > 2 and scores == {pattern: 1 if pattern == "striped" else 0.75 for pattern in scores}
+
+
+class Perfect(SimpleNamespace):
+    """A pipeline that draws every target and notes what it was asked for."""
+
+    def __init__(self, world):
+        super().__init__(model=SimpleNamespace(config=SimpleNamespace(sampling=SamplingConfig(cfg_scale=3.0))), world=lambda: world, asked=[])
+
+    def draw(self, samples, sampling=None, seed=0):
+        self.asked.append((samples, (sampling or self.model.config.sampling).cfg_scale))
+        return [s.target for s in samples], torch.zeros(len(samples), 64)
+
+    def rebuild(self, pictures):
+        return [p // 2 for p in pictures]
+
+
+def test_every_score_of_a_perfect_model(world, tmp_path, capsys):
+    pipeline = Perfect(world)
+    scores = sample.score(pipeline, tmp_path)
+    assert [scale for _, scale in pipeline.asked] == [3, 3, 3, 1, 2, 4, 7.5]
+    assert scores["cp"] == scores["pf"] == scores["segmentation_iou"] == 1 and scores["reconstruction_l2"] == 0
+    rebuilt, copied = (scores["bounds"][name] for name in ("tokenizer", "copying the reference"))
+    assert rebuilt["reconstruction_l2"] > 0 and copied["cp"] == 1 and copied["pf"] < 0.7
+    scores = sample.claim_scores(pipeline)
+    assert scores["named_iou"] == scores["known_rules"]["whole"] == scores["new_rules"]["whole"] == scores["two subjects"]["cp"] == scores["repeats"] == 1
+    assert scores["other_iou"] == scores["reconstruction_l2"] == 0 < scores["tokenizer_l2"]
+
+
+def test_balance_takes_away_one_part_at_a_time(world, monkeypatch):
+    monkeypatch.setattr(sample, "next_code_loss", lambda pipeline, samples: 0.0)
+    pipeline = Perfect(world)
+    asked = dict(zip(sample.balance_scores(pipeline), pipeline.asked))
+    assert {name: scale for name, (_, scale) in asked.items()} == {
+        "image and text": 3, "image dropped": 3, "text dropped": 3, "both dropped": 0, "guidance 1": 1, "guidance 2": 2, "guidance 4": 4, "guidance 7.5": 7.5}
+    parts = {name: [("<image>" in s.prompt, len(s.images), "background" in s.prompt, s.drop) for s in samples] for name, (samples, _) in asked.items()}
+    for name, expected in (("image and text", (True, 1, True, False)), ("image dropped", (False, 0, True, False)), ("text dropped", (True, 1, False, False)),
+                           ("both dropped", (True, 1, True, True)), ("guidance 4", (True, 1, True, False))):
+        assert parts[name] == [expected] * 3
 
 
 def test_pixel_scores():
@@ -80,7 +137,30 @@ def test_pixel_scores():
     half[:2] = 0
     target = [Sample("", "", [], [], half, None)]
     assert pixel_l2([half], target) == 0 and abs(pixel_l2([white], target) - 0.5**0.5) < 1e-6
+    assert pixel_l2([half, white], target * 2) == pytest.approx(0.5**1.5)  # the mean of each picture's
+    dark = half.copy()
+    dark[:2] = 64
+    assert segmentation_iou([dark], target) == 1  # still black
     assert segmentation_iou([half], target) == 1 and segmentation_iou([white], target) == 0.5 and segmentation_iou([black], target) == 0
+
+
+def test_a_sheet_shows_reference_drawing_and_ideal_in_this_order(tmp_path):
+    red, green, blue = (np.full((32, 32, 3), np.eye(3, dtype=np.uint8)[i] * 255) for i in range(3))
+    sample.save_sheet([Sample("", "A star", [red], [""], blue, None)], [green], tmp_path / "sheet.png")
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
+    left = [np.flatnonzero((sheet == 255 * np.eye(3, dtype=int)[i]).all(-1).any(0))[0] for i in range(3)]
+    assert left == sorted(left) and left[1] > left[0] + 300  # the prompt stands between reference and drawing
+
+
+def test_an_animation_shows_the_codes_drawn_so_far(tmp_path):
+    shades = lambda codes: [np.repeat(row.reshape(2, 2).numpy().astype(np.uint8), 16, 0).repeat(16, 1)[..., None].repeat(3, 2) for row in codes]  # noqa: E731
+    pipeline = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(decoder=SimpleNamespace(grid_size=2))), decode=shades)
+    sample.save_gif(pipeline, torch.tensor([0, 60, 120, 250]), tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as gif:
+        for i in range(4):
+            gif.seek(i)
+            cells = np.asarray(gif.convert("L"))[64::128, 64::128].flatten().astype(int)
+            assert np.abs(cells - [*[0, 60, 120, 250][: i + 1], *[200] * (3 - i)]).max() < 8
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +187,7 @@ def test_training_leaves_scores_pictures_and_a_folder_that_opens(out):
     assert set(scores["guidance"]) == {"1", "2", "4", "7.5"} and scores["bounds"]["true renders"]["cp"] == 1
     for name in ("sheet.png", "curves.png", "guidance.png"):
         assert Image.open(out / name).width > 100
+    assert sample.newest_stage(out)[1] == out / "instruct"
     for stage in ("pretrain", "align", "instruct"):
         assert sample.Pipeline.open(out / stage, "cpu").model.config == sample.Pipeline.open(out, "cpu").model.config
 
@@ -122,7 +203,9 @@ def test_command_line_draws_reconstructs_and_segments(out, tmp_path, world, caps
     assert "temperature 0 takes the likeliest code each time: such pictures are flat" in capsys.readouterr().out
     sample.main([str(out), "", f"--out={picture}"])  # an empty prompt is one
     sample.main([str(out), f"--reconstruct={tmp_path}/ref.png", f"--out={picture}"])
-    assert Image.open(picture).width == 3 * 256 + 4 * 8 and "pixel L2: tokenizer" in capsys.readouterr().out
+    pipeline, target = sample.Pipeline.open(out, "cpu"), Sample("", "", [], [], np.zeros((32, 32, 3), np.uint8), None)
+    said = f"pixel L2: tokenizer {pixel_l2(pipeline.rebuild([target.target]), [target]):.4f}, model "
+    assert Image.open(picture).width == 3 * 256 + 4 * 8 and said in capsys.readouterr().out
     sample.main([str(out), "--segment=star", f"--images={tmp_path}/ref.png", f"--out={picture}"])
 
 
@@ -172,6 +255,13 @@ def test_the_same_seed_draws_the_same_picture(out):
     prompt = Sample("", "A big red star at the top on a green background", [], [], None, None)
     first, again, other = (pipeline.draw([prompt] * 2, seed=seed)[1] for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_the_command_line_passes_its_seed_on(out, tmp_path, monkeypatch):
+    seeds, draw = [], sample.Pipeline.draw
+    monkeypatch.setattr(sample.Pipeline, "draw", lambda self, samples, sampling=None, seed=0: seeds.append(seed) or draw(self, samples, sampling, seed))
+    sample.main([str(out), "A big red star", f"--out={tmp_path}/a.png", "--seed=7"])
+    assert seeds == [7]
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -27,6 +27,12 @@ def test_shapes_and_a_stable_round_trip():
     torch.testing.assert_close(model.decode(codes.flatten(1)), reconstruction, atol=1e-5, rtol=1e-5)
 
 
+def test_a_new_tokenizers_residual_branches_are_silent():
+    x, parts = torch.randn(1, 8, 4, 4), (tokenizer.ResnetBlock(8, 8, 4), tokenizer.AttnBlock(8, 4))
+    for part in parts:
+        assert torch.equal(part(x), x)
+
+
 def test_many_pictures_are_encoded_a_few_at_a_time(monkeypatch):
     torch.manual_seed(0)
     model, images, counts = VQGAN(SMALL).eval(), torch.rand(5, 3, 16, 16) * 2 - 1, []
@@ -71,7 +77,8 @@ def test_codes_are_the_same_inside_autocast():
     _, _, codes = quantizer(z)
     with torch.autocast("cpu", torch.bfloat16):
         z_q, loss, again = quantizer(z)
-    assert torch.equal(codes, again) and z_q.dtype == loss.dtype == torch.float32
+    nearest = (F.normalize(z, dim=1).permute(0, 2, 3, 1) @ quantizer.codebook().T).argmax(-1)
+    assert torch.equal(codes, nearest) and torch.equal(codes, again) and z_q.dtype == loss.dtype == torch.float32
 
 
 def test_usage_is_counted_over_a_window():
@@ -80,6 +87,8 @@ def test_usage_is_counted_over_a_window():
     assert usage.usage() == 30 / 32 and abs(usage.perplexity() - 30) < 1e-3
     usage.reset()
     assert usage.usage() == 0
+    usage.add(torch.tensor([[7]]))
+    assert usage.usage() == 1 / 32  # once is enough
 
 
 def test_every_rare_sight_gets_a_code_before_a_common_one_gets_a_second():
@@ -90,6 +99,7 @@ def test_every_rare_sight_gets_a_code_before_a_common_one_gets_a_second():
     z = F.normalize(sights[which] + 0.02 * torch.randn(len(which), 8), dim=-1)
     codes = spread_codes(3 * z, 20, torch.Generator().manual_seed(0))
     assert (codes.norm(dim=1) - 1).abs().max() < 1e-5 and sorted((codes @ sights.T).argmax(1).tolist()) == list(range(20))
+    assert torch.equal(spread_codes(3 * z, 20, torch.Generator().manual_seed(0)), codes)  # nothing else is random
     own = VectorQuantizer.nearest(z, codes)
     torch.testing.assert_close(codes[own[0]], F.normalize(z[:5000].mean(0), dim=0), atol=1e-5, rtol=0)  # the mean of all that it stands for
     assert spread_codes(z[:3], 8, torch.Generator().manual_seed(0)).isfinite().all()                     # fewer outputs than codes
@@ -109,6 +119,7 @@ def test_places_are_new_codes_for_what_the_encoder_says():
         if step == 2:
             assert torch.equal(stage.model.quantize.codebook(), before)
     assert [step for step, log in enumerate(logs) if "usage" in log] == [3, 5, 7, 9] and [step for step, log in enumerate(logs) if "restarted" in log] == [3, 5, 7]
+    assert not stage.usage.counts.any()  # each window is counted anew
     codes = stage.model.encode(images)
     assert len(codes.unique()) == 32 and not torch.allclose(stage.model.quantize.codebook(), before)  # all are in use
     smooth, rounded = stage.reconstruct(images, 3), stage.reconstruct(images, 4)
@@ -142,7 +153,7 @@ def test_collages_keep_whole_cells_and_consistency_sees_what_moved():
 def test_adversarial_parts():
     torch.manual_seed(0)
     logits = PatchDiscriminator(16)(torch.randn(2, 3, 64, 64))
-    assert logits.shape[:2] == (2, 1) and logits.shape[2] > 1
+    assert logits.shape == (2, 1, 6, 6)  # as pix2pix's: halved three times, then two convolutions of 4 x 4
     assert hinge_d_loss(torch.tensor([2.0]), torch.tensor([-2.0])) == 0
     assert hinge_d_loss(torch.tensor([0.0]), torch.tensor([0.0])) == 1
     weight = torch.nn.Parameter(torch.ones(3))
@@ -192,6 +203,20 @@ def test_a_windows_usage_is_said_and_what_is_wrong_with_it(capsys):
     assert [line for line in said if "warning" not in line] == [
         f"tokenizer: up to step {step} {share} of 256 codes in use, perplexity {perplexity}" for step, share, perplexity in ((1, "50%", 128), (2, "3%", 8), (3, "50%", 128))]
     assert len(said) == 5 and "--vqgan.codebook_size" in said[2] and "--tokenizer.restart_every=1" in said[2] and "d_weight is at its limit 10000" in said[3]
+
+
+def test_every_part_of_the_loss_has_its_weight_and_its_time():
+    """The discriminator learns from step 20 on, and from 21 on the generator from it."""
+    run = train.parse(["tiny", "--tokenizer.steps=100", "--tokenizer.disc_start=0.2", "--tokenizer.codebook_start=0", "--tokenizer.consistency=0.3"])[1]
+    torch.manual_seed(0)
+    stage, images = train.TokenizerStage(run, train.Machine(0, 1, torch.device("cpu"), torch.float32)), torch.rand(4, 3, 32, 32) * 2 - 1
+    for step, seen, weighed in ((19, 0, False), (20, 1, False), (21, 2, True)):
+        loss, logs = stage(SimpleNamespace(targets=images), step)
+        expected = logs["reconstruction"] + 0.2 * logs["quantizer"] + 0.3 * logs["consistency"]
+        if weighed:
+            expected = expected - 0.5 * logs["d_weight"] * stage.disc(stage.seen[-1][0]).mean()
+        assert len(stage.seen) == seen and ("d_weight" in logs) == weighed
+        torch.testing.assert_close(loss, expected)
 
 
 def test_the_discriminator_sees_every_micro_batch():
