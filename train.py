@@ -28,7 +28,7 @@ import time
 import weakref
 from collections import namedtuple
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
@@ -389,7 +389,7 @@ class TokenizerStage(Stage):
             logs["usage"], logs["perplexity"] = self.usage.usage(), self.usage.perplexity()
             if done:  # until now the codes lay where they were drawn
                 self.describe_window(step, logs["usage"], logs["perplexity"])
-            if step + 1 <= 0.8 * self.config.steps:  # codes placed later would have no time to settle
+            if not done or step + 1 <= 0.8 * self.config.steps:  # codes placed again later would have no time to settle
                 logs["restarted"] = self.place_codes(step)
             self.usage.reset()
         return logs
@@ -478,6 +478,12 @@ def masked_token_loss(model, batch, patches):
     return (losses.sum(1) / batch.masked.sum(1).clamp(min=1)).mean()                     # each sample counts alike
 
 
+def save_zeros(dtype, shape, path):
+    """Write an .npy file of zeros that takes all its space: with a sparse one a full disk would end the process without a word."""
+    with open(path, "wb") as file:
+        np.save(file, np.zeros(shape, dtype))
+
+
 class CodeCache:
     """The codes of a manifest's targets on disk: each target is encoded when first needed and read from then on. There is one file
     per tokenizer and manifest, with their hashes in its name."""
@@ -488,7 +494,7 @@ class CodeCache:
         shape, dtype = (len(manifest), run.vqgan.grid_size**2), np.min_scalar_type(run.vqgan.codebook_size)
         if machine.main and not path.is_file():
             path.parent.mkdir(exist_ok=True)
-            mentor.write_atomically(path, lambda file: np.lib.format.open_memmap(file, "w+", dtype, shape).flush())  # zeros, a sparse file
+            mentor.write_atomically(path, partial(save_zeros, dtype, shape))
         machine.barrier()
         self.rows = np.lib.format.open_memmap(path, "r+")                                # code + 1; 0 where there is none yet
 
@@ -837,10 +843,14 @@ class Log:
             return
         line = {"stage": self.name, "step": step + 1, **means, "grad_norm": grad_norm, "lr": lr, "samples_per_s": rate}
         self.bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.0f} samples/s{self.speed(means, rate)}")
+        path = self.folder / "log.jsonl"
+        size = path.stat().st_size if path.is_file() else 0
         try:
-            with open(self.folder / "log.jsonl", "a") as file:
+            with open(path, "a") as file:
                 file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
         except OSError as error:
+            with suppress(OSError):
+                os.truncate(path, size)  # else the next line would go on where this one was cut
             if not self.lost:
                 self.machine.say(f"{self.name}: log.jsonl could not be written ({error.strerror}): going on; make room on the disk")
             self.lost = True
@@ -946,6 +956,8 @@ def train_stage(name, run, machine, source, text_tokenizer):
     if machine.main:
         folder.mkdir(parents=True, exist_ok=True)
         mentor.write_json(folder / "stage.json", record)
+        if not start:
+            (folder / "best.safetensors").unlink(missing_ok=True)  # of a run that left no checkpoint
     describe_stage(name, stage, config, machine, micro, accumulate, start)
 
     collate, validation = make_collate(run, text_tokenizer), make_dataset(name, run, stage.mix, source, held_out=True)
@@ -955,7 +967,7 @@ def train_stage(name, run, machine, source, text_tokenizer):
         worker_init_fn=leave_group, pin_memory=machine.device.type == "cuda"))
     wrapped = machine.wrap(stage.train())
     log = Log(folder, name, run, start, machine)
-    with StopSignals() as signals, explain_out_of_memory(name, run, machine, micro, accumulate):
+    with StopSignals() as signals, closing(log.bar), explain_out_of_memory(name, run, machine, micro, accumulate):
         for step in range(start, config.steps):
             torch.manual_seed(run.seed * 1_000_003 + step * machine.world_size + machine.rank)  # dropout is a function of the step
             last = step + 1 == config.steps
@@ -966,13 +978,14 @@ def train_stage(name, run, machine, source, text_tokenizer):
             log.add(stage.after_step(step))
 
             paused = time.perf_counter()                                                 # scoring does not count in samples/s
-            if run.score_every and name in STAGES[2:] and (step + 1) % run.score_every == 0 and machine.main:
+            scored = run.score_every and name in STAGES[2:] and (step + 1) % run.score_every == 0
+            if scored and machine.main:
                 log.add(score_now(stage, run, source, text_tokenizer, machine))
             validation_loss = held_out_loss(stage, validation, collate, micro, machine) if due else None
             if validation_loss is not None:
                 log.add({"validation": validation_loss})
             log.started += time.perf_counter() - paused
-            log.step(step, loss, grad_norm, config.lr * lr_factor, tasks, due)
+            log.step(step, loss, grad_norm, config.lr * lr_factor, tasks, due or scored)
             if validation_loss is not None and machine.main:
                 # before the checkpoint: if the run is killed in between, this step is done again
                 keep_best(folder, name, stage, step + 1, validation_loss, last, machine)
@@ -982,7 +995,6 @@ def train_stage(name, run, machine, source, text_tokenizer):
                 save_state(folder, name, stage, saved, step + 1, run.keep, machine)
             if stop:
                 break
-    log.bar.close()
     if last:
         save_weights(folder, name, stage, machine)
     if stop:
@@ -1448,6 +1460,10 @@ def import_released(run, machine):
     tensors, change = mentor.fit_unconditional(model, tensors)
     new = tuple(p for part in released.fresh.split(",") if part for p in (part, f"encoder.{part}"))
     names = {mentor.released_name(n): n for n, _ in model.named_parameters()}
+    for part in filter(None, released.fresh.split(",")):
+        if not any(n.startswith((part, f"encoder.{part}")) for n in names.values()):
+            raise ValueError(f"--released.fresh={released.fresh}: the model has no part {part!r}; give vision, connector, text, projector or "
+                             "decoder, or names of tensors in them")
     mentor.check_fit(mentor.released_parameters(model), tensors, [r for r, n in names.items() if n.startswith(new)])
     for line in filter(None, (change, new and f"new, as asked: {released.fresh}")):
         say(line)
@@ -2040,7 +2056,8 @@ def cli():
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
-        message, code = str(error), 2
+        # an error of a data process comes with its traceback before it
+        message, code = re.split(r"\nOriginal Traceback (?s:.*)\n[\w.]+: ", str(error))[-1].strip(), 2
     except torch.OutOfMemoryError as error:
         message, code = f"the device has too little memory for the model ({mentor.first_line(error)}): choose a smaller preset or model", 2
     except KeyboardInterrupt:

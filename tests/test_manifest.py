@@ -601,6 +601,15 @@ def test_a_run_lists_the_lines_it_leaves_out(folder, capsys):
     assert "left out: " in said and "line 2: image_path='lost.png'" in said and "left out 1 of 3 lines of" in said
 
 
+def test_a_data_process_fails_in_one_line(folder, monkeypatch, capsys):
+    (folder / "scene.png").write_bytes((folder / "scene.png").read_bytes()[:60])
+    monkeypatch.setattr("sys.argv", ["train.py", "tiny", *SHORT, "--stage=tokenizer", "--workers=1", f"--data={write(folder, [T2I])}", f"--out={folder}/out"])
+    with pytest.raises(SystemExit) as stopped:
+        train.cli()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and said.startswith("train.py: ") and "line 1: " in said and "scene.png: not a readable image" in said
+
+
 def test_cached_codes_are_the_tokenizers_and_change_nothing(pictures, tmp_path, monkeypatch):
     counts = []
     encode = train.VQGAN.encode

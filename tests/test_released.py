@@ -131,6 +131,8 @@ def test_every_tensor_that_does_not_fit_is_named(files, tmp_path):
     torch.save({**generator, "layers.9.odd": torch.zeros(1)}, tmp_path / "odd.pt")
     with pytest.raises(ValueError, match="1 unexpected: layers.9.odd"):
         run_import(tmp_path, {**keys, "generator": f"--released.generator={tmp_path}/odd.pt"})
+    with pytest.raises(ValueError, match="--released.fresh=projecter: the model has no part 'projecter'; give vision, connector"):
+        run_import(tmp_path, keys, "--released.fresh=projecter")
     assert not (tmp_path / "out" / "pretrain").exists()
     run_import(tmp_path, {k: v for k, v in keys.items() if k not in ("connector", "generator")}, "--released.fresh=connector,decoder,projector")
 

@@ -202,6 +202,21 @@ def test_a_torn_checkpoint_is_put_aside_and_the_one_before_used(damage, trained,
     assert equal(weights(tmp_path, "tokenizer"), weights(trained, "tokenizer"))
 
 
+def test_a_line_that_a_full_disk_cuts_leaves_the_log_readable(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "tqdm", lambda **options: SimpleNamespace(set_postfix_str=lambda text: None))
+    monkeypatch.setattr(train.Machine, "say", lambda self, text: None)  # what is captured has no room either
+    limits, log = resource.getrlimit(resource.RLIMIT_FSIZE), train.Log(tmp_path, "align", train.parse(["tiny", *SHORT])[1], 0, CPU)
+    for step in range(3):
+        log.add({"loss": 1.0})
+        try:
+            if step == 1:
+                resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "log.jsonl").stat().st_size + 20, limits[1]))
+            log.write(step, 1.0, 0.1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [line["step"] for line in train.read_log(tmp_path / "log.jsonl")] == [1, 3] and log.lost
+
+
 def test_a_full_disk_costs_only_the_checkpoint_that_did_not_fit(trained, tmp_path, monkeypatch, capsys):
     """A limit on the size of files stands in for a full disk: the same system call fails."""
     original, limits = train.Log.step, resource.getrlimit(resource.RLIMIT_FSIZE)
