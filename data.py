@@ -34,7 +34,7 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 # --- Pictures ----------------------------------------------------------------------------------------------------
@@ -417,8 +417,11 @@ class Shapes(World):
 EMOJI_FONTS = ("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf", "/System/Library/Fonts/Apple Color Emoji.ttc",
                "C:/Windows/Fonts/seguiemj.ttf")
 CHANNELS = tuple(itertools.permutations(range(3)))
-EmojiSubject = namedtuple("EmojiSubject", "character channels flipped named", defaults=(CHANNELS[0], False, True))
+TURNS = (None, *Image.Transpose)  # mirrored and turned by quarters: eight ways
+# a character, or its left half and another's right half; order of the colour channels; one of TURNS; whether it has its name
+EmojiSubject = namedtuple("EmojiSubject", "character other channels turn named", defaults=("", CHANNELS[0], None, True))
 NAMED = 0.3  # share of emoji with their names, where a training reference shows one alone
+HALVES = 0.5  # share of the nameless that are put together from two
 
 
 class Emoji(World):
@@ -480,21 +483,33 @@ class Emoji(World):
         return subject[:1]
 
     def vary(self, subject, rng, alone):
-        """Swap the colour channels and perhaps the sides, 12 looks for each drawing, and mostly hide the name: or a model learns
-        the drawings by heart. Of several emoji only names tell which is which."""
-        return subject._replace(channels=rng.choice(CHANNELS), flipped=rng.random() < 0.5, named=not alone or rng.random() < NAMED)
+        """Swap the colour channels, turn, and mostly hide the name and perhaps put two halves together, 48 looks for each of a million
+        drawings: or a model learns them by heart. Of several emoji only names tell which is which."""
+        subject = subject._replace(channels=rng.choice(CHANNELS), turn=rng.choice(TURNS), named=not alone or rng.random() < NAMED)
+        if subject.named or rng.random() > HALVES:
+            return subject
+        return subject._replace(other=rng.choice(self.subjects[False]).character)
 
     @functools.lru_cache(maxsize=1000)  # of 64 pixels a side: 66 MB in every data process
     def sprite(self, placed):
         """RGBA of a placed emoji, float32 (S, S, 4) in [0, 255], colours premultiplied by coverage."""
-        canvas, width = Image.new("RGBa", (self.image_size,) * 2), self.widths[placed.size]
-        glyph = self.glyph(placed.subject.character).convert("RGBa")
+        subject, width = placed.subject, self.widths[placed.size]
+        drawing, canvas = self.scaled(subject.character, width), Image.new("RGBa", (self.image_size,) * 2)
+        if subject.other:
+            drawing.paste(self.scaled(subject.other, width).crop((width // 2, 0, width, width)), (width // 2, 0))
+        if subject.turn is not None:
+            drawing = drawing.transpose(subject.turn)
+        x, y = self.center(placed.place, placed.size)
+        canvas.paste(drawing, (x - width // 2, y - width // 2))
+        return np.asarray(canvas, np.float32)[..., [*subject.channels, 3]]
+
+    def scaled(self, character, width):
+        """A character's drawing as large as fits into a square of `width` pixels a side, in its middle: a premultiplied image."""
+        glyph, square = self.glyph(character).convert("RGBa"), Image.new("RGBa", (width, width))
         scale = width / max(glyph.size)
         glyph = glyph.resize((max(1, round(glyph.width * scale)), max(1, round(glyph.height * scale))), Image.LANCZOS)
-        x, y = self.center(placed.place, placed.size)
-        glyph = ImageOps.mirror(glyph) if placed.subject.flipped else glyph
-        canvas.paste(glyph, (x - glyph.width // 2, y - glyph.height // 2))
-        return np.asarray(canvas, np.float32)[..., [*placed.subject.channels, 3]]
+        square.paste(glyph, (width // 2 - glyph.width // 2, width // 2 - glyph.height // 2))
+        return square
 
     def subject_mask(self, placed):
         return self.sprite(placed)[..., 3:] / 255

@@ -330,11 +330,20 @@ def test_emoji_have_other_looks_only_where_a_training_reference_shows_them():
     subject = world.all_subjects()[100]
     swapped = world.cut_out(place(subject._replace(channels=(1, 2, 0))))
     assert (swapped == world.cut_out(place(subject))[..., [1, 2, 0]]).all()
-    mirrored = np.abs(world.cut_out(place(subject._replace(flipped=True)))[:, ::-1].astype(int) - world.cut_out(place(subject)))
-    assert mirrored.mean() < 0.5 * np.abs(swapped[:, ::-1].astype(int) - swapped).mean()  # to a pixel
+    drawn, other = world.cut_out(place(subject)), world.all_subjects()[200]
+    x, y, half = *world.center(4, 1), world.widths[1] // 2
+    window = np.s_[y - half : y - half + world.widths[1], x - half : x - half + world.widths[1]]
+    for turn in data.TURNS[1:]:
+        turned = np.asarray(Image.fromarray(drawn[window]).transpose(turn))
+        assert (world.cut_out(place(subject._replace(turn=turn)))[window] == turned).all()
+    both = world.cut_out(place(subject._replace(other=other.character)))
+    assert (both[:, :x] == drawn[:, :x]).all() and (both[:, x:] == world.cut_out(place(other))[:, x:]).all() and (both != drawn).any()
     assert world.held_out(subject) == world.held_out(world.vary(subject, rng(), True))
-    alone = [world.label(world.vary(subject, rng(i), True)) for i in range(200)]
-    assert set(alone) == {world.label(subject), "symbol"} and 0.2 < alone.count(world.label(subject)) / 200 < 0.4
+    alone = [world.vary(subject, rng(i), True) for i in range(200)]
+    named = [s for s in alone if world.label(s) == world.label(subject)]
+    assert 0.2 < len(named) / 200 < 0.4 and {world.label(s) for s in alone if s not in named} == {"symbol"}
+    halves = {s.other for s in alone if s.other}
+    assert 50 < len(halves) < 90 and not any(s.other for s in named) and halves <= {s.character for s in world.subjects[False]}
     assert all(world.label(p.subject) != "symbol" for i in range(40) for p in data.multi_image(world, rng(i)).scene.subjects)
     assert world.text_tokenizer().unknown_word("symbol") is None
     scenes = [Scene(0, 0, (place(s),)) for s in (subject, subject._replace(channels=(2, 1, 0)), world.all_subjects()[101])]
