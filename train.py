@@ -653,6 +653,9 @@ def open_manifest(path, name, run, machine, backgrounds=None):
     """Open the Manifest of a file or a folder. A folder's is written as run.out's NAME.jsonl once the run starts."""
     root, content = run.data_root if name == "data" else "", None
     if Path(path).is_dir():
+        if Path(run.out).resolve().is_relative_to(Path(path).resolve()):
+            raise ValueError(f"--{name}={path}: --out={run.out} lies in it, so the pictures that a run writes would become data; choose an "
+                             "--out elsewhere")
         root, content, path = path, manifest_of_folder(path), Path(run.out) / f"{name}.jsonl"
     return Manifest(path, root, backgrounds, run.skip_bad, run.workers, not machine.main, content)
 
@@ -677,6 +680,16 @@ def check_tasks(run, source):
         if lacking:
             raise ValueError(f"--{stage}.mix={mix}: {run.data} has nothing for {', '.join(lacking)}; it has {', '.join(there)}, "
                              f"so give for example --{stage}.mix={','.join(f'{task}:1' for task in there)}")
+
+
+def check_world_prompts(stage, run, world, text_tokenizer):
+    """Raise ValueError naming a task of a stage's mix whose prompts are longer than the context."""
+    for task in (task for task, share in parse_mix(stage, getattr(run, stage).mix).items() if share):
+        dataset = WorldDataset(world, {task: 1.0}, "fits")
+        longest = max(len(text_tokenizer.encode(dataset[i].prompt, run.model.image_tokens)) for i in range(16))
+        if longest > run.model.context:
+            raise ValueError(f"--{stage}.mix: prompts of {task} take {longest} tokens, but --model.context={run.model.context}: leave "
+                             "that task out, raise --model.context, or take --model.connector.kind=query")
 
 
 def check_vocabulary(text_tokenizer, run):
@@ -1363,7 +1376,7 @@ NOT_OF_THE_RESULT = (  # keys that may change between runs in one folder
     "data_root", "skip_bad", "cache_codes", "checkpoint", "compile", "dry_run", "bench", "released.", "model.sampling.")
 CHANGED = {  # what a changed hash means
     "text model": " (spiece.model is another)",
-    "contents of data": " (lines, or sizes of files, have changed: bring the old ones back)"}
+    "contents of data": " (lines, or sizes of files, have changed: bring the old ones back, or give --stage for those that shall see the new)"}
 
 
 def stage_record(name, run, source, text_tokenizer):
@@ -1419,6 +1432,8 @@ def start_problems(name, run, machine, source, text_tokenizer):
         problems.append(f"{name} needs {', '.join(absent)}: {' and '.join(f'--stage={s}' for s in before)} make them from scratch, "
                         "--stage=import from released weights")
     checks = [lambda: micro_batches(getattr(run, name), run, machine)]
+    if name != "tokenizer" and not run.data:
+        checks.append(lambda: check_world_prompts(name, run, source, text_tokenizer))
     if name == "tokenizer" and run.tokenizer.lpips:
         checks.append(lambda: LPIPS(run.tokenizer.lpips))
     if not absent:
@@ -1696,7 +1711,7 @@ def tuning(task, share):
 ROWS = {  # all with the same number of samples: without stage 1 its steps go to stage 2
     "full": Row("instruct", (), paper=(0.555, 0.839, 0.466)),
     "stage 1 alone": Row("align", ()),
-    "without stage 1": Row("pretrain", keys=lambda run: {"instruct.steps": run.align.steps + run.instruct.steps},
+    "without stage 1": Row("pretrain", keys=lambda run: {"instruct.steps": samples_of(run, STAGES[2:]) // run.instruct.global_batch},
                            paper=(0.179, 0.673, 0.120)),
     "without segmentation in stage 1": Row("pretrain", ("align", "instruct"), without("align", "segmentation"), (0.252, 0.479, 0.121)),
     "without recovery": Row("align", keys=without("instruct", "recovery"), paper=(0.661, 0.284, 0.188)),
@@ -1762,6 +1777,9 @@ def train_rows(run, machine, world, text_tokenizer, names=tuple(ROWS)):
 def claims(run, machine, world, text_tokenizer):
     """Train and score the table's rows and write claims.json, claims.md and claims.png into run.out. Nothing is done twice."""
     run, out = replace(run, stage="all", score_every=run.score_every or max(1, run.instruct.steps // 10)), Path(run.out)
+    for row in ROWS.values():  # before hours of training
+        for stage in row.stages:
+            check_world_prompts(stage, with_values(run, row.keys(run)), world, text_tokenizer)
     train_stages(STAGES, run, machine, world, text_tokenizer)
     scores, folders = train_rows(run, machine, world, text_tokenizer)
     rows, before = [scores], {stage: out / stage for stage in STAGES[:2]}
@@ -1981,7 +1999,8 @@ def draw_curves(out, path):
 def write_run(run, text_tokenizer, manifests=()):
     """Write what a run's folder has beside its stages: text model, keys, manifests that were made of folders."""
     Path(run.out).mkdir(parents=True, exist_ok=True)
-    mentor.write_atomically(Path(run.out) / "spiece.model", lambda file: file.write_bytes(text_tokenizer.proto))
+    if run.stage != "tokenizer":  # before the first stage that reads words, captions may still be added
+        mentor.write_atomically(Path(run.out) / "spiece.model", lambda file: file.write_bytes(text_tokenizer.proto))
     mentor.write_json(Path(run.out) / "run.json", asdict(run))
     for manifest in (m for m in manifests if m.content is not None):
         mentor.write_atomically(manifest.path, lambda file: file.write_bytes(manifest.content))

@@ -102,6 +102,8 @@ def test_tuning_is_one_task_at_half_the_learning_rates():
 
 
 def test_rows_see_as_many_samples_as_the_full_run(out):
+    run = small_run("--align.steps=6", "--align.global_batch=8", "--instruct.steps=5", "--instruct.global_batch=4")
+    assert train.ROWS["without stage 1"].keys(run) == {"instruct.steps": 12 + 5}
     rows = json.loads((out / "claims.json").read_text())["rows"]
     for name, row in rows.items():
         assert row["samples"] == {"stage 1 alone": 24, "reconstruction tuning": 48 + 8, "in-context tuning": 48 + 12}.get(name, 48)
@@ -162,6 +164,8 @@ def test_scores_in_the_log_leave_the_training_as_it_was(trained, tmp_path, monke
     """Also where drawing changes the model: on a GPU it turns the weights into bfloat16, on a CPU it packs large ones."""
     ready = sample.make_ready
     monkeypatch.setattr(sample, "make_ready", lambda model, device: (sample.pack(model), ready(model, device))[1])
+    begin = train.Log.__init__
+    monkeypatch.setattr(train.Log, "__init__", lambda log, *arguments: (begin(log, *arguments), setattr(log, "every", 4))[0])  # lines are rarer than scores
     link_stages(trained, tmp_path, "tokenizer", "pretrain")
     run_stage(tmp_path, "align", "--score_every=2")
     assert equal(weights(tmp_path, "align"), weights(trained, "align"))
@@ -213,6 +217,7 @@ def test_more_seeds_train_stages_1_and_2_again(out, monkeypatch):
 @pytest.mark.parametrize("arguments, message", [
     (["--stage=claims", "--world=emoji"], "--world=shapes and no --data"),
     (["--stage=claims", "--dry_run=true"], "it has nothing for --stage=claims"),
+    (["--stage=claims", "--model.context=80"], "--instruct.mix: prompts of in_context take 86 tokens, but --model.context=80: leave that task out"),
     (["--score_every=5", "--data=pets"], "--score_every=5: only a built-in world can be scored"),
 ])
 def test_mistakes_get_a_message(arguments, message, tmp_path):

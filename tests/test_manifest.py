@@ -573,13 +573,32 @@ def test_data_that_changed_is_refused(pictures, tmp_path):
     save(pictures / "cat.png", picture(BLUE))  # the same bytes at another time
     train.main(arguments)
     (pictures / "cat.txt").write_text("a cow")
-    with pytest.raises(ValueError, match=r"tokenizer was trained with contents of data=\w+, this run has \w+ \(lines, or sizes of files, have changed: bring the old ones back\); choose"):
+    with pytest.raises(ValueError, match=r"tokenizer was trained with contents of data=\w+, this run has \w+ \(lines, or sizes of files, have changed: bring the old ones back, or give --stage for those that shall see the new\); choose"):
         train.main(arguments)
     (pictures / "cat.txt").write_text("a cat")
     save(pictures / "cat.png", picture(BLUE, size=(40, 40)))
     with pytest.raises(ValueError, match="contents of data="):
         train.main(arguments)
     assert (out / "data.jsonl").read_bytes() == written and "a cat" in written.decode()
+
+
+def test_words_of_captions_that_come_after_the_tokenizer_are_known(pictures, tmp_path):
+    captions = {file: file.read_text() for file in pictures.rglob("*.txt")}
+    for file in captions:
+        file.write_text("\n" + file.read_text().partition("\n")[2])  # the objects' names alone
+    arguments = ["tiny", *SHORT, f"--data={pictures}", f"--out={tmp_path}/out"]
+    train.main([*arguments, "--stage=tokenizer"])
+    for file, words in captions.items():
+        file.write_text(words)
+    train.main([*arguments, "--stage=pretrain"])
+    assert TextTokenizer.from_file(tmp_path / "out" / "spiece.model").unknown_word("a dog on grass") is None
+
+
+@pytest.mark.parametrize("kind", ["data", "backgrounds"])
+def test_a_run_does_not_write_among_its_pictures(kind, pictures, tmp_path):
+    for out in (pictures, pictures / "sub" / ".." / "out"):
+        with pytest.raises(ValueError, match=f"--{kind}=.*pictures: --out=.* lies in it"):
+            train.main(["tiny", *SHORT, f"--data={tmp_path / 'm.jsonl' if kind == 'backgrounds' else pictures}", f"--{kind}={pictures}", f"--out={out}"])
 
 
 def test_words_that_the_text_model_does_not_know_are_counted_and_too_many_refused(folder, capsys):
@@ -641,6 +660,14 @@ def test_cached_codes_know_their_tokenizer_and_their_pictures(folder):
     assert len(list((out / "codes").iterdir())) == 2
     save(folder / "scene.png", picture(BLUE, size=(40, 40)))
     assert manifest(folder, [T2I, RECONSTRUCTION]).digest != lines.digest
+
+
+def test_cached_codes_have_their_place_on_the_disk_from_the_start(tmp_path):
+    (tmp_path / "plain").write_bytes(bytes(2**20))
+    if (tmp_path / "plain").stat().st_blocks * 512 < 2**20:
+        pytest.skip("this file system stores zeros without their space")
+    train.save_zeros(np.uint16, (2**19, 1), tmp_path / "codes")
+    assert (tmp_path / "codes").stat().st_blocks * 512 >= 2**20 and not np.load(tmp_path / "codes").any()
 
 
 def test_the_last_code_can_be_cached(folder):

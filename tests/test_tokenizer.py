@@ -128,6 +128,10 @@ def test_places_are_new_codes_for_what_the_encoder_says():
     torch.testing.assert_close(smooth.images, expected)                    # before codebook_start nothing is rounded
     torch.testing.assert_close(rounded.images, stage.model(images)[0])     # from then on everything is
     assert smooth.quantizer == 0 and rounded.quantizer > 0
+    stage.codebook_start = 7
+    assert "restarted" not in stage.after_step(8) and "restarted" not in stage.after_step(5)
+    stage.codebook_start = 9
+    assert "restarted" in stage.after_step(8)  # codes are placed once, however late
 
 
 def test_collages_keep_whole_cells_and_consistency_sees_what_moved():

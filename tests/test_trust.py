@@ -140,6 +140,15 @@ def test_the_best_weights_are_kept_apart_and_survive_a_kill(killed_in, trained, 
     assert train.best_so_far(tmp_path / "killed" / "pretrain", 6) == (float("inf"), 0)
 
 
+def test_the_best_weights_of_a_run_that_left_no_checkpoint_are_removed(trained, tmp_path):
+    link_stages(trained, tmp_path, "tokenizer")
+    best = tmp_path / "pretrain" / "best.safetensors"
+    best.parent.mkdir()
+    train.save_file({"x": torch.zeros(1)}, best, {"validation": "[-1.0, 1]"})
+    run_stage(tmp_path, "pretrain", "--save_every=3")
+    assert train.best_so_far(best.parent, 6)[0] != -1
+
+
 def test_checkpoints_that_a_kill_left_at_the_end_are_removed(trained, tmp_path, monkeypatch):
     link_stages(trained, tmp_path, "tokenizer")
     with monkeypatch.context() as patch:
