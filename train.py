@@ -723,9 +723,8 @@ def make_dataset(name, run, mix, source, held_out=False):
     seed, prefix_drop = ("validation", 0.0) if held_out else (f"{run.seed} {name}", run.prefix_drop)
     if not isinstance(source, Manifest):
         return WorldDataset(source, mix, seed, held_out, prefix_drop)
-    if name == "tokenizer":
-        return ManifestDataset(source, None, seed, run.vqgan.image_size, targets_only=True, held_out=held_out)
-    return ManifestDataset(source, mix, seed, run.vqgan.image_size, prefix_drop, held_out=held_out)
+    alone = name == "tokenizer"  # the targets of all lines, without their prompts
+    return ManifestDataset(source, None if alone else mix, seed, run.vqgan.image_size, prefix_drop, alone, held_out)
 
 
 # --- The optimizer -----------------------------------------------------------------------------------------------
