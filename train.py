@@ -1924,13 +1924,10 @@ def bench(name, run, machine, source, text_tokenizer):
     def stepping(losses, dtype=machine.dtype):
         """A function that takes one step on the mean of losses()."""
         def step():
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with replace(machine, dtype=dtype).autocast():
                 loss = losses().mean()
             loss.backward()
-            nn.utils.clip_grad_norm_([p for o in optimizers for group in o.param_groups for p in group["params"]], run.grad_clip)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            update_weights(plain, optimizers, 1.0, run.grad_clip)
 
         return step
 
