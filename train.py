@@ -904,9 +904,10 @@ def leave_group(worker):
         os.setpgrp()
 
 
-def least_micro_batch(config):
-    """What a micro-batch must be a multiple of: a tokenizer's consistency loss pairs neighbours (tokenizer.collages)."""
-    return 2 if getattr(config, "consistency", 0) else 1
+def legal_micro_batches(config, share):
+    """Divisors of a process's share of a step; only even ones where the consistency loss pairs neighbours (tokenizer.collages)."""
+    least = 2 if getattr(config, "consistency", 0) else 1
+    return [micro for micro in range(least, share + 1, least) if share % micro == 0]
 
 
 def micro_batches(config, run, machine):
@@ -921,7 +922,7 @@ def micro_batches(config, run, machine):
         times = config.global_batch / machine.world_size / micro
         raise ValueError(f"global_batch={config.global_batch} is not processes x micro_batch x a whole number: "
                          f"{machine.world_size} x {micro} x {times:.2f}; change micro_batch or global_batch")
-    if micro % least_micro_batch(config):
+    if micro not in legal_micro_batches(config, share):
         raise ValueError(f"micro_batch={micro}: --tokenizer.consistency pairs the pictures of a micro-batch, and one would be left over; "
                          "make --micro_batch even (it must divide global_batch / processes), or set --tokenizer.consistency=0")
     return micro, share // micro
@@ -979,7 +980,7 @@ def train_stage(name, run, machine, source, text_tokenizer):
         worker_init_fn=leave_group, pin_memory=machine.device.type == "cuda"))
     wrapped = machine.wrap(stage.train())
     log = Log(folder, name, run, start, machine)
-    with StopSignals() as signals, closing(log.bar), explain_out_of_memory(name, run, machine, micro, accumulate):
+    with StopSignals() as signals, closing(log.bar), explain_out_of_memory(name, run, machine):
         for step in range(start, config.steps):
             torch.manual_seed(run.seed * 1_000_003 + step * machine.world_size + machine.rank)  # dropout is a function of the step
             last = step + 1 == config.steps
@@ -1042,16 +1043,17 @@ def update_weights(stage, optimizers, lr_factor, grad_clip):
 
 
 @contextmanager
-def explain_out_of_memory(name, run, machine, micro, accumulate):
+def explain_out_of_memory(name, run, machine):
     """When memory runs out, raise ValueError naming the largest micro-batch that divides the share and is at most half of this one."""
+    micro, accumulate = micro_batches(getattr(run, name), run, machine)
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         what = f"{name}: out of memory on {machine.device} with micro_batch={micro} ({mentor.first_line(error)[:120]})"
-        share, least = micro * accumulate, least_micro_batch(getattr(run, name))
-        less = max((d for d in range(least, micro // 2 + 1, least) if share % d == 0), default=0)
+        share = micro * accumulate
+        less = max((m for m in legal_micro_batches(getattr(run, name), share) if m <= micro // 2), default=0)
         if less:
             raise ValueError(f"{what}; set --micro_batch={less}: global_batch stays {share * machine.world_size}, a step takes "
                              f"{share // less} micro-batches instead of {accumulate}") from None
@@ -1641,7 +1643,7 @@ def first_prompts(name, run, source, text_tokenizer, count=64):
 def plan_stage(name, run, machine, dtype, prompts):
     """Print a stage's parameters, steps, FLOPs, hours and memory, given (tokens, images) of some of its prompts."""
     rehearsal, config = Rehearsal(name, run, dtype), getattr(run, name)
-    share, least = max(1, config.global_batch // machine.world_size), least_micro_batch(config)
+    share = max(1, config.global_batch // machine.world_size)
     micro = run.micro_batch or share
     describe_stage(name, rehearsal.stage, config, machine, micro, share // micro, 0)
     flops, samples = rehearsal.flops(prompts), config.steps * config.global_batch
@@ -1664,7 +1666,7 @@ def plan_stage(name, run, machine, dtype, prompts):
         fits = []
         for card in CARDS:
             room = card * 2**30 * (1 - SPARE) - sum(fixed.values())
-            largest = max((m for m in range(least, share + 1, least) if share % m == 0 and activations(m) <= room), default=0)
+            largest = max((m for m in legal_micro_batches(config, share) if activations(m) <= room), default=0)
             fits.append(f"{largest} in {card} GiB" if largest else f"none fits {card} GiB")
         machine.say(f"{name}: largest micro_batch{' with --checkpoint=true' * recompute}: {', '.join(fits)}")
 
@@ -2039,7 +2041,7 @@ def main(arguments):
     check_text_tokenizer(text_tokenizer, run, source, machine)
     if run.bench:
         name = "align" if run.stage == "align" else "instruct"
-        with explain_out_of_memory(name, run, machine, *micro_batches(getattr(run, name), run, machine)):
+        with explain_out_of_memory(name, run, machine):
             return bench(name, run, machine, source, text_tokenizer)
     stages = (run.stage,) if run.stage in STAGES else STAGES
     problems = [problem for name in stages for problem in start_problems(name, run, machine, source, text_tokenizer)]
