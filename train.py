@@ -965,7 +965,7 @@ def train_stage(name, run, machine, source, text_tokenizer):
     stage = build_stage(name, run, machine, source)
     optimizers = make_optimizers(stage, config, run)
     saved = [*optimizers, *stage.own_optimizers]
-    start = load_state(folder, name, stage, saved, machine)
+    start = load_state(folder, stage, saved, machine)
     if machine.main:
         folder.mkdir(parents=True, exist_ok=True)
         mentor.write_json(folder / "stage.json", record)
@@ -1001,15 +1001,15 @@ def train_stage(name, run, machine, source, text_tokenizer):
             log.step(step, loss, grad_norm, config.lr * lr_factor, tasks, due or scored)
             if validation_loss is not None and machine.main:
                 # before the checkpoint: if the run is killed in between, this step is done again
-                keep_best(folder, name, stage, step + 1, validation_loss, last, machine)
+                keep_best(folder, stage, step + 1, validation_loss, last, machine)
             stop = machine.max(signals.received)
             if not last and (stop or due):
                 log.check()
-                save_state(folder, name, stage, saved, step + 1, run.keep, machine)
+                save_state(folder, stage, saved, step + 1, run.keep, machine)
             if stop:
                 break
     if last:
-        save_weights(folder, name, stage, machine)
+        save_weights(folder, stage, machine)
     if stop:
         machine.say(f"{name}: stopped by {signal.Signals(stop).name} after step {step + 1}; the same command goes on from there")
         raise SystemExit(128 + stop)
@@ -1111,7 +1111,7 @@ def describe_stage(name, stage, config, machine, micro, accumulate, start):
         machine.say(f"{name}: guessing codes costs ln({codes}) = {math.log(codes):.2f}; contrastive and fill-in losses are added to that")
 
 
-# --- Checkpoints -------------------------------------------------------------------------------------------------
+# --- Checkpoints, in a folder that has its stage's name ----------------------------------------------------------
 
 
 def checkpoints(folder):
@@ -1125,21 +1125,21 @@ def last_checkpoint(folder):
     return f"the last good checkpoint is {found[-1]}" if found else f"{folder} holds no checkpoint yet"
 
 
-def check_finite(state, name, step, folder):
+def check_finite(state, step, folder):
     """Raise ValueError naming the first tensor that is not finite in nested dictionaries and lists: such a state is never saved."""
     for path, value in tree_flatten_with_path(state)[0]:
         if torch.is_tensor(value) and not value.isfinite().all():
             tensor = re.sub(r"\W+", ".", keystr(path)).strip(".")
-            raise ValueError(f"{name}: after step {step} {tensor} is not finite, so nothing was saved: lower --{name}.lr; "
-                             f"{last_checkpoint(folder)}")
+            raise ValueError(f"{folder.name}: after step {step} {tensor} is not finite, so nothing was saved: "
+                             f"lower --{folder.name}.lr; {last_checkpoint(folder)}")
 
 
-def write_if_room(path, write, name, machine):
+def write_if_room(path, write, machine):
     """write_atomically, but print a failure (a full disk) instead of raising it. Returns whether the file was written."""
     try:
         mentor.write_atomically(path, write)
     except OSError as error:
-        machine.say(f"{name}: {error}: going on without it, {last_checkpoint(path.parent)}; make room on the disk")
+        machine.say(f"{path.parent.name}: {error}: going on without it, {last_checkpoint(path.parent)}; make room on the disk")
         return False
     return True
 
@@ -1150,39 +1150,38 @@ def save_pickle(values, path):
         torch.save(values, file)
 
 
-def save_state(folder, name, stage, optimizers, step, keep, machine):
+def save_state(folder, stage, optimizers, step, keep, machine):
     """Write state-STEP.pt, with everything to go on from `step`, and remove all checkpoints but the last `keep`."""
     if not machine.main:
         return
     state = {"step": step, "processes": machine.world_size, "stage": stage.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-    check_finite(state, name, step, folder)
-
-    if write_if_room(folder / f"state-{step}.pt", partial(save_pickle, state), name, machine):
+    check_finite(state, step, folder)
+    if write_if_room(folder / f"state-{step}.pt", partial(save_pickle, state), machine):
         for file in checkpoints(folder)[:-keep]:
             file.unlink()
 
 
-def newest_state(folder, name, machine):
+def newest_state(folder, machine):
     """Load the newest intact checkpoint, {"step": 0} if there is none. Damaged ones are renamed, which is printed."""
     for file in reversed(checkpoints(folder)):
         try:
             return mentor.read_pickle(file)
         except ValueError as error:
             torn = file.replace(file.with_suffix(".torn"))
-            machine.say(f"{name}: {error}: renamed to {torn.name}, going on from the one before")
+            machine.say(f"{folder.name}: {error}: renamed to {torn.name}, going on from the one before")
     return {"step": 0}
 
 
-def load_state(folder, name, stage, optimizers, machine):
+def load_state(folder, stage, optimizers, machine):
     """Restore what save_state wrote last; returns the step to go on from, 0 without a checkpoint."""
-    state = newest_state(folder, name, machine) if machine.main else {"step": 0}
+    state = newest_state(folder, machine) if machine.main else {"step": 0}
     step = machine.max(state["step"])  # the first process chooses
     if not step:
         return 0
     if not machine.main:
         state = mentor.read_pickle(folder / f"state-{step}.pt")
     if state["processes"] != machine.world_size:
-        machine.say(f"{name}: the checkpoint is from {state['processes']} processes, going on with {machine.world_size}: "
+        machine.say(f"{folder.name}: the checkpoint is from {state['processes']} processes, going on with {machine.world_size}: "
                     "the same samples in the same order, but other rounding and dropout")
     stage.load_state_dict(state["stage"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -1200,12 +1199,12 @@ def best_so_far(folder, step):
     return tuple(best) if best[1] <= step else (math.inf, 0)
 
 
-def keep_best(folder, name, stage, step, loss, last, machine):
+def keep_best(folder, stage, step, loss, last, machine):
     """Save the weights as best.safetensors if their validation loss is the lowest so far; if the last are the best, no file stays.
     The stage's result is its last weights all the same: by then the learning rate has come down, and the scores are on the same
     held-out subjects, so choosing by these would flatter them."""
     file, (best, best_step) = folder / "best.safetensors", best_so_far(folder, step - 1)
-    message = f"{name}: validation loss {loss:.4f} after step {step}, the best so far"
+    message = f"{folder.name}: validation loss {loss:.4f} after step {step}, the best so far"
     if not loss < best:
         machine.say(f"{message}: {best:.4f} after step {best_step}" + f"; those weights are in {file}" * last)
         return
@@ -1214,18 +1213,18 @@ def keep_best(folder, name, stage, step, loss, last, machine):
         file.unlink(missing_ok=True)
     else:
         weights = stage.model.state_dict()
-        check_finite(weights, name, step, folder)
-        write_if_room(file, lambda path: save_file(weights, path, {"validation": json.dumps([loss, step])}), name, machine)
+        check_finite(weights, step, folder)
+        write_if_room(file, lambda path: save_file(weights, path, {"validation": json.dumps([loss, step])}), machine)
 
 
-def save_weights(folder, name, stage, machine):
+def save_weights(folder, stage, machine):
     """Save the stage's weights and remove its checkpoints. Raises ValueError if that fails; then the checkpoints stay."""
     if machine.main:
-        check_finite(stage.model.state_dict(), name, "the last", folder)
+        check_finite(stage.model.state_dict(), "the last", folder)
         try:
             stage.model.save_pretrained(folder)
         except OSError as error:
-            raise ValueError(f"{name}: {error}: make room on the disk, then run the same command again; "
+            raise ValueError(f"{folder.name}: {error}: make room on the disk, then run the same command again; "
                              f"{last_checkpoint(folder)}") from None
     remove_checkpoints(folder, machine)
     machine.barrier()

@@ -203,7 +203,7 @@ def test_a_torn_checkpoint_is_put_aside_and_the_one_before_used(damage, trained,
     middle = len(whole) // 2
     broken = {"cut": whole[:middle], "empty": b"", "flipped": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :], "text": b"hello"}[damage]
     (folder / "state-5.pt").write_bytes(broken)
-    assert train.newest_state(folder, "tokenizer", CPU)["step"] == 4
+    assert train.newest_state(folder, CPU)["step"] == 4
     assert (folder / "state-5.torn").read_bytes() == broken and not (folder / "state-5.pt").exists()
     run_stage(tmp_path, "tokenizer")
     said = capsys.readouterr().out
@@ -292,14 +292,15 @@ def test_where_looking_costs_time_the_first_bad_step_is_still_the_one_named(tmp_
 
 def test_weights_that_are_not_finite_are_not_saved(world, text_tokenizer, tmp_path):
     run, stage, _ = stage_and_batch("align", "scratch", world, text_tokenizer)
-    optimizers = train.make_optimizers(stage, run.align, run)
-    train.save_state(tmp_path, "align", stage, optimizers, 1, 2, CPU)
+    optimizers, folder = train.make_optimizers(stage, run.align, run), tmp_path / "align"
+    folder.mkdir()
+    train.save_state(folder, stage, optimizers, 1, 2, CPU)
     with torch.no_grad():
         stage.model.projector.unconditional[0, 0] = float("inf")
-    for save in (lambda: train.save_state(tmp_path, "align", stage, optimizers, 2, 2, CPU), lambda: train.save_weights(tmp_path, "align", stage, CPU)):
+    for save in (lambda: train.save_state(folder, stage, optimizers, 2, 2, CPU), lambda: train.save_weights(folder, stage, CPU)):
         with pytest.raises(ValueError, match="projector.unconditional is not finite, so nothing was saved: lower --align.lr; .*state-1.pt"):
             save()
-    assert [f.name for f in tmp_path.iterdir()] == ["state-1.pt"]
+    assert [f.name for f in folder.iterdir()] == ["state-1.pt"]
 
 
 ZEBRA = TextTokenizer.train(["zebra", *Shapes(32).sentences()]).proto  # knows all words, by other numbers
