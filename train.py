@@ -961,18 +961,28 @@ def train_stage(name, run, machine, source, text_tokenizer):
         machine.say(f"{name}: done already, {folder} holds its weights")
         remove_checkpoints(folder, machine)  # if a kill came before
         return
-    micro, accumulate = micro_batches(config, run, machine)
     stage = build_stage(name, run, machine, source)
     optimizers = make_optimizers(stage, config, run)
-    saved = [*optimizers, *stage.own_optimizers]
-    start = load_state(folder, stage, saved, machine)
+    start = load_state(folder, stage, [*optimizers, *stage.own_optimizers], machine)
     if machine.main:
         folder.mkdir(parents=True, exist_ok=True)
         mentor.write_json(folder / "stage.json", record)
         if not start:
             (folder / "best.safetensors").unlink(missing_ok=True)  # of a run that left no checkpoint
-    describe_stage(name, stage, config, machine, micro, accumulate, start)
+    describe_stage(name, stage, config, machine, *micro_batches(config, run, machine), start)
+    step, stop = train_steps(name, run, machine, source, text_tokenizer, stage, optimizers, start)
+    if step == config.steps:
+        save_weights(folder, stage, machine)
+    if stop:
+        machine.say(f"{name}: stopped by {signal.Signals(stop).name} after step {step}; the same command goes on from there")
+        raise SystemExit(128 + stop)
 
+
+def train_steps(name, run, machine, source, text_tokenizer, stage, optimizers, start):
+    """Train a stage from step `start` on, with log, validation and checkpoints. Returns the number of steps done and the signal
+    that stopped it, 0 if none did."""
+    folder, config = Path(run.out) / name, getattr(run, name)
+    micro, accumulate = micro_batches(config, run, machine)
     collate, validation = make_collate(run, text_tokenizer), make_dataset(name, run, stage.mix, source, held_out=True)
     indices = index_batches(start, config.steps, config.global_batch, micro, accumulate, machine.rank)
     batches = iter(torch.utils.data.DataLoader(
@@ -999,20 +1009,17 @@ def train_stage(name, run, machine, source, text_tokenizer):
                 log.add({"validation": validation_loss})
             log.started += time.perf_counter() - paused
             log.step(step, loss, grad_norm, config.lr * lr_factor, tasks, due or scored)
+
             if validation_loss is not None and machine.main:
                 # before the checkpoint: if the run is killed in between, this step is done again
                 keep_best(folder, stage, step + 1, validation_loss, last, machine)
             stop = machine.max(signals.received)
             if not last and (stop or due):
                 log.check()
-                save_state(folder, stage, saved, step + 1, run.keep, machine)
+                save_state(folder, stage, [*optimizers, *stage.own_optimizers], step + 1, run.keep, machine)
             if stop:
                 break
-    if last:
-        save_weights(folder, stage, machine)
-    if stop:
-        machine.say(f"{name}: stopped by {signal.Signals(stop).name} after step {step + 1}; the same command goes on from there")
-        raise SystemExit(128 + stop)
+    return step + 1, stop
 
 
 def add_gradients(step, wrapped, batches, accumulate, log):
