@@ -294,8 +294,7 @@ def start_machine(run):
 
 
 class Stage(nn.Module):
-    """Base of the stages. A subclass has `model`, `mix` (tasks and shares), forward(batch, step) -> (loss, logs) and
-    validation_loss(batch) -> loss."""
+    """Base of the stages. A subclass has `model`, forward(batch, step) -> (loss, logs) and validation_loss(batch) -> loss."""
 
     own_optimizers = ()  # optimizers that it steps itself
 
@@ -318,8 +317,6 @@ Reconstruction = namedtuple("Reconstruction", "loss reconstruction quantizer ima
 
 class TokenizerStage(Stage):
     """VQGAN: reconstruction, codebook and commitment losses; LPIPS and a discriminator if the config has them."""
-
-    mix = {"text_to_image": 3.0, "segmentation": 2.0}  # every kind of target, scenes and cut-outs
 
     def __init__(self, run, machine, pictures=None):
         """pictures: a dataset whose first targets place the codes."""
@@ -515,7 +512,6 @@ class MentorStage(Stage):
     def __init__(self, name, run, machine, model, vqgan):
         super().__init__()
         self.machine, self.model = machine, model
-        self.mix = parse_mix(name, getattr(run, name).mix)
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name.startswith(TRAINED[run.recipe][name]))
         self.contrastive = ContrastiveHead(model.config, machine) if name == "pretrain" else None
@@ -718,12 +714,16 @@ def make_collate(run, text_tokenizer):
     return Collate(text_tokenizer, run.model.vision.image_size, run.model.image_tokens, run.model.context, run.vqgan.image_size)
 
 
-def make_dataset(name, run, mix, source, held_out=False):
+TOKENIZER_MIX = {"text_to_image": 3.0, "segmentation": 2.0}  # every kind of target, scenes and cut-outs
+
+
+def make_dataset(name, run, source, held_out=False):
     """A stage's training samples; or with held_out its validation samples, the same for every seed."""
     seed, prefix_drop = ("validation", 0.0) if held_out else (f"{run.seed} {name}", run.prefix_drop)
+    alone = name == "tokenizer"  # which needs no prompts, and takes all lines of a manifest alike
+    mix = TOKENIZER_MIX if alone else parse_mix(name, getattr(run, name).mix)
     if not isinstance(source, Manifest):
         return WorldDataset(source, mix, seed, held_out, prefix_drop)
-    alone = name == "tokenizer"  # the targets of all lines, without their prompts
     return ManifestDataset(source, None if alone else mix, seed, run.vqgan.image_size, prefix_drop, alone, held_out)
 
 
@@ -940,7 +940,7 @@ def build_stage(name, run, machine, source):
     """Build a stage's module with the weights it starts from."""
     torch.manual_seed(run.seed)
     if name == "tokenizer":
-        return TokenizerStage(run, machine, make_dataset(name, run, TokenizerStage.mix, source)).to(machine.device)
+        return TokenizerStage(run, machine, make_dataset(name, run, source)).to(machine.device)
     vqgan = VQGAN.from_pretrained(Path(run.out) / "tokenizer").to(machine.device)
     if name == "pretrain":
         model = Mentor(run.model).to(machine.device)
@@ -983,10 +983,10 @@ def train_steps(name, run, machine, source, text_tokenizer, stage, optimizers, s
     that stopped it, 0 if none did."""
     folder, config = Path(run.out) / name, getattr(run, name)
     micro, accumulate = micro_batches(config, run, machine)
-    collate, validation = make_collate(run, text_tokenizer), make_dataset(name, run, stage.mix, source, held_out=True)
+    collate, validation = make_collate(run, text_tokenizer), make_dataset(name, run, source, held_out=True)
     indices = index_batches(start, config.steps, config.global_batch, micro, accumulate, machine.rank)
     batches = iter(torch.utils.data.DataLoader(
-        make_dataset(name, run, stage.mix, source), batch_sampler=indices, collate_fn=collate, num_workers=run.workers,
+        make_dataset(name, run, source), batch_sampler=indices, collate_fn=collate, num_workers=run.workers,
         worker_init_fn=leave_group, pin_memory=machine.device.type == "cuda"))
     wrapped = machine.wrap(stage.train())
     log = Log(folder, name, run, start, machine)
@@ -1638,7 +1638,7 @@ def first_prompts(name, run, source, text_tokenizer, count=64):
     """(tokens, images) of a stage's first prompts; the tokenizer has none."""
     if name == "tokenizer":
         return [(1, 0)]
-    dataset, collate = make_dataset(name, run, parse_mix(name, getattr(run, name).mix), source), make_collate(run, text_tokenizer)
+    dataset, collate = make_dataset(name, run, source), make_collate(run, text_tokenizer)
     if run.data:
         prompts = [(entry_prompt(entry), entry.n_image) for entry in (source[dataset.line(i)] for i in range(count))]
     else:
@@ -1939,7 +1939,7 @@ def bench(name, run, machine, source, text_tokenizer):
 
         return step
 
-    dataset, collate = make_dataset(name, run, plain.mix, source), make_collate(run, text_tokenizer)
+    dataset, collate = make_dataset(name, run, source), make_collate(run, text_tokenizer)
     batch = collate([dataset[i] for i in range(micro)]).to(device)
     wide, codes = widen(batch, run.model.context), plain.vqgan[0].encode(batch.targets)
     lean = stepping(lambda: plain.code_losses(batch, codes)[0])
@@ -2013,11 +2013,10 @@ def write_run(run, text_tokenizer, manifests=()):
 
 def show_held_out(name, run, source, machine):
     """Draw up to 8 held-out samples of a stage's mix, or of those trained on where none are held out, which is said."""
-    mix, run = parse_mix(name, getattr(run, name).mix), replace(run, prefix_drop=0.0)
-    dataset = make_dataset(name, run, mix, source, held_out=True)
+    dataset = make_dataset(name, run, source, held_out=True)
     if not dataset.count:
         machine.say("none of these pictures is held out, so those to be drawn have been trained on")
-        dataset = make_dataset(name, run, mix, source)
+        dataset = make_dataset(name, replace(run, prefix_drop=0.0), source)
     pipeline = sample.Pipeline.open(Path(run.out) / name, machine.device)
     sample.show_pictures(pipeline, [dataset[i] for i in range(min(8, dataset.count))], Path(run.out))
 

@@ -51,7 +51,8 @@ def stage_and_batch(name, recipe, world, text_tokenizer, drop=0.0):
     run = small_run(f"--recipe={recipe}")
     torch.manual_seed(0)
     stage = TokenizerStage(run, CPU) if name == "tokenizer" else MentorStage(name, run, CPU, Mentor(run.model), VQGAN(run.vqgan))
-    dataset = WorldDataset(world, stage.mix, 0, prefix_drop=drop)
+    mix = train.TOKENIZER_MIX if name == "tokenizer" else train.parse_mix(name, getattr(run, name).mix)
+    dataset = WorldDataset(world, mix, 0, prefix_drop=drop)
     collate = Collate(text_tokenizer, 32, run.model.image_tokens, run.model.context, 32)
     return run, stage, collate([dataset[i] for i in range(8)])
 
@@ -65,7 +66,7 @@ def test_two_threads_give_the_same_bits_every_time(name, world, text_tokenizer):
     weights = [p for _, p in stage.trained()]
     for p in (p for p in weights if p.ndim > 1):
         torch.nn.init.normal_(p, std=0.05)  # no part starts silent
-    dataset, collate = train.make_dataset(name, run, stage.mix, world), train.make_collate(run, text_tokenizer)
+    dataset, collate = train.make_dataset(name, run, world), train.make_collate(run, text_tokenizer)
     batch = collate([dataset[i] for i in range(24)])
     batch = train.replace(batch, drop=torch.arange(24) % 2 == 0)
     torch.set_num_threads(2)
@@ -304,8 +305,8 @@ def test_the_best_device_is_chosen(cuda, mps, best, monkeypatch):
 
 
 def test_every_stage_and_seed_has_its_own_samples(world):
-    runs = [(name, small_run(f"--seed={seed}")) for name in ("align", "instruct") for seed in (0, 1)]
-    first = [tuple(train.make_dataset(name, run, {"text_to_image": 1.0}, world)[i].prompt for i in range(3)) for name, run in runs]
+    runs = [(name, small_run(f"--seed={seed}", f"--{name}.mix=text_to_image:1")) for name in ("align", "instruct") for seed in (0, 1)]
+    first = [tuple(train.make_dataset(name, run, world)[i].prompt for i in range(3)) for name, run in runs]
     assert len(set(first)) == 4
 
 

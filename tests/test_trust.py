@@ -162,7 +162,7 @@ def test_checkpoints_that_a_kill_left_at_the_end_are_removed(trained, tmp_path, 
 def test_validation_is_on_held_out_subjects_and_leaves_no_trace(world, text_tokenizer, trained, tmp_path):
     for name in train.STAGES:
         run, stage, batch = stage_and_batch(name, "scratch", world, text_tokenizer)
-        first, again = (train.make_dataset(name, train.replace(run, seed=seed), stage.mix, world, held_out=True) for seed in (0, 1))
+        first, again = (train.make_dataset(name, train.replace(run, seed=seed), world, held_out=True) for seed in (0, 1))
         samples = [first[i] for i in range(20)]
         assert all(world.held_out(placed.subject) for s in samples for placed in s.scene.subjects) and not any(s.drop for s in samples)
         assert all((s.target == again[i].target).all() and s.prompt == again[i].prompt for i, s in enumerate(samples))
