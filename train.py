@@ -112,6 +112,7 @@ class ReleasedConfig:
     fresh: str = ""                # parts to initialise instead of reading, comma-separated: connector, projector, ...
 
 
+TOKENIZER_MIX = {"text_to_image": 3.0, "segmentation": 2.0}  # every kind of target, scenes and cut-outs
 ALIGN_MIX = "text_to_image:700,reconstruction:180,segmentation:1600"                       # thousands of samples,
 INSTRUCT_MIX = "text_to_image:600,segmentation:150,recovery:150,subject_driven:400"        # as published
 # 29 thousand samples, not 2.6 million: a larger share of the hardest task
@@ -712,9 +713,6 @@ def check_text_tokenizer(text_tokenizer, run, source, machine):
 def make_collate(run, text_tokenizer):
     """The Collate for the run's model."""
     return Collate(text_tokenizer, run.model.vision.image_size, run.model.image_tokens, run.model.context, run.vqgan.image_size)
-
-
-TOKENIZER_MIX = {"text_to_image": 3.0, "segmentation": 2.0}  # every kind of target, scenes and cut-outs
 
 
 def make_dataset(name, run, source, held_out=False):
