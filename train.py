@@ -1917,15 +1917,13 @@ def straightforward_losses(model, batch, codes, everywhere=True):
     return F.cross_entropy(logits.transpose(1, 2), codes, reduction="none").mean(1)
 
 
-def bench(name, run, machine, source, text_tokenizer):
-    """Print samples/s of whole steps of a stage with new weights: each optimisation beside the plain way, in turns."""
-    device, config = machine.device, getattr(run, name)
-    micro, _ = micro_batches(config, run, machine)
+def step_pairs(name, run, machine, batch):
+    """{(variant, baseline): a function for each that takes a whole step on the batch}, all of one stage with new weights."""
     torch.manual_seed(run.seed)
-    vqgan = VQGAN(run.vqgan).to(device)
-    plain = MentorStage(name, replace(run, compile="false"), machine, Mentor(run.model), vqgan).to(device).train()
+    vqgan = VQGAN(run.vqgan).to(machine.device)
+    plain = MentorStage(name, replace(run, compile="false"), machine, Mentor(run.model), vqgan).to(machine.device).train()
     compiled = deepcopy(plain, {id(x): x for x in (vqgan, *plain.parameters(), *plain.buffers())})  # other blocks, the same weights
-    optimizers = make_optimizers(plain, config, run)
+    optimizers = make_optimizers(plain, getattr(run, name), run)
 
     def stepping(losses, dtype=machine.dtype):
         """A function that takes one step on the mean of losses()."""
@@ -1937,9 +1935,7 @@ def bench(name, run, machine, source, text_tokenizer):
 
         return step
 
-    dataset, collate = make_dataset(name, run, source), make_collate(run, text_tokenizer)
-    batch = collate([dataset[i] for i in range(micro)]).to(device)
-    wide, codes = widen(batch, run.model.context), plain.vqgan[0].encode(batch.targets)
+    wide, codes = widen(batch, run.model.context), vqgan.encode(batch.targets)
     lean = stepping(lambda: plain.code_losses(batch, codes)[0])
     pairs = {
         ("all of it", "dense mask, left padding, whole window, head everywhere"):
@@ -1954,12 +1950,20 @@ def bench(name, run, machine, source, text_tokenizer):
         if run.checkpoint:
             recompute_activations(compiled.model)
         pairs["compiled blocks", "as they are"] = stepping(lambda: compiled.code_losses(batch, codes)[0]), lean
+    return pairs
 
+
+def bench(name, run, machine, source, text_tokenizer):
+    """Print samples/s of whole steps of a stage with new weights: each optimisation beside the plain way, in turns."""
+    device, (micro, _) = machine.device, micro_batches(getattr(run, name), run, machine)
+    dataset, collate = make_dataset(name, run, source), make_collate(run, text_tokenizer)
+    batch = collate([dataset[i] for i in range(micro)]).to(device)
+    pairs = step_pairs(name, run, machine, batch)
     copied, multiplied = sample.measure_limits(device, machine.dtype)
     tokens, images = batch.lengths.float().mean().item(), len(batch.pixels) / micro
     flops = Rehearsal(name, replace(run, cache_codes=True), machine.dtype).flops([(tokens, images)] * 8)
     print(f"{name}: steps of {micro} samples: {tokens:.0f} prompt tokens (longest {batch.text_ids.shape[1]}, window {run.model.context}), "
-          f"{codes.shape[1]} codes, {flops / 1e9:.3g} GFLOPs each; {torch.get_num_threads()} threads; "
+          f"{run.model.decoder.n_code} codes, {flops / 1e9:.3g} GFLOPs each; {torch.get_num_threads()} threads; "
           f"{torch.cuda.get_device_name() if device.type == 'cuda' else device} copies {copied / 1e9:.3g} GB/s and multiplies "
           f"{multiplied / 1e12:.3g} TFLOPS")
     rows = []
