@@ -625,10 +625,10 @@ def as_vision_pixels(targets, size):
 
 def open_source(run, machine):
     """Open the World of --world or the Manifest of --data, and the text tokenizer. Raises ValueError if that has more words than
-    the model, if a prompt is longer than the context, or if a stage needs tasks that the data lacks."""
+    the model, or if the data does not fit the run."""
     if run.data:
-        backgrounds = open_manifest(run.backgrounds, "backgrounds", run, machine) if run.backgrounds else None
-        source = open_manifest(run.data, "data", run, machine, backgrounds)
+        backgrounds = open_manifest("backgrounds", run, machine) if run.backgrounds else None
+        source = open_manifest("data", run, machine, backgrounds)
     else:
         source = WORLDS[run.world](run.vqgan.image_size, **({"font": run.emoji_font} if run.world == "emoji" else {}))
         machine.say(f"world: {run.world}, built in; --data=FOLDER_OR_MANIFEST trains on your pictures")
@@ -636,19 +636,14 @@ def open_source(run, machine):
     text_tokenizer = TextTokenizer.from_file(spiece) if spiece.is_file() else source.text_tokenizer()
     check_vocabulary(text_tokenizer, run)
     if run.data:
-        if run.stage != "tokenizer":
-            source.check_prompts(make_collate(run, text_tokenizer))
-        if run.skip_bad:
-            for manifest in dict.fromkeys((source.backgrounds, source)):
-                manifest.check_files(run.vqgan.image_size, run.workers)
-        describe_data(run, source, machine)
-        check_tasks(run, source)
+        check_data(run, source, text_tokenizer, machine)
     return source, text_tokenizer
 
 
-def open_manifest(path, name, run, machine, backgrounds=None):
-    """Open the Manifest of a file or a folder. A folder's is written as run.out's NAME.jsonl once the run starts."""
-    root, content = run.data_root if name == "data" else "", None
+def open_manifest(name, run, machine, backgrounds=None):
+    """Open the Manifest of --data or --backgrounds, a file or a folder. A folder's is written as run.out's NAME.jsonl once the run
+    starts."""
+    path, root, content = getattr(run, name), run.data_root if name == "data" else "", None
     if Path(path).is_dir():
         if Path(run.out).resolve().is_relative_to(Path(path).resolve()):
             raise ValueError(f"--{name}={path}: --out={run.out} lies in it, so the pictures that a run writes would become data; choose an "
@@ -657,22 +652,25 @@ def open_manifest(path, name, run, machine, backgrounds=None):
     return Manifest(path, root, backgrounds, run.skip_bad, run.workers, not machine.main, content)
 
 
-def describe_data(run, source, machine):
-    """Print which lines were left out, and what the others are."""
-    for manifest in dict.fromkeys((source.backgrounds, source)):
+def check_data(run, source, text_tokenizer, machine):
+    """Print which lines of a manifest are left out, and what the others are. Raises ValueError naming a prompt that is longer than
+    the context, or the tasks of a stage for which there are no lines."""
+    if run.stage != "tokenizer":
+        source.check_prompts(make_collate(run, text_tokenizer))
+    manifests = dict.fromkeys((source.backgrounds, source))
+    for manifest in manifests if run.skip_bad else ():
+        manifest.check_files(run.vqgan.image_size, run.workers)
+    for manifest in manifests:
         for message in manifest.bad:
             machine.say(f"left out: {message}")
         if manifest.bad:
             machine.say(f"left out {len(manifest.bad)} of {len(manifest.bad) + manifest.usable.sum()} lines of {manifest.path}")
-    counts = ", ".join(f"{task} {len(lines)}" for task, lines in source.lines().items())
+    there = source.lines()
+    counts = ", ".join(f"{task} {len(lines)}" for task, lines in there.items())
     held = f"{source.held.sum()} more are held out" if source.held.any() else "too few pictures to hold any out"
     machine.say(f"data: {counts} lines of {run.data}; {held} for validation")
-
-
-def check_tasks(run, source):
-    """Raise ValueError naming the tasks of a stage for which the data has no lines."""
     for stage in STAGES[1:] if run.stage == "all" or run.bench else {run.stage} - {"tokenizer"}:
-        mix, there = getattr(run, stage).mix, source.lines()
+        mix = getattr(run, stage).mix
         lacking = [task for task, share in parse_mix(stage, mix).items() if share and task not in there]
         if lacking:
             raise ValueError(f"--{stage}.mix={mix}: {run.data} has nothing for {', '.join(lacking)}; it has {', '.join(there)}, "
