@@ -26,7 +26,6 @@ import signal
 import sys
 import time
 import weakref
-from collections import namedtuple
 from collections.abc import Callable
 from contextlib import closing, contextmanager, nullcontext, suppress
 from copy import deepcopy
@@ -308,16 +307,10 @@ class Stage(nn.Module):
         return {}
 
 
-OUTPUTS_PER_CODE = 64  # encoder outputs per code, from which the codes are placed
-
-
-# What the tokenizer makes of targets (B, 3, S, S): loss = reconstruction + codebook_weight * quantizer, images (B, 3, S, S), the
-# encoder's outputs z (B, C, h, w) and codes (B, h, w)
-Reconstruction = namedtuple("Reconstruction", "loss reconstruction quantizer images z codes")
-
-
 class TokenizerStage(Stage):
     """VQGAN: reconstruction, codebook and commitment losses; LPIPS and a discriminator if the config has them."""
+
+    OUTPUTS_PER_CODE = 64  # encoder outputs per code, from which the codes are placed
 
     def __init__(self, run, machine, pictures=None):
         """pictures: a dataset whose first targets place the codes."""
@@ -341,8 +334,9 @@ class TokenizerStage(Stage):
             self.own_optimizers = [torch.optim.AdamW(self.disc.parameters(), self.config.lr, betas=(0.5, 0.9))]
 
     def reconstruct(self, targets, step):
-        """The Reconstruction of targets (B, 3, S, S). Before codebook_start, features are not rounded to codes: the encoder first
-        learns what to tell apart."""
+        """What the tokenizer makes of targets (B, 3, S, S): loss = reconstruction + codebook_weight * quantizer, images (B, 3, S, S),
+        the encoder's outputs z (B, C, h, w) and codes (B, h, w). Before codebook_start, features are not rounded to codes: the
+        encoder first learns what to tell apart."""
         z = self.model.quant_conv(self.model.encoder(targets))
         z_q, quantizer_loss, codes = self.model.quantize(z)
         if step < self.codebook_start:
@@ -351,8 +345,8 @@ class TokenizerStage(Stage):
         reconstruction = F.mse_loss(images, targets)
         if self.perceptual:
             reconstruction = reconstruction + self.perceptual(images, targets)
-        loss = reconstruction + self.config.codebook_weight * quantizer_loss
-        return Reconstruction(loss, reconstruction, quantizer_loss, images, z, codes)
+        return SimpleNamespace(loss=reconstruction + self.config.codebook_weight * quantizer_loss, reconstruction=reconstruction,
+                               quantizer=quantizer_loss, images=images, z=z, codes=codes)
 
     def validation_loss(self, batch):
         """Mean loss of a batch's samples, without discriminator and collages."""
@@ -425,7 +419,7 @@ class TokenizerStage(Stage):
     def place_codes(self, step):
         """Place all codes on the encoder's current outputs for the first pictures; returns how many codes were dead."""
         config, weight = self.model.config, self.model.quantize.embedding.weight
-        dead, few = int((self.usage.counts == 0).sum()), max(1, OUTPUTS_PER_CODE * len(weight) // config.grid_size**2)
+        dead, few = int((self.usage.counts == 0).sum()), max(1, self.OUTPUTS_PER_CODE * len(weight) // config.grid_size**2)
         z = []
         for first in range(0, few, 16):
             pictures = [self.pictures[i].target for i in range(first, min(first + 16, few))]
@@ -641,8 +635,7 @@ def open_source(run, machine):
 
 
 def open_manifest(name, run, machine, backgrounds=None):
-    """Open the Manifest of --data or --backgrounds, a file or a folder. A folder's is written as run.out's NAME.jsonl once the run
-    starts."""
+    """Open the Manifest of --data or --backgrounds. A folder's is written as run.out's NAME.jsonl once the run starts."""
     path, root, content = getattr(run, name), run.data_root if name == "data" else "", None
     if Path(path).is_dir():
         if Path(run.out).resolve().is_relative_to(Path(path).resolve()):
