@@ -354,19 +354,18 @@ class TokenizerStage(Stage):
 
     def forward(self, batch, step):
         """(loss, logs) of a batch. Keeps its images for after_step. Each micro-batch has an adaptive weight of its own."""
-        targets, kept = batch.targets, None
+        targets = batch.targets
         if self.config.consistency:
             targets, kept = collages(targets, self.model.config.grid_size, step)
         made = self.reconstruct(targets, step)
         loss, logs = made.loss, {"reconstruction": made.reconstruction.detach(), "quantizer": made.quantizer.detach()}
-        if kept is not None:
+        if self.config.consistency:
             consistency = consistency_loss(made.z, kept)
             loss, logs["consistency"] = loss + self.config.consistency * consistency, consistency.detach()
         if self.disc and step >= self.disc_start * 1.05:  # the discriminator learns a little first
-            generator_loss = -self.disc(made.images).mean()
-            d_weight = adaptive_weight(made.reconstruction, generator_loss, self.model.decoder.conv_out.weight, self.machine.average)
-            loss, logs["d_weight"] = loss + self.config.disc_weight * d_weight * generator_loss, d_weight
-            self.d_weight = d_weight
+            generator_loss, last_layer = -self.disc(made.images).mean(), self.model.decoder.conv_out.weight
+            self.d_weight = logs["d_weight"] = adaptive_weight(made.reconstruction, generator_loss, last_layer, self.machine.average)
+            loss = loss + self.config.disc_weight * self.d_weight * generator_loss
         self.usage.add(self.machine.gather(made.codes))
         if self.disc and step >= self.disc_start:
             self.seen.append((made.images.detach(), targets))
