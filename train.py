@@ -1468,13 +1468,14 @@ def import_released(run, machine):
             raise ValueError(f"--released.{source}={path} holds {twice[0]}, which another file had already")
         tensors.update(own)
     tensors, change = mentor.fit_unconditional(model, tensors)
-    new = tuple(p for part in released.fresh.split(",") if part for p in (part, f"encoder.{part}"))
-    names = {mentor.released_name(n): n for n, _ in model.named_parameters()}
+    names, new = {mentor.released_name(n): n for n, _ in model.named_parameters()}, []
     for part in filter(None, released.fresh.split(",")):
-        if not any(n.startswith((part, f"encoder.{part}")) for n in names.values()):
+        found = [r for r, n in names.items() if n.startswith((part, f"encoder.{part}"))]
+        if not found:
             raise ValueError(f"--released.fresh={released.fresh}: the model has no part {part!r}; give vision, connector, text, projector or "
                              "decoder, or names of tensors in them")
-    mentor.check_fit(mentor.released_parameters(model), tensors, [r for r, n in names.items() if n.startswith(new)])
+        new += found
+    mentor.check_fit(mentor.released_parameters(model), tensors, new)
     for line in filter(None, (change, new and f"new, as asked: {released.fresh}")):
         say(line)
     for record in (folder / "stage.json" for folder in folders.values()):
@@ -1754,7 +1755,7 @@ def train_rows(run, machine, world, text_tokenizer, names=tuple(ROWS)):
     full, scores, folders = Path(run.out), {}, {}
     for name, row in ROWS.items():
         out, own = full / "claims" / name.replace(" ", "_"), run
-        if name not in names and not out.with_name(out.name + ".json").is_file():
+        if name not in names and not out.with_suffix(".json").is_file():
             continue
         if row.stages:
             machine.say(f"claims: {name}, in {out}")
@@ -1763,7 +1764,7 @@ def train_rows(run, machine, world, text_tokenizer, names=tuple(ROWS)):
         folders[name] = folder = out / row.stages[-1] if row.stages else full / row.start
         if machine.main:
             rates = [line["samples_per_s"] for line in read_log(folder / "log.jsonl")]
-            scores[name] = {**remembered(out.with_name(out.name + ".json"), folder, sample.claim_scores, machine),
+            scores[name] = {**remembered(out.with_suffix(".json"), folder, sample.claim_scores, machine),
                             "samples": samples_of(run, STAGES[: STAGES.index(row.start) + 1]) + samples_of(own, row.stages),
                             "image_tokens": own.model.image_tokens, "samples_per_s": float(np.median(rates or [0]))}
     return scores, folders
