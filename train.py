@@ -334,9 +334,9 @@ class TokenizerStage(Stage):
             self.own_optimizers = [torch.optim.AdamW(self.disc.parameters(), self.config.lr, betas=(0.5, 0.9))]
 
     def reconstruct(self, targets, step):
-        """What the tokenizer makes of targets (B, 3, S, S): loss = reconstruction + codebook_weight * quantizer, images (B, 3, S, S),
-        the encoder's outputs z (B, C, h, w) and codes (B, h, w). Before codebook_start, features are not rounded to codes: the
-        encoder first learns what to tell apart."""
+        """What the tokenizer makes of targets (B, 3, S, S): the loss = reconstruction + codebook_weight * quantizer, the images
+        (B, 3, S, S), the encoder's outputs z (B, C, h, w) and codes (B, h, w). Before codebook_start, features are not rounded to
+        codes: the encoder first learns what to tell apart."""
         z = self.model.quant_conv(self.model.encoder(targets))
         z_q, quantizer_loss, codes = self.model.quantize(z)
         if step < self.codebook_start:
@@ -364,8 +364,9 @@ class TokenizerStage(Stage):
             loss, logs["consistency"] = loss + self.config.consistency * consistency, consistency.detach()
         if self.disc and step >= self.disc_start * 1.05:  # the discriminator learns a little first
             generator_loss, last_layer = -self.disc(made.images).mean(), self.model.decoder.conv_out.weight
-            self.d_weight = logs["d_weight"] = adaptive_weight(made.reconstruction, generator_loss, last_layer, self.machine.average)
-            loss = loss + self.config.disc_weight * self.d_weight * generator_loss
+            weight = adaptive_weight(made.reconstruction, generator_loss, last_layer, self.machine.average)
+            loss = loss + self.config.disc_weight * weight * generator_loss
+            self.d_weight = logs["d_weight"] = weight
         self.usage.add(self.machine.gather(made.codes))
         if self.disc and step >= self.disc_start:
             self.seen.append((made.images.detach(), targets))
@@ -645,8 +646,8 @@ def open_manifest(name, run, machine, backgrounds=None):
 
 
 def check_data(run, source, text_tokenizer, machine):
-    """Print which lines of a manifest are left out, and what the others are. Raises ValueError naming a prompt that is longer than
-    the context, or the tasks of a stage for which there are no lines."""
+    """Print which lines of a manifest are left out, and what the others are. Raises ValueError naming a prompt that is too long,
+    or the tasks of a stage for which there are no lines."""
     if run.stage != "tokenizer":
         source.check_prompts(make_collate(run, text_tokenizer))
     manifests = dict.fromkeys((source.backgrounds, source))
@@ -893,7 +894,7 @@ def leave_group(worker):
 
 
 def legal_micro_batches(config, share):
-    """Divisors of a process's share of a step; only even ones where the consistency loss pairs neighbours (tokenizer.collages)."""
+    """Divisors of a process's share of a step; even ones where the consistency loss pairs neighbours (tokenizer.collages)."""
     least = 2 if getattr(config, "consistency", 0) else 1
     return [micro for micro in range(least, share + 1, least) if share % micro == 0]
 
