@@ -662,7 +662,7 @@ def check_data(run, source, text_tokenizer, machine):
     counts = ", ".join(f"{task} {len(lines)}" for task, lines in there.items())
     held = f"{source.held.sum()} more are held out" if source.held.any() else "too few pictures to hold any out"
     machine.say(f"data: {counts} lines of {run.data}; {held} for validation")
-    for stage in STAGES[1:] if run.stage == "all" or run.bench else {run.stage} - {"tokenizer"}:
+    for stage in (s for s in STAGES[1:] if run.bench or run.stage in ("all", s)):
         mix = getattr(run, stage).mix
         lacking = [task for task, share in parse_mix(stage, mix).items() if share and task not in there]
         if lacking:
