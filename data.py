@@ -873,7 +873,13 @@ class Manifest:
         """Check the lines that begin in a chunk of the file, [its number]. Returns how many there are; (right lines, 6) int64:
         byte offset, number from 0, and check_line's four values; [(number, what is wrong)] for the others; and two digests,
         of the lines and the sizes of the files they name, and of the times of these files."""
-        offset, chunk = self.read_chunk(*chunks)
+        begin, end = chunks[0] * self.CHUNK, (chunks[0] + 1) * self.CHUNK
+        with self.open() as file:
+            file.seek(max(0, begin - 1))
+            if begin:
+                file.readline()                                          # up to the first line that begins there or later
+            offset = file.tell()
+            chunk = file.read(end - 1 - offset) + file.readline() if offset < end else b""
         lines, rows, wrong, files = io.BytesIO(chunk).readlines(), array("q"), [], {}
         for number, line in enumerate(lines):
             try:
@@ -885,18 +891,6 @@ class Manifest:
         sizes, times = (repr([state[i] for state in files.values()]).encode() for i in range(2))
         digests = [hashlib.blake2b(state, digest_size=8).digest() for state in (chunk + sizes, times)]
         return len(lines), np.array(rows).reshape(-1, 6), wrong, digests
-
-    def read_chunk(self, number):
-        """The lines that begin in a chunk of the file: offset of the first, and their bytes."""
-        with self.open() as file:
-            begins = []
-            for edge in (number * self.CHUNK, (number + 1) * self.CHUNK):
-                file.seek(max(0, edge - 1))
-                if edge:
-                    file.readline()                                      # up to the first line that begins there or later
-                begins.append(file.tell())
-            file.seek(begins[0])
-            return begins[0], file.read(begins[1] - begins[0])
 
     def check_line(self, line, files):
         """Check a line (bytes). Returns its task's number, its prompt's n_image and most_tokens, and a hash of its picture's name.
