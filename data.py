@@ -964,7 +964,7 @@ class Manifest:
             entry, rng = self[line], random.Random(line)
             try:
                 if entry.task == "recovery":
-                    entry_target(self, entry, size)
+                    entry_sample(self, entry, size)
                     some_background(self, entry, rng)
                 else:
                     entry_sample(self, entry, size, rng)
@@ -1051,34 +1051,27 @@ def object_on_black(picture, mask, box):
     return square
 
 
-def entry_sample(manifest, entry, size, rng):
-    """Make a manifest entry's Sample: its target at size x size, its references at their own size."""
-    prompt, labels, task, picture = entry_prompt(entry, rng), list(entry.labels), entry.task, manifest.load(entry.picture)
+def entry_sample(manifest, entry, size, rng=None):
+    """Make a manifest entry's Sample: its target at size x size, its references at their own size; without rng its target alone,
+    about which nothing is random."""
+    picture, labels, task = manifest.load(entry.picture), list(entry.labels), entry.task
     masks = [manifest.load_mask(name, entry, picture) for name in entry.masks]
-    if task in ("segmentation", "recovery"):
-        target, mask = square_of_object(picture, *masks, size)
-        cut_out = (mask * target + 0.5).astype(np.uint8)
-        if task == "segmentation":
-            return Sample(task, prompt, [target], labels, cut_out, None)
+    whole, mask = square_of_object(picture, np.logical_or.reduce(masks), size) if masks else (center_crop(picture, size), None)
+    cut_out = (mask * whole + 0.5).astype(np.uint8) if task in ("segmentation", "recovery") else None
+    target = cut_out if task == "segmentation" else whole
+    if rng is None:
+        return Sample(task, "", [], [], target, None)
+    prompt = entry_prompt(entry, rng)
+    if task == "segmentation":
+        return Sample(task, prompt, [whole], labels, target, None)
+    if task == "recovery":
         background = center_crop(manifest.backgrounds.load(some_background(manifest, entry, rng)), size)
-        pasted = paste_distorted(cut_out, mask, background, rng)
-        return Sample(task, prompt, [pasted], labels, target, None)
+        return Sample(task, prompt, [paste_distorted(cut_out, mask, background, rng)], labels, target, None)
     if task == "reconstruction":
-        return Sample(task, prompt, [picture], [WHOLE], center_crop(picture, size), None)
+        return Sample(task, prompt, [picture], [WHOLE], target, None)
     images = [manifest.load(name) for name in entry.references]
     images += [object_on_black(picture, mask, rng.random() < 0.5) for mask in masks]
-    target = square_of_object(picture, np.logical_or.reduce(masks), size)[0] if masks else center_crop(picture, size)
     return Sample(task, prompt, images, labels, target, None)
-
-
-def entry_target(manifest, entry, size):
-    """An entry's target alone, uint8 (size, size, 3); nothing about it is random."""
-    picture = manifest.load(entry.picture)
-    if not entry.masks:
-        return center_crop(picture, size)
-    masks = [manifest.load_mask(name, entry, picture) for name in entry.masks]
-    target, mask = square_of_object(picture, np.logical_or.reduce(masks), size)
-    return (mask * target + 0.5).astype(np.uint8) if entry.task == "segmentation" else target
 
 
 def some_background(manifest, entry, rng):
@@ -1301,7 +1294,7 @@ class ManifestDataset(torch.utils.data.Dataset):
         entry, drop = self.manifest[line], rng.random() < self.prefix_drop
         try:
             if self.targets_only:
-                return Sample(entry.task, "", [], [], entry_target(self.manifest, entry, self.size), None)
+                return entry_sample(self.manifest, entry, self.size)
             sample = entry_sample(self.manifest, entry, self.size, rng)
             return replace(sample, drop=drop, line=line, mask_seed=rng.getrandbits(63))
         except ValueError as error:
