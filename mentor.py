@@ -22,6 +22,7 @@ import pickle
 import re
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -151,23 +152,20 @@ class MentorConfig:
     def __post_init__(self):
         check_fields(self)
         vision, connector, text, decoder = self.vision, self.connector, self.text, self.decoder
-        for key, value, fine, legal in (
-            ("vision.image_size", vision.image_size, vision.image_size % vision.patch_size == 0,
-             f"a multiple of vision.patch_size={vision.patch_size}"),
-            ("vision.width", vision.width, vision.width % vision.n_head == 0, f"a multiple of vision.n_head={vision.n_head}"),
-            ("text.n_bucket", text.n_bucket, text.n_bucket >= 4, "at least 4"),
-            ("text.max_distance", text.max_distance, text.max_distance > text.n_bucket // 4,
-             f"more than text.n_bucket // 4 = {text.n_bucket // 4}"),
-            ("connector.kind", connector.kind, connector.kind in ("mlp", "query"), "mlp or query"),
-            ("connector.width", connector.width, connector.width % connector.n_head == 0,
-             f"a multiple of connector.n_head={connector.n_head}"),
-            ("decoder.width", decoder.width, decoder.width % (4 * decoder.n_head) == 0,
+        for key, fine, legal in (
+            ("vision.image_size", vision.image_size % vision.patch_size == 0, f"a multiple of vision.patch_size={vision.patch_size}"),
+            ("vision.width", vision.width % vision.n_head == 0, f"a multiple of vision.n_head={vision.n_head}"),
+            ("text.n_bucket", text.n_bucket >= 4, "at least 4"),
+            ("text.max_distance", text.max_distance > text.n_bucket // 4, f"more than text.n_bucket // 4 = {text.n_bucket // 4}"),
+            ("connector.kind", connector.kind in ("mlp", "query"), "mlp or query"),
+            ("connector.width", connector.width % connector.n_head == 0, f"a multiple of connector.n_head={connector.n_head}"),
+            ("decoder.width", decoder.width % (4 * decoder.n_head) == 0,
              f"a multiple of 4 * decoder.n_head={4 * decoder.n_head}, so that rotary pairs split into rows and columns"),
-            ("decoder.prefix_rotation", decoder.prefix_rotation, decoder.prefix_rotation in ("identity", "zero"), "identity or zero"),
-            ("context", self.context, self.context > self.image_tokens, f"more than the {self.image_tokens} tokens of one image"),
+            ("decoder.prefix_rotation", decoder.prefix_rotation in ("identity", "zero"), "identity or zero"),
+            ("context", self.context > self.image_tokens, f"more than the {self.image_tokens} tokens of one image"),
         ):
             if not fine:
-                raise ValueError(f"{key}={value} is not legal: it must be {legal}")
+                raise ValueError(f"{key}={attrgetter(key)(self)} is not legal: it must be {legal}")
 
     @property
     def image_tokens(self):
