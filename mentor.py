@@ -272,15 +272,11 @@ class VisionEncoder(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.n_layer))
         self.post_norm = nn.LayerNorm(config.width)
 
-    def embed(self, pixels):
-        """Class token and patches with their positions: (M, 1 + n_patch, D)."""
+    def before_last(self, pixels):
+        """The input of the last block, class token and patches with their positions: (M, 1 + n_patch, D)."""
         patches = self.patch_embedding(pixels.to(self.class_embedding.dtype)).flatten(2).transpose(1, 2)  # (M, n_patch, D)
         first = self.class_embedding.expand(len(pixels), 1, -1)
-        return self.pre_norm(torch.cat([first, patches], dim=1) + self.position_embedding)
-
-    def before_last(self, pixels):
-        """The input of the last block, class token and patches: (M, 1 + n_patch, D)."""
-        x = self.embed(pixels)
+        x = self.pre_norm(torch.cat([first, patches], dim=1) + self.position_embedding)
         for block in self.blocks[:-1]:
             x = block(x)
         return x
