@@ -238,11 +238,6 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-def quick_gelu(x):
-    """CLIP's cheap GELU: x * sigmoid(1.702 x)."""
-    return x * torch.sigmoid(1.702 * x)
-
-
 class VisionBlock(nn.Module):
     """A pre-norm transformer block with quick-GELU (CLIP)."""
 
@@ -256,7 +251,8 @@ class VisionBlock(nn.Module):
 
     def forward(self, x):
         x = x + self.attention(self.norm1(x))
-        return x + self.fc2(quick_gelu(self.fc1(self.norm2(x))))
+        h = self.fc1(self.norm2(x))
+        return x + self.fc2(h * torch.sigmoid(1.702 * h))  # quick-GELU
 
 
 class VisionEncoder(nn.Module):
