@@ -462,14 +462,10 @@ class Pipeline:
         """Codes (B, N) -> pictures."""
         return [to_picture(image) for image in self.vqgan.decode(codes)]
 
-    def tokenize(self, pictures):
-        """Pictures of any size -> codes (B, N)."""
-        images = torch.stack([tokenizer_pixels(p, self.vqgan.config.image_size) for p in pictures]).to(self.device)
-        return self.vqgan.encode(images)
-
     def rebuild(self, pictures):
-        """Pictures encoded and decoded by the tokenizer alone: the best that the model could draw."""
-        return self.decode(self.tokenize(pictures))
+        """Pictures of any size encoded and decoded by the tokenizer alone: the best that the model could draw."""
+        images = torch.stack([tokenizer_pixels(p, self.vqgan.config.image_size) for p in pictures])
+        return self.decode(self.vqgan.encode(images.to(self.device)))
 
 
 # --- Scores ------------------------------------------------------------------------------------------------------
