@@ -764,9 +764,9 @@ class Bench:
         small, config = mentor.PRESETS["tiny"], mentor.PRESETS[preset]
         self.preset, self.device = preset, device
         self.config = replace(config, vision=small.vision, connector=small.connector, text=small.text)  # read once per prompt
-        self.decoder = make_ready(self.new(), device)
-        self.graphed = isinstance(self.decoder, GraphedDecoder)
-        self.model = self.decoder.model if self.graphed else self.decoder
+        self.model = self.new()
+        self.decoder = make_ready(self.model, device)
+        self.graphed = self.decoder is not self.model
         self.dtype = self.model.decoder.norm.weight.dtype
         self.n_prefix, self.n_code = min(64, config.context), min(64, config.decoder.n_code)
         self.prefix = self.prefixes(1, self.n_prefix)
@@ -792,14 +792,14 @@ class Bench:
             return lambda: continue_prefix(decoder, self.prefix, lengths, True, self.n_code, self.config.sampling, generator, rows)
 
         ours, rows = loop(self.decoder), []
-        pairs = {("KV cache", "cache-free loop"): (ours, loop(CacheFreeDecoder(self.model), 1))}
+        baselines = [("KV cache", "cache-free loop", loop(CacheFreeDecoder(self.model), 1))]
         if self.graphed:
-            pairs["steps as CUDA graphs", "launched one by one"] = ours, loop(self.model)
+            baselines.append(("steps as CUDA graphs", "launched one by one", loop(self.model)))
         else:
-            pairs["matrices packed", "as they are"] = ours, loop(self.new().eval())
-        for (name, baseline), both in pairs.items():
-            seconds = median_seconds(dict(zip((name, baseline), both)), self.device, 3)
-            rows.append([name, self.n_code / seconds[name], baseline, self.n_code / seconds[baseline], seconds[baseline] / seconds[name]])
+            baselines.append(("matrices packed", "as they are", loop(self.new().eval())))
+        for name, baseline, theirs in baselines:
+            fast, slow = median_seconds({name: ours, baseline: theirs}, self.device, 3).values()
+            rows.append([name, self.n_code / fast, baseline, self.n_code / slow, slow / fast])
         print_table([f"one prompt, {self.n_code} codes", "codes/s", "against", "codes/s", "ratio"], rows)
         if not self.graphed:
             print("(CUDA graphs: no CUDA here)")
