@@ -644,11 +644,11 @@ def print_table(header, rows):
     print("\n" + table(header, rows, lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.3g}") + "\n", flush=True)
 
 
-def titled_rows(rows, titles, before=0, label="", scale=3, text_width=190, top=100):
+def titled_rows(rows, titles, before=0, label="", text_width=190, top=100):
     """Rows of pictures with a title over each column: uint8 (H, W, 3). rows: {the row's text: its pictures}; the text comes after
     the first `before` pictures, in a column titled `label`."""
-    grid = contact_sheet(list(rows.values()), scale=scale)
-    step = (grid.shape[1] - 2 * scale) // len(titles)
+    grid = contact_sheet(list(rows.values()), scale=3)
+    step = (grid.shape[1] - 6) // len(titles)                                            # without the gap at the edge
     at = before * step
     wide = np.insert(grid, [at] * text_width, 255, axis=1)                               # a white column for the labels
     sheet = Image.fromarray(np.pad(wide, ((top, 0), (0, 0), (0, 0)), constant_values=255))
@@ -870,16 +870,16 @@ def bench(preset, device):
 # --- Command line ------------------------------------------------------------------------------------------------
 
 
-def enlarged(picture, least=256):
-    """Repeat a small picture's pixels until it is at least `least` wide, so that people can see it."""
-    scale = -(-least // picture.shape[1])
+def enlarged(picture):
+    """Repeat a small picture's pixels until it is at least 256 wide, so that people can see it."""
+    scale = -(-256 // picture.shape[1])
     return picture.repeat(scale, 0).repeat(scale, 1)
 
 
-def save_gif(pipeline, codes, path, frames=32):
-    """Save an animation of one image appearing code by code, codes (N,): cells not yet drawn are grey."""
+def save_gif(pipeline, codes, path):
+    """Save an animation of one image appearing code by code, codes (N,), in up to 32 frames: cells not yet drawn are grey."""
     side, order = pipeline.model.config.decoder.grid_size, torch.arange(len(codes), device=codes.device)
-    counts = np.linspace(1, len(codes), min(frames, len(codes))).round().astype(int).tolist()
+    counts = np.linspace(1, len(codes), min(32, len(codes))).round().astype(int).tolist()
     so_far = torch.stack([torch.where(order < count, codes, codes[count - 1]) for count in counts])
     pictures = []
     for count, picture in zip(counts, pipeline.decode(so_far)):
@@ -1083,11 +1083,10 @@ def main(arguments):
     pipeline = Pipeline.open(options.folder, options.device)
     if options.score:
         score(pipeline, Path(options.folder if options.out == "sample.png" else options.out))
-        return
-    if options.dreambench:
+    elif options.dreambench:
         draw_dreambench(pipeline, options, Path(options.folder, "dreambench") if options.out == "sample.png" else Path(options.out))
-        return
-    save_rows(reconstruct(pipeline, options) if options.reconstruct else draw_prompt(pipeline, options), options.out)
+    else:
+        save_rows(reconstruct(pipeline, options) if options.reconstruct else draw_prompt(pipeline, options), options.out)
 
 
 if __name__ == "__main__":
