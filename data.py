@@ -65,7 +65,8 @@ def load_image(path, under="white"):
 
 
 def center_crop(picture, size):
-    """The largest centred square, resized to size x size: halved by box filter, then bicubic (from ADM, as in LlamaGen)."""
+    """The largest centred square of a picture or a mask, resized to size x size: halved by box filter, then bicubic (from ADM, as
+    in LlamaGen)."""
     image = Image.fromarray(picture)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
@@ -1026,14 +1027,12 @@ def square_of_object(picture, mask, size):
     picture uint8 (H, W, 3), mask bool (H, W) -> uint8 (size, size, 3), float32 (size, size, 1) in [0, 1]. Raises
     ValueError if the object is too small to be seen at that size.
     """
+    left, top, right, bottom = Image.fromarray(mask).getbbox()
     side, window = min(mask.shape), []
-    for axis in (1, 0):
-        inside = np.flatnonzero(mask.any(axis))
-        first, last = inside[0], inside[-1] + 1
-        start = (mask.shape[1 - axis] - side) // 2
-        start = min(max(start, last - side), first) if last - first <= side else (first + last - side) // 2
+    for first, last, length in ((top, bottom, mask.shape[0]), (left, right, mask.shape[1])):
+        start = min(max((length - side) // 2, last - side), first) if last - first <= side else (first + last - side) // 2
         window.append(slice(start, start + side))
-    small = center_crop(np.repeat(mask[tuple(window)][..., None], 3, 2).astype(np.uint8) * 255, size)[..., :1]
+    small = center_crop(mask[tuple(window)].astype(np.uint8) * 255, size)[..., None]
     if small.max() < 128:
         raise ValueError(f"the object, {mask.sum()} of {mask.size} pixels, is too small to be seen at {size} x {size}; leave it out")
     return center_crop(picture[tuple(window)], size), small.astype(np.float32) / 255
@@ -1041,14 +1040,12 @@ def square_of_object(picture, mask, size):
 
 def object_on_black(picture, mask, box):
     """A masked object's bounding box (box=True), or only its own pixels, centred on a black square: uint8 (S, S, 3)."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    part = picture[window] if box else picture[window] * mask[window][..., None]
-    height, width = part.shape[:2]
-    square = np.zeros((max(height, width),) * 2 + (3,), np.uint8)
-    top, left = (len(square) - height) // 2, (len(square) - width) // 2
-    square[top : top + height, left : left + width] = part
-    return square
+    left, top, right, bottom = Image.fromarray(mask).getbbox()
+    window = np.s_[top:bottom, left:right]
+    part = Image.fromarray(picture[window] if box else picture[window] * mask[window][..., None])
+    side = max(part.size)
+    x, y = (side - part.width) // 2, (side - part.height) // 2
+    return np.asarray(part.crop((-x, -y, side - x, side - y)))           # black around the part
 
 
 def entry_sample(manifest, entry, size, rng=None):
