@@ -688,7 +688,6 @@ TASKS = {f.__name__: f for f in (text_to_image, reconstruction, segmentation, re
 
 FLAGS = {"generation_only": "text_to_image", "do_mask": "segmentation", "do_replace": "recovery"}
 HELD_OUT_EVERY, HELD_OUT_MOST = 50, 128  # one picture in 50 is held out for validation, but at most 128
-PATH_FIELDS = ("image_path", "source_image", "input_img_list")
 TASK_NUMBERS = {task: i for i, task in enumerate(TASKS)}
 
 
@@ -914,7 +913,7 @@ class Manifest:
             state = None
         if state and stat.S_ISREG(state.st_mode) and state.st_size:
             return state.st_size, state.st_mtime_ns, zlib.crc32(os.fsencode(name))
-        named = next(f for f in PATH_FIELDS if name in strings(json.loads(line), f))
+        named = next(f for f in ("image_path", "source_image", "input_img_list") if name in strings(json.loads(line), f))
         what = "it is empty, or no file" if state else f"there is no such file in {self.root}, the folder that names are relative to"
         raise ValueError(f"{named}={name!r}: {what}")
 
@@ -999,14 +998,14 @@ class Manifest:
         """The path of a file named by the manifest, the same for every way to write it."""
         return os.path.abspath(os.path.join(self.root, name))
 
-    def load(self, name):
-        """The picture in a file named by the manifest."""
-        return load_image(os.path.join(self.root, name))
+    def load(self, name, under="white"):
+        """The picture in a file named by the manifest, transparency on the colour `under`."""
+        return load_image(os.path.join(self.root, name), under)
 
     def load_mask(self, name, entry, picture):
         """One of an entry's masks, bool (H, W), True above 127, transparency as black. Raises ValueError if it is not of the
         picture's size or all black."""
-        mask = np.asarray(Image.fromarray(load_image(os.path.join(self.root, name), under="black")).convert("L")) > 127
+        mask = np.asarray(Image.fromarray(self.load(name, "black")).convert("L")) > 127
         if mask.shape != picture.shape[:2]:
             (height, width), (h, w) = mask.shape, picture.shape[:2]
             raise ValueError(f"{name}: the mask is {width} x {height} pixels, but its picture {entry.picture} is {w} x {h}; "
