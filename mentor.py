@@ -39,21 +39,6 @@ LIMITS = {  # smallest and largest legal value of a number, by its name; others:
     "dropout": (0, 1), "top_k": (0, 2**20), "top_p": (0, 1)}
 
 
-def check_value(value, kind, limits):
-    """(whether a value of a config is legal, what would be); kind: its declared type, limits: (low, high) for a number."""
-    if kind in (int, float):
-        low, high = limits
-        is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-        legal = f"a {'whole ' if kind is int else ''}number from {low} to {high}" if high != math.inf else f"a number from {low} up"
-        return is_number and low <= value <= high and value != math.inf, legal
-    if kind is str:
-        return isinstance(value, str), "text"
-    if kind is bool:
-        return isinstance(value, bool), "true or false"
-    fine = isinstance(value, tuple) and 0 < len(value) <= 10 and all(type(v) is int and 0 < v <= 1024 for v in value)
-    return fine, "1 to 10 whole numbers from 1 to 1024"
-
-
 def check_fields(config, prefix="", limits=LIMITS):
     """Raise ValueError naming the first field of a (nested) config whose value has the wrong type or is out of its limits."""
     for f in fields(config):
@@ -61,7 +46,16 @@ def check_fields(config, prefix="", limits=LIMITS):
         if is_dataclass(value):
             check_fields(value, name + ".", limits)
             continue
-        fine, legal = check_value(value, f.type, limits.get(f.name, (1, 2**20) if f.type is int else (0, math.inf)))
+        if f.type in (int, float):
+            low, high = limits.get(f.name, (1, 2**20) if f.type is int else (0, math.inf))
+            is_number = isinstance(value, (int, f.type)) and not isinstance(value, bool)
+            fine = is_number and low <= value <= high and value != math.inf
+            legal = f"a {'whole ' if f.type is int else ''}number from {low} " + (f"to {high}" if high != math.inf else "up")
+        elif f.type in (str, bool):
+            fine, legal = isinstance(value, f.type), "text" if f.type is str else "true or false"
+        else:
+            fine = isinstance(value, tuple) and 0 < len(value) <= 10 and all(type(v) is int and 0 < v <= 1024 for v in value)
+            legal = "1 to 10 whole numbers from 1 to 1024"
         if not fine:
             raise ValueError(f"{name}={value!r:.80} is not legal: it must be {legal}")
 
