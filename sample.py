@@ -384,7 +384,7 @@ def usable_device(name):
         there = torch.zeros(1, device=name)
         there.item()  # torch's device "meta" has no values
         return there.device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:                 # a torch without CUDA asserts
+    except (RuntimeError, AssertionError) as error:                                      # a torch without CUDA asserts
         reason = first_line(error)[:100]
         raise ValueError(f"--device={name}: torch cannot use it here ({reason}); leave out --device, or give cpu, cuda or mps") from None
 
@@ -939,12 +939,12 @@ def reconstruct_alone(folder, options):
 
 
 def dreambench_subjects(folder):
-    """[(id, picture file, label, prompts)] of DreamBench's dataset. Raises ValueError naming what is missing.
+    """Yield (id, picture file, label, prompts) of DreamBench's dataset. Raises ValueError naming what is missing.
 
     It has SUBJECT/*.jpg, the first of which is the reference, and prompts_and_classes.txt with SUBJECT,LABEL lines and two
     lists of 'a {0} {1} on ...'.format(...), for objects and for cats and dogs; {0} is DreamBooth's rare word, left out here.
     """
-    file, subjects = Path(folder) / "prompts_and_classes.txt", []
+    file = Path(folder) / "prompts_and_classes.txt"
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     lists = [re.findall(r"^'(.*)'\.format", part, re.M) for part in text.split("Live Subject Prompts")]
     for name, label in re.findall(r"^(\w+),([\w ]+)$", text, re.M)[1:]:                   # without the line subject_name,class
@@ -953,14 +953,12 @@ def dreambench_subjects(folder):
             raise ValueError(f"{file}: there is no picture in {Path(folder) / name}")
         if len(list(filter(None, lists))) < 2:
             raise ValueError(f"{file}: needs two lists of 'a {{0}} {{1}} ...'.format(...), the second after Live Subject Prompts")
-        prompts = [prompt.replace("{0} ", "").replace("{1}", label) for prompt in lists[label in ("cat", "dog")]]
-        subjects.append((name, pictures[0], label, prompts))
-    return subjects
+        yield name, pictures[0], label, [p.replace("{0} ", "").replace("{1}", label) for p in lists[label in ("cat", "dog")]]
 
 
 def dreambench_plus_subjects(folder):
     """The same for DreamBench++'s data: images/**/N.jpg and captions/**/N.txt, a label on the first line, prompts on the others."""
-    subjects, captions = [], Path(folder) / "captions"
+    captions = Path(folder) / "captions"
     for file in sorted(captions.rglob("*.txt")):
         picture = Path(folder) / "images" / file.relative_to(captions).with_suffix(".jpg")
         label, *prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()] or [""]
@@ -969,15 +967,14 @@ def dreambench_plus_subjects(folder):
         if not picture.is_file():
             raise ValueError(f"{file}: there is no picture {picture} to go with it")
         group = f"live_subject_{file.parent.name}" if file.parent.name in ("animal", "human") else file.parent.name
-        subjects.append((f"{group}_{file.stem}_{label.lower().replace(' ', '_')}", picture, label, prompts))
-    return subjects
+        yield f"{group}_{file.stem}_{label.lower().replace(' ', '_')}", picture, label, prompts
 
 
 def draw_dreambench(pipeline, options, out):
     """Draw every prompt of DreamBench or DreamBench++ options.n times, in the layout of DreamBench++'s scorer: src_image/,
     text/ and tgt_image/, each with a folder per subject that has PROMPT_SAMPLE.jpg or .txt."""
     folder = options.dreambench
-    subjects = dreambench_subjects(folder) + dreambench_plus_subjects(folder)
+    subjects = [*dreambench_subjects(folder), *dreambench_plus_subjects(folder)]
     if not subjects:
         raise ValueError(f"--dreambench={folder}: no captions/**/*.txt and no prompts_and_classes.txt in it; give DreamBench++'s "
                          "data folder, which has images/ and captions/, or DreamBench's dataset folder")
