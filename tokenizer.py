@@ -304,12 +304,10 @@ class PatchDiscriminator(nn.Module):
     """Judges whether each patch looks real (PatchGAN, arXiv 1611.07004): (B, 3, S, S) -> (B, 1, h, w) logits. GroupNorm instead of
     pix2pix's BatchNorm, so that a sample's score does not depend on its batch or its GPU."""
 
-    def __init__(self, ch=64, layers=3):
+    def __init__(self, ch=64):
         super().__init__()
-        blocks, width = [nn.Conv2d(3, ch, 4, stride=2, padding=1), nn.LeakyReLU(0.2)], ch
-        for level in range(1, layers + 1):
-            before, width = width, ch * min(2**level, 8)
-            stride = 2 if level < layers else 1
+        blocks = [nn.Conv2d(3, ch, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for before, width, stride in ((ch, 2 * ch, 2), (2 * ch, 4 * ch, 2), (4 * ch, 8 * ch, 1)):
             blocks += [nn.Conv2d(before, width, 4, stride, 1, bias=False), nn.GroupNorm(16, width), nn.LeakyReLU(0.2)]
         self.net = nn.Sequential(*blocks, nn.Conv2d(width, 1, 4, padding=1))
 
