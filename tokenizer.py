@@ -13,6 +13,7 @@ what only its training needs: PatchDiscriminator, LPIPS, the losses, collages, s
 import pickle
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -168,9 +169,8 @@ class Encoder(nn.Module):
         groups, widths = config.norm_groups, [config.ch * m for m in config.ch_mult]
         self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
         self.conv_blocks = nn.ModuleList()
-        for level, width in enumerate(widths):
+        for level, (before, width) in enumerate(pairwise([config.ch, *widths])):
             lowest = level == len(widths) - 1
-            before = widths[level - 1] if level else config.ch
             self.conv_blocks.append(Level(before, width, config.num_res_blocks, groups, lowest, None if lowest else Downsample))
         self.mid = middle(widths[-1], groups)
         self.norm_out = group_norm(widths[-1], groups)
@@ -233,8 +233,7 @@ class PixelDecoder(nn.Module):
         self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
         self.mid = middle(widths[0], groups)
         self.conv_blocks = nn.ModuleList()
-        for level, width in enumerate(widths):
-            before = widths[level - 1] if level else widths[0]
+        for level, (before, width) in enumerate(pairwise([widths[0], *widths])):
             highest = level == len(widths) - 1
             self.conv_blocks.append(Level(before, width, config.num_res_blocks + 1, groups, level == 0, None if highest else Upsample))
         self.norm_out = group_norm(widths[-1], groups)
