@@ -891,17 +891,16 @@ def read_weights(path):
     Raises ValueError naming a file that is missing or of another kind."""
     path = Path(path)
     if path.is_dir():
-        for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-            if (path / name).is_file():
-                shards = read_json(path / name).get("weight_map")
-                if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-                    raise ValueError(f"{path / name}: holds no weight_map from tensors to files")
-                shards = sorted(set(shards.values()))
-                return {n: t for shard in shards for n, t in read_weights(path / shard).items()}
-        for name in ("model.safetensors", "pytorch_model.bin"):
-            if (path / name).is_file():
-                return read_weights(path / name)
-        raise ValueError(f"{path}: no model.safetensors, pytorch_model.bin or index of shards in this folder")
+        names = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "model.safetensors", "pytorch_model.bin")
+        first = next((path / name for name in names if (path / name).is_file()), None)
+        if first is None:
+            raise ValueError(f"{path}: no model.safetensors, pytorch_model.bin or index of shards in this folder")
+        if first.suffix != ".json":
+            return read_weights(first)
+        shards = read_json(first).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise ValueError(f"{first}: holds no weight_map from tensors to files")
+        return {n: t for shard in sorted(set(shards.values())) for n, t in read_weights(path / shard).items()}
     if not path.is_file():
         raise ValueError(f"{path}: there is no such weights file")
     try:
