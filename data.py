@@ -111,8 +111,6 @@ def contact_sheet(rows, pad=2, scale=1):
 # --- The text tokenizer ------------------------------------------------------------------------------------------
 
 HALF = re.compile("[\ud800-\udfff]")  # a lone surrogate, which SentencePiece cannot read
-
-
 EDGE = re.compile(r"(?<!\w)[^\w\s]|[^\w\s](?!\w)")  # a character that is no letter, digit or space, at the edge of a word
 
 
@@ -945,9 +943,8 @@ class Manifest:
     def check_files(self, size, workers):
         """Open every file of every line. Returns messages about those that cannot be used; with skip_bad their lines are left out.
         Then raises ValueError if there are no others."""
-        wrong_files = functools.partial(self.wrong_files, size)
-        lines = np.flatnonzero(self.usable).tolist()
-        loader = torch.utils.data.DataLoader(lines, batch_size=16, num_workers=workers, collate_fn=wrong_files)
+        loader = torch.utils.data.DataLoader(np.flatnonzero(self.usable).tolist(), batch_size=16, num_workers=workers,
+                                             collate_fn=functools.partial(self.wrong_files, size))
         batches = tqdm(loader, desc="opening all files", unit_scale=16, disable=self.quiet)
         wrong = {line: message for batch in batches for line, message in batch}
         if self.skip_bad:
