@@ -65,8 +65,7 @@ def load_image(path, under="white"):
 
 
 def center_crop(picture, size):
-    """The largest centred square of a picture or a mask, resized to size x size: halved by box filter, then bicubic (from ADM, as
-    in LlamaGen)."""
+    """A picture's or mask's largest centred square at size x size: a box filter halves it, then bicubic (as ADM and LlamaGen)."""
     image = Image.fromarray(picture)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
@@ -173,8 +172,7 @@ class TextTokenizer:
 
     @classmethod
     def train(cls, sentences):
-        """Train a word-level SentencePiece model (case-folded) with the words of the sentences, the 32,000 most frequent ones, and
-        their punctuation."""
+        """Train a case-folded SentencePiece model of the sentences' 32,000 most frequent words and their punctuation."""
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=map(punctuation_apart, sentences), model_writer=model, model_type="word", vocab_size=32_000,
@@ -811,8 +809,7 @@ def most_tokens(text):
 
 
 class Manifest:
-    """A file of JSON lines. Opening it checks every line but keeps little more than their byte offsets, so a million lines
-    take seconds and megabytes."""
+    """A file of JSON lines. Opening it checks all but keeps little more than offsets: a million take seconds and megabytes."""
 
     CHUNK = 2**22  # bytes of lines to check at a time
 
@@ -1045,8 +1042,7 @@ def object_on_black(picture, mask, box):
 
 
 def entry_sample(manifest, entry, size, rng=None):
-    """Make a manifest entry's Sample: its target at size x size, its references at their own size; without rng its target alone,
-    about which nothing is random."""
+    """A manifest entry's Sample: target at size x size, references at their own; without rng the target alone, never random."""
     picture, labels, task = manifest.load(entry.picture), list(entry.labels), entry.task
     masks = [manifest.load_mask(name, entry, picture) for name in entry.masks]
     whole, mask = square_of_object(picture, np.logical_or.reduce(masks), size) if masks else (center_crop(picture, size), None)

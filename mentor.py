@@ -276,8 +276,7 @@ class VisionEncoder(nn.Module):
         return self.before_last(pixels)[:, 1:]
 
     def pool(self, features):
-        """One vector per image, (M, D), from before_last's output: the class token after the last block and norm. Only contrastive
-        pretraining uses it."""
+        """before_last's output -> the class token after the last block and norm, (M, D); for contrastive pretraining alone."""
         return self.post_norm(self.blocks[-1](features)[:, 0])
 
 

@@ -294,8 +294,7 @@ def concept_preservation(seen, meant, attributes=tuple):
 
 
 def prompt_following(seen, meant):
-    """Share of what the prompt asked for that is there, in [0, 1]: background colour and pattern, place, and for a single
-    subject its size."""
+    """Share of what the prompt asked for, in [0, 1]: background colour and pattern, place, and a single subject's size."""
     pairs = [(seen.color, meant.color), (seen.pattern, meant.pattern)]
     for a, b in zip(seen.subjects, meant.subjects):
         pairs.append((a.place, b.place))
@@ -378,8 +377,7 @@ def best_device():
 
 
 def usable_device(name):
-    """The torch.device of that name, with its number. Raises ValueError if torch does not know it, it holds no numbers or this
-    machine does not have it."""
+    """The torch.device of that name, with its number. Raises ValueError if it is unknown, not there or holds no numbers."""
     try:
         there = torch.zeros(1, device=name)
         there.item()  # torch's device "meta" has no values
@@ -754,8 +752,7 @@ def some_steps(decoder, prefix, done=0):
 
 
 class Bench:
-    """Cost of drawing with random weights at a preset's sizes: each method prints a table of seconds, ratios or the device's
-    limits."""
+    """Cost of drawing with random weights at a preset's sizes: each method prints a table."""
 
     def __init__(self, preset, device):
         if preset not in mentor.PRESETS:

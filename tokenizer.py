@@ -250,8 +250,7 @@ PIXELS_AT_ONCE = 2**21  # to encode or decode: a picture of 512 x 512 takes 0.6 
 
 
 class VQGAN(nn.Module):
-    """The whole tokenizer. Elsewhere only `encode`, `decode` and the codebook are used; its own training (train.TokenizerStage)
-    uses the parts."""
+    """The whole tokenizer. Only its own training (train.TokenizerStage) uses more than `encode`, `decode` and the codebook."""
 
     def __init__(self, config):
         super().__init__()
