@@ -1053,7 +1053,7 @@ def parse(arguments):
         raise ValueError(f"--score draws as the model's config.json says, with seed 0: leave out {', '.join(own)}")
     if not (options.folder or options.bench):
         raise ValueError("give the folder that train.py wrote, for example out/tiny; `python sample.py --help` lists the arguments")
-    if options.prompt is None and not (options.score or options.reconstruct or options.dreambench or options.bench):
+    if not asked:
         raise ValueError('give a prompt ("A big red star at the top on a green background"), '
                          "--segment, --reconstruct, --dreambench or --score")
     options.prompt = (options.prompt or "").replace("\\n", "\n")  # "" is a prompt too
