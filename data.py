@@ -196,6 +196,7 @@ class TextTokenizer:
 
 COLORS = {"red": (215, 35, 40), "orange": (245, 140, 25), "yellow": (250, 220, 45), "green": (35, 150, 65),
           "cyan": (45, 190, 215), "blue": (35, 65, 200), "purple": (130, 45, 165), "pink": (245, 140, 190)}
+RGB = np.array(list(COLORS.values()), np.float32)  # (8, 3), of the colours by index
 PATTERNS = ("solid", "striped", "dotted", "split")
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 SIZES = ("small", "big")
@@ -292,8 +293,7 @@ class World:
     @functools.lru_cache(maxsize=None)
     def background(self, color, pattern):
         """The empty scene, float32 (S, S, 3) in [0, 255]: a light tone of the colour, patterned in a lighter one."""
-        rgb = np.array(list(COLORS.values())[color], np.float32)
-        base, second = 0.55 * rgb + 0.45 * 255, 0.2 * rgb + 0.8 * 255
+        base, second = 0.55 * RGB[color] + 0.45 * 255, 0.2 * RGB[color] + 0.8 * 255
         mask = self.pattern_mask(pattern, 0, self.image_size // 2, True)
         return base + mask * (second - base)
 
@@ -406,7 +406,7 @@ class Shapes(World):
         return self.shape_mask(placed.subject.shape, placed.place, placed.size)
 
     def draw_subject(self, placed):
-        first, second = (np.array(list(COLORS.values())[c], np.float32) for c in (placed.subject.color, placed.subject.color2))
+        first, second = RGB[placed.subject.color], RGB[placed.subject.color2]
         mask = self.pattern_mask(placed.subject.pattern, *self.center(placed.place, placed.size), False)
         return first + mask * (second - first)
 

@@ -236,7 +236,7 @@ class ShapesJudge:
         self.first = torch.from_numpy(coverage[:, None] * (1 - second))      # weight of the first colour at each pixel
         self.second = torch.from_numpy(coverage[:, None] * second)
         self.outside = torch.from_numpy(1 - coverage)
-        self.colors = torch.tensor(list(data.COLORS.values()), dtype=torch.float32) / 255                  # (8, 3)
+        self.colors = torch.from_numpy(data.RGB) / 255                                                     # (8, 3)
         grounds = [world.background(c, p).reshape(-1, 3) for c in range(len(data.COLORS)) for p in range(len(data.PATTERNS))]
         self.grounds = torch.from_numpy(np.stack(grounds)) / 255                                           # (32, P, 3)
         same = torch.eye(len(self.colors), dtype=torch.bool)
