@@ -912,27 +912,23 @@ def read_weights(path):
     return tensors
 
 
-NOT_OURS = {  # names in each source to leave out
-    "clip": r"^(text_model\.|text_projection|visual_projection|logit_scale)|position_ids$",
-    "t5": r"^(decoder\.|lm_head\.|encoder\.embed_tokens\.)",
-    "connector": r"^(?!model\.mm_projector\.)",
-    "generator": r"^(freqs_cis|multimodal_encoder\.)",
-    "mentor": r"language_model\.encoder\.embed_tokens|position_ids$|freqs_cis",  # embed_tokens is `shared` a second time
-    "vq": r"codebook_used",
-}
-IN_CHECKPOINT = {  # from each source's names to those of the released checkpoint
-    "clip": (r"^(vision_model\.)?", "multimodal_encoder.vision_model.vision_tower.vision_model."),
-    "t5": (r"^", "multimodal_encoder.language_model."),
-    "connector": (r"^model\.mm_projector\.", "multimodal_encoder.language_projection."),
+SOURCES = {  # of each source: names to leave out, and what must be replaced in the others for those of the released checkpoint
+    "clip": (r"^(text_model\.|text_projection|visual_projection|logit_scale)|position_ids$",
+             r"^(vision_model\.)?", "multimodal_encoder.vision_model.vision_tower.vision_model."),
+    "t5": (r"^(decoder\.|lm_head\.|encoder\.embed_tokens\.)", r"^", "multimodal_encoder.language_model."),
+    "connector": (r"^(?!model\.mm_projector\.)", r"^model\.mm_projector\.", "multimodal_encoder.language_projection."),
+    "generator": (r"^(freqs_cis|multimodal_encoder\.)", r"^", ""),
+    "mentor": (r"language_model\.encoder\.embed_tokens|position_ids$|freqs_cis", r"^", ""),  # embed_tokens: `shared` once more
+    "vq": (r"codebook_used", r"^", ""),
 }
 
 
 def released_tensors(source, path, say=lambda words: None):
-    """Read one source ("clip", "t5", "connector", "generator", "mentor", "vq") as {name in the released checkpoint: tensor}. Says
-    what else its file holds, which is left aside. Raises ValueError if there is nothing but that."""
-    pattern, replacement = IN_CHECKPOINT.get(source, ("^", ""))
+    """Read one of SOURCES as {name in the released checkpoint: tensor}. Says what else its file holds, which is left aside. Raises
+    ValueError if there is nothing but that."""
+    left_out, pattern, replacement = SOURCES[source]
     tensors = read_weights(path)
-    others = [name for name in tensors if re.search(NOT_OURS[source], name)]
+    others = [name for name in tensors if re.search(left_out, name)]
     names = f"{', '.join(others[:3])}{', ...' if len(others) > 3 else ''}"
     if len(others) == len(tensors):
         raise ValueError(f"--released.{source}={path}: none of its {len(tensors)} tensors is of that part ({names}); give another file")
