@@ -326,7 +326,7 @@ class EmojiJudge:
         x = picture.astype(np.float32) / 255
         distance = np.square(x - self.grounds).sum(-1)                                   # (32, S, S)
         ground = int(np.minimum(distance, 0.05).sum((1, 2)).argmin())                    # limits the weight of a subject's pixels
-        best = None
+        found = []
         for place, size, window, colors, through, both, squared in self.candidates:
             seen, behind = x[window], self.grounds[ground][window]
             # |seen - colors - through * behind|^2 for all emoji at once, expanded
@@ -334,9 +334,8 @@ class EmojiJudge:
                      + np.square(through) @ np.square(behind).sum(-1).ravel() + np.square(seen).sum())
             error += distance[ground].sum() - distance[ground][window].sum()
             k = error.argmin()
-            if best is None or error[k] < best[0]:
-                best = error[k], Placed(self.subjects[k], place, size)
-        return Scene(*divmod(ground, len(data.PATTERNS)), (best[1],))
+            found.append((error[k], Placed(self.subjects[k], place, size)))
+        return Scene(*divmod(ground, len(data.PATTERNS)), (min(found, key=lambda candidate: candidate[0])[1],))
 
 
 JUDGES = {"shapes": ShapesJudge, "emoji": EmojiJudge}
