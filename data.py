@@ -26,7 +26,7 @@ import unicodedata
 import zlib
 from array import array
 from bisect import bisect_right
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -1176,24 +1176,17 @@ def read_coco(path, lists):
     return [content[key] for key in lists]
 
 
-def nameable_objects(annotations):
-    """{picture id: objects that their label identifies}: the only ones of their category there, and no crowd regions."""
-    alike = Counter((annotation["image_id"], annotation["category_id"]) for annotation in annotations)
-    objects = {}
-    for annotation in annotations:
-        if alike[annotation["image_id"], annotation["category_id"]] == 1 and not annotation.get("iscrowd"):
-            objects.setdefault(annotation["image_id"], []).append(annotation)
-    return objects
-
-
 def manifest_of_coco(instances, captions, images, out):
-    """Write out/manifest.jsonl and out/masks/ID.png for COCO's pictures, with nameable objects that cover OBJECT_SHARE of them.
-    Returns the number of lines. Raises ValueError naming a file that is missing or of another kind."""
+    """Write out/manifest.jsonl and out/masks/ID.png for COCO's pictures, with the objects that cover OBJECT_SHARE of one and that
+    their label identifies: the only ones of their category there, and no crowd regions. Returns the number of lines. Raises
+    ValueError naming a file that is missing or of another kind."""
     pictures, categories, annotations = read_coco(instances, INSTANCES)
-    texts, names, objects = {}, {c["id"]: c["name"] for c in categories}, nameable_objects(annotations)
+    names, texts, objects = {c["id"]: c["name"] for c in categories}, defaultdict(list), defaultdict(list)
+    for item in annotations:
+        objects[item["image_id"]].append(item)
     for caption in read_coco(captions, CAPTIONS)[0]:
         if words := " ".join(caption["caption"].split()):
-            texts.setdefault(caption["image_id"], []).append(words)
+            texts[caption["image_id"]].append(words)
     out, count = Path(out), 0
     (out / "masks").mkdir(parents=True, exist_ok=True)
     with open(out / "manifest.jsonl.tmp", "w", encoding="utf-8") as file:
@@ -1204,7 +1197,10 @@ def manifest_of_coco(instances, captions, images, out):
                 raise ValueError(f"{path}: there is no such picture, but {instances} names it; "
                                  "IMAGES_DIR must be the folder with its .jpg files")
             masked = []                                                  # (mask file, label) of each object
-            for item in objects.get(picture["id"], []):
+            alike = Counter(item["category_id"] for item in objects[picture["id"]])
+            for item in objects[picture["id"]]:
+                if alike[item["category_id"]] > 1 or item.get("iscrowd"):
+                    continue
                 try:
                     label = names[item["category_id"]]
                     mask = Image.new("L", (picture["width"], picture["height"]))
@@ -1215,7 +1211,7 @@ def manifest_of_coco(instances, captions, images, out):
                 if OBJECT_SHARE[0] <= mask.histogram()[255] / (mask.width * mask.height) <= OBJECT_SHARE[1]:
                     masked.append((f"masks/{item['id']}.png", label))
                     mask.save(out / masked[-1][0])
-            lines = lines_of_picture(name, texts.get(picture["id"], []), masked)
+            lines = lines_of_picture(name, texts[picture["id"]], masked)
             file.writelines(lines)
             count += len(lines)
     os.replace(file.name, out / "manifest.jsonl")                        # whole or not at all
