@@ -1165,7 +1165,7 @@ def read_coco(path, lists):
         content = json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     for key, wanted in lists.items():
         if not isinstance(content, dict) or not isinstance(content.get(key), list):

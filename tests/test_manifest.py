@@ -472,6 +472,9 @@ def test_coco_files_that_are_wrong_are_named(tmp_path):
         data.manifest_of_coco(files[1], *files[1:])
     with pytest.raises(ValueError, match="nothing.json: there is no such file"):
         data.manifest_of_coco(tmp_path / "nothing.json", *files[1:])
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="deep.json: not JSON"):
+        data.manifest_of_coco(tmp_path / "deep.json", *files[1:])
     (tmp_path / "images" / "2.jpg").unlink()
     with pytest.raises(ValueError, match="2.jpg: there is no such picture, but .*instances.json names it"):
         data.manifest_of_coco(*files)
