@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 
 LIMITS = {  # smallest and largest legal value of a number, by its name; others: whole 1 to 2**20, fractions from 0 up
     "image_size": (1, 2**14), "patch_size": (1, 2**10), "grid_size": (1, 2**10), "n_layer": (1, 1000), "num_res_blocks": (1, 100),
-    "dropout": (0, 1), "top_k": (0, 2**20), "top_p": (0, 1)}
+    "dropout": (0, 1), "cfg_scale": (0, 10**6), "temperature": (0, 10**6), "top_k": (0, 2**20), "top_p": (0, 1)}
 
 
 def check_fields(config, prefix="", limits=LIMITS):

@@ -1036,11 +1036,10 @@ def parse(arguments):
         if len(options.images) != 1:
             raise ValueError(f"--segment={options.segment}: give one image to cut it out of, --images=FILE; got {len(options.images)}")
         options.prompt = object_line(options.segment)
-    legal = {"n": (1, None), "cfg_scale": (0, None), "temperature": (0, None), "top_k": (0, None), "top_p": (0, 1), "seed": (0, 2**63)}
-    for key, (low, high) in legal.items():
+    for key, (low, high) in {"n": (1, 10**6), "seed": (0, 2**63), **{f.name: mentor.LIMITS[f.name] for f in fields(SamplingConfig)}}.items():
         value = getattr(options, key)
-        if value is not None and not low <= value <= (sys.float_info.max if high is None else high):
-            raise ValueError(f"--{key}={value}: must be at least {low} and " + ("finite" if high is None else f"at most {high}"))
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{key}={value}: must be at least {low} and at most {high}")
     out = Path(options.out)
     writable = Image.registered_extensions().get(out.suffix.lower()) in Image.SAVE
     if not (options.score or options.dreambench) and not (writable and out.parent.is_dir()):

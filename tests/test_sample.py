@@ -270,8 +270,11 @@ def test_the_command_line_passes_its_seed_on(out, tmp_path, monkeypatch):
     (["A star", "--images=REF"], "0 <image> placeholders, but 1 images"),
     (["The star in <image>.\n" * 6, "--images", *["REF"] * 6], "reads at most 96.*fewer images"),
     (["A star", "--top_p=1.5"], "--top_p=1.5: must be at least 0 and at most 1"),
-    (["A star", "--cfg_scale=inf"], "--cfg_scale=inf: must be at least 0 and finite"),
+    (["A star", "--cfg_scale=inf"], "--cfg_scale=inf: must be at least 0 and at most 1000000"),
+    (["A star", "--cfg_scale=1e38"], "--cfg_scale=1e\\+38: must be at least 0 and at most 1000000"),  # logits beyond float32
+    (["A star", "--temperature=nan"], "--temperature=nan: must be at least 0"),
     (["A star", "--n=0"], "--n=0: must be at least 1"),
+    (["A star", "--n=100000000000000000000"], "--n=100000000000000000000: must be at least 1 and at most 1000000"),
     (["A star", "--segment=star", "--images=REF"], "--segment and a prompt: give one of them"),
     (["--reconstruct=REF", "--score"], "--reconstruct and --score: give one of them"),
     ([], "give a prompt"),
