@@ -998,6 +998,14 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; `python sample.py --help` lists the arguments")
 
 
+SAMPLING = ("cfg_scale", "temperature", "top_k", "top_p", "seed")
+NOT_FOR = {  # what would be ignored, and why
+    "score": ("draws as the model's config.json says, with seed 0", (*SAMPLING, "n", "images", "gif")),
+    "reconstruct": ("draws the one picture that it names, once", ("n", "images")),
+    "dreambench": ("draws what its folder holds, as pictures", ("images", "gif")),
+    "bench": ("measures random weights and writes nothing", (*SAMPLING, "n", "images", "gif", "out"))}
+
+
 def parse(arguments):
     """Parse the command line into an argparse Namespace. Raises ValueError naming the argument that is wrong."""
     parser = Parser(prog="sample.py", description="Draw with a trained model, or score it.",
@@ -1046,9 +1054,12 @@ def parse(arguments):
         raise ValueError(f"--out={out}: must end in .png, .jpg or .webp, in a folder that exists")
     if options.gif and out.suffix.lower() == ".gif":
         raise ValueError(f"--out={out}: --gif would write its animation over it; let it end in .png, .jpg or .webp")
-    own = [f"--{key}" for key in ("cfg_scale", "temperature", "top_k", "top_p", "seed") if getattr(options, key) != parser.get_default(key)]
-    if options.score and own:
-        raise ValueError(f"--score draws as the model's config.json says, with seed 0: leave out {', '.join(own)}")
+    for mode, (why, keys) in NOT_FOR.items():
+        own = [f"--{key}" for key in keys if getattr(options, key) != parser.get_default(key)]
+        if getattr(options, mode) and own:
+            raise ValueError(f"--{mode} {why}: leave out {', '.join(own)}")
+    if (options.score or options.dreambench) and options.out != "sample.png" and (file := next(filter(Path.is_file, (out, *out.parents)), None)):
+        raise ValueError(f"--out={out}: must be a folder, an existing or a new one, but {file} is a file")
     if not (options.folder or options.bench):
         raise ValueError("give the folder that train.py wrote, for example out/tiny; `python sample.py --help` lists the arguments")
     if not asked:
