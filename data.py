@@ -1098,13 +1098,17 @@ def lines_of_picture(picture, captions, objects):
     return [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
 
 
-def read_caption(file):
-    """The first two lines of a text file, stripped; "" for lines that are missing, or if there is no such file."""
+def read_words(file):
+    """The content of a text file, "" if there is no such file. Raises ValueError naming a file that is not UTF-8."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n") if file.is_file() else []
+        return file.read_text(encoding="utf-8-sig") if file.is_file() else ""
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 text ({error})") from None
-    first, second = [*lines, "", ""][:2]
+
+
+def read_caption(file):
+    """The first two lines of a text file, stripped; "" for lines that are missing, or if there is no such file."""
+    first, second = [*read_words(file).split("\n"), "", ""][:2]
     return first.strip(), second.strip()
 
 

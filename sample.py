@@ -941,9 +941,9 @@ def dreambench_subjects(folder):
     lists of 'a {0} {1} on ...'.format(...), for objects and for cats and dogs; {0} is DreamBooth's rare word, left out here.
     """
     file = Path(folder) / "prompts_and_classes.txt"
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    text = data.read_words(file)
     lists = [re.findall(r"^'(.*)'\.format", part, re.M) for part in text.split("Live Subject Prompts")]
-    for name, label in re.findall(r"^(\w+),([\w ]+)$", text, re.M)[1:]:                   # without the line subject_name,class
+    for name, label in re.findall(r"^([^\s,']+),[ \t]*([^,'\n]*[^,'\s])[ \t]*$", text, re.M)[1:]:  # without the head
         pictures = sorted((Path(folder) / name).glob("*.jpg"))
         if not pictures:
             raise ValueError(f"{file}: there is no picture in {Path(folder) / name}")
@@ -957,7 +957,7 @@ def dreambench_plus_subjects(folder):
     captions = Path(folder) / "captions"
     for file in sorted(captions.rglob("*.txt")):
         picture = Path(folder) / "images" / file.relative_to(captions).with_suffix(".jpg")
-        label, *prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()] or [""]
+        label, *prompts = [line.strip() for line in data.read_words(file).splitlines() if line.strip()] or [""]
         if not prompts:
             raise ValueError(f"{file}: needs a label on the first line and prompts on the others")
         if not picture.is_file():
@@ -977,6 +977,9 @@ def draw_dreambench(pipeline, options, out):
     prompts = {name: [f"{object_line(label)}\n{prompt}" for prompt in asked] for name, _, label, asked in subjects}
     for prompt in (p for asked in prompts.values() for p in asked):
         pipeline.text_tokenizer.check_words(prompt)
+        pipeline.collate.encode(prompt, 1)
+    for _, file, *_ in tqdm(subjects, desc="checking pictures"):  # before hours of drawing
+        data.load_image(file)
     for name, file, label, asked in tqdm(subjects, desc="subjects"):
         source = data.load_image(file)
         wanted = [Sample("dreambench", prompt, [source], [label], None, None) for prompt in prompts[name] for _ in range(options.n)]

@@ -221,6 +221,14 @@ def test_dreambench_is_written_as_its_scorer_reads_it(out, tmp_path):
     assert names == {f"{kind}/{stem}.{end}" for stem in stems for kind, end in (("src_image", "jpg"), ("text", "txt"), ("tgt_image", "jpg"))}
     assert (tmp_path / "drawn/text/live_subject_animal_00_star/1_0.txt").read_text() == "A small star at the top"
     assert Image.open(tmp_path / "drawn/src_image/object_07_ring/0_1.jpg").size == (70, 50) and Image.open(tmp_path / "drawn/tgt_image/object_07_ring/0_1.jpg").size == (32, 32)
+    for name, content, message in (("captions/object/07.txt", b"ring\n" + b"a ring at the left " * 40, "reads at most 96"), ("captions/object/07.txt", b"ring\na \xff ring", "07.txt: not UTF-8 text"),
+                                   ("images/object/07.jpg", b"no picture", "07.jpg: not a readable image")):
+        before = (tmp_path / "bench" / name).read_bytes()
+        (tmp_path / "bench" / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            sample.main([str(out), f"--dreambench={tmp_path}/bench", f"--out={tmp_path}/none"])
+        assert not (tmp_path / "none").exists()  # though the first subject is fine
+        (tmp_path / "bench" / name).write_bytes(before)
     (tmp_path / "bench/images/object/07.jpg").unlink()
     with pytest.raises(ValueError, match="07.txt: there is no picture .*07.jpg"):
         sample.main([str(out), f"--dreambench={tmp_path}/bench"])
@@ -231,16 +239,16 @@ def test_dreambench_is_written_as_its_scorer_reads_it(out, tmp_path):
 def test_the_first_dreambench_is_drawn_in_the_same_layout(out, tmp_path):
     prompts = "'a {0} {1} at the %s'.format(unique_token, class_token)"
     (tmp_path / "prompts_and_classes.txt").write_text("\n".join([
-        "Classes\n\nsubject_name,class\nstar_toy,big star\ncat2,cat\n\nPrompts\n\nObject Prompts\n\nprompt_list = [", prompts % "left" + ",", prompts % "right", "]\n",
+        "Classes\n\nsubject_name,class\nstar_toy,big-star\ncat2, cat \n\nPrompts\n\nObject Prompts\n\nprompt_list = [", prompts % "left" + ",", prompts % "right", "]\n",
         "Live Subject Prompts\n\nprompt_list = [", prompts % "top", "]\n"]))
     for name in ("star_toy/02", "star_toy/00", "cat2/03"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.fromarray(np.full((50, 70 + int(name[-1]), 3), 90, np.uint8)).save(tmp_path / f"{name}.jpg")
     assert [(s[0], s[1].name, *s[2:]) for s in sample.dreambench_subjects(tmp_path)] == [
-        ("star_toy", "00.jpg", "big star", ["a big star at the left", "a big star at the right"]), ("cat2", "03.jpg", "cat", ["a cat at the top"])]
-    with pytest.raises(ValueError, match="'cat'"):
+        ("star_toy", "00.jpg", "big-star", ["a big-star at the left", "a big-star at the right"]), ("cat2", "03.jpg", "cat", ["a cat at the top"])]
+    with pytest.raises(ValueError, match="'big-star'"):
         sample.main([str(out), f"--dreambench={tmp_path}"])
-    (tmp_path / "prompts_and_classes.txt").write_text((tmp_path / "prompts_and_classes.txt").read_text().replace("cat2,cat\n", ""))
+    (tmp_path / "prompts_and_classes.txt").write_text((tmp_path / "prompts_and_classes.txt").read_text().replace("cat2, cat \n", "").replace("big-star", "big star"))
     sample.main([str(out), f"--dreambench={tmp_path}", f"--out={tmp_path}/drawn"])
     assert {p.relative_to(tmp_path / "drawn").as_posix() for p in (tmp_path / "drawn").rglob("*.*")} == {
         f"{kind}/star_toy/{i}_0.{end}" for i in (0, 1) for kind, end in (("src_image", "jpg"), ("text", "txt"), ("tgt_image", "jpg"))}
