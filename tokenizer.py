@@ -322,31 +322,37 @@ class LPIPS(nn.Module):
 
     def __init__(self, folder):
         super().__init__()
-        files, loaded = [Path(folder) / "vgg16-397923af.pth", Path(folder) / "vgg.pth"], []
-        for file in files:
+        for name, read in (("vgg16-397923af.pth", self.read_vgg), ("vgg.pth", self.read_heads)):
+            file = Path(folder) / name
             if not file.is_file():
                 raise ValueError(f"lpips={folder}: {file} is missing; give a folder with torchvision's vgg16-397923af.pth and "
                                  "LPIPS v0.1's vgg.pth, or leave lpips empty")
             try:
-                loaded.append(torch.load(file, map_location="cpu", weights_only=True))
+                read(torch.load(file, map_location="cpu", weights_only=True))
             except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, pickle.UnpicklingError, EOFError) as error:
-                raise ValueError(f"lpips={folder}: {file} is broken ({first_line(error)}): download it again") from None
-        vgg, heads = loaded
+                raise ValueError(f"lpips={folder}: {file} is broken, or of another network ({first_line(error)}): "
+                                 "download it again") from None
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+        self.requires_grad_(False)
+
+    def read_vgg(self, weights):
+        """Build the convolution blocks from torchvision's weights."""
         self.blocks, index, before = nn.ModuleList(), 0, 3
         for widths in self.LAYERS:
             block = nn.Sequential()
             for width in widths:
                 conv = nn.Conv2d(before, width, 3, padding=1)
-                conv.load_state_dict({k: vgg[f"features.{index}.{k}"] for k in ("weight", "bias")})
+                conv.load_state_dict({k: weights[f"features.{index}.{k}"] for k in ("weight", "bias")})
                 block.extend([conv, nn.ReLU()])
                 index, before = index + 2, width
             self.blocks.append(block)
             index += 1  # the max-pool after each block
-        for i in range(len(self.LAYERS)):
-            self.register_buffer(f"head{i}", heads[f"lin{i}.model.1.weight"])  # (1, C, 1, 1)
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
-        self.requires_grad_(False)
+
+    def read_heads(self, heads):
+        """Keep the weight of every channel of each block's output, (1, C, 1, 1)."""
+        for i, widths in enumerate(self.LAYERS):
+            self.register_buffer(f"head{i}", heads[f"lin{i}.model.1.weight"].view(1, widths[-1], 1, 1))
 
     def forward(self, a, b):
         """Mean distance between two image batches (B, 3, S, S) in [-1, 1]: scalar."""

@@ -193,6 +193,11 @@ def test_perceptual_distance_is_that_of_vgg16s_features(tmp_path):
     assert lpips(a, a) == 0 < distance
     distance.backward()
     assert b.grad.any() and all(p.grad is None and not p.requires_grad for p in lpips.parameters())
+    alex = {f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1) for i, width in enumerate((64, 192, 384, 256, 256))}
+    for name, others in (("vgg.pth", alex), ("vgg.pth", vgg), ("vgg.pth", torch.zeros(3)), ("vgg16-397923af.pth", heads)):
+        torch.save(others, tmp_path / name)  # whole, but something else
+        with pytest.raises(ValueError, match=f"lpips=.*{name} is broken, or of another network"):
+            tokenizer.LPIPS(tmp_path)
 
 
 def test_a_windows_usage_is_said_and_what_is_wrong_with_it(capsys):
