@@ -64,9 +64,16 @@ def load_image(path, under="white"):
         raise ValueError(f"{path}: not a readable image ({error}); give a PNG, JPEG or WebP file") from None
 
 
+def middle_part(picture):
+    """A picture, cut at both ends to 100 times its width if it is longer: resized as a whole it would take gigabytes."""
+    height, width = picture.shape[:2]
+    top, left = (max(0, (side - 100 * min(height, width)) // 2) for side in (height, width))
+    return picture[top : height - top, left : width - left]
+
+
 def center_crop(picture, size):
     """A picture's or mask's largest centred square at size x size: a box filter halves it, then bicubic (as ADM and LlamaGen)."""
-    image = Image.fromarray(picture)
+    image = Image.fromarray(middle_part(picture))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
@@ -77,7 +84,7 @@ def center_crop(picture, size):
 
 def vision_pixels(picture, size):
     """A picture as CLIP's input: short side resized (bicubic), centred square, normalised; float32 (3, size, size)."""
-    image, short = Image.fromarray(picture), min(picture.shape[:2])
+    image, short = Image.fromarray(middle_part(picture)), min(picture.shape[:2])
     image = image.resize((int(image.width * size / short), int(image.height * size / short)), Image.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     square = np.asarray(image.crop((left, top, left + size, top + size)), np.float32)

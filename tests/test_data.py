@@ -270,6 +270,20 @@ def test_clips_long_side_is_rounded_down():
     assert np.abs(data.vision_pixels(picture, 28).numpy().transpose(1, 2, 0) - expected).max() < 1e-5
 
 
+@pytest.mark.parametrize("long", [2000, 2001])
+def test_a_line_of_pixels_is_not_enlarged_as_a_whole(long, monkeypatch):
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *rest: sizes.append(size) or resize(self, size, *rest))
+    line = np.random.default_rng(0).integers(0, 256, (long, 1, 3), dtype=np.uint8)
+    for picture in (line, line.transpose(1, 0, 2)):
+        whole = np.asarray(resize(Image.fromarray(picture), (picture.shape[1] * 16, picture.shape[0] * 16), Image.BICUBIC))
+        top, left = (whole.shape[0] - 16) // 2, (whole.shape[1] - 16) // 2
+        square = whole[top : top + 16, left : left + 16]
+        assert (data.center_crop(picture, 16) == square).all()
+        assert np.abs(data.vision_pixels(picture, 16).numpy().transpose(1, 2, 0) - (square / 255 - data.CLIP_MEAN) / data.CLIP_STD).max() < 1e-5
+    assert max(map(max, sizes)) <= 101 * 16  # 60,000 pixels at 512 would be 47 GB
+
+
 def test_animations_and_clear_palettes(tmp_path):
     """The first frame of an animation; a palette's transparent entry on white."""
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
