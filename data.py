@@ -1184,44 +1184,61 @@ def read_coco(path, lists):
         for number, entry in enumerate(content[key]):
             if not isinstance(entry, dict) or not all(isinstance(entry.get(name), kind) for name, kind in wanted.items()):
                 raise ValueError(f"{path}: {key}[{number}] is {json.dumps(entry):.120}; it must have COCO's {', '.join(wanted)}")
+        for number, times in Counter(entry["id"] for entry in content[key] if "id" in wanted).most_common(1):
+            if times > 1:
+                raise ValueError(f"{path}: {times} of {key} have the id {number}; give each its own")
     return [content[key] for key in lists]
+
+
+def object_mask(item, width, height):
+    """The mask of a COCO annotation with polygons, an "L" image. Raises TypeError or ValueError if it has none."""
+    mask = Image.new("L", (width, height))
+    for points in item["segmentation"]:                                  # x, y, x, y, ...
+        ImageDraw.Draw(mask).polygon(points, fill=255)
+    return mask
+
+
+def check_coco(instances, pictures, names, annotations, images):
+    """Raise ValueError naming an entry of COCO's lists that lacks its picture, or an object without mask or name."""
+    for picture in pictures:
+        path = Path(images) / picture["file_name"]
+        if not path.is_file():
+            raise ValueError(f"{path}: there is no such picture, but {instances} names it; "
+                             "IMAGES_DIR must be the folder with its .jpg files")
+        if min(picture["width"], picture["height"]) < 1:
+            raise ValueError(f"{instances}: image {picture['id']} is {picture['width']} x {picture['height']} pixels; it must have some")
+    for item in annotations:
+        try:
+            names[item["category_id"]], object_mask(item, 1, 1)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{instances}: annotation {item['id']} has no known category or no polygons ({error!r})") from None
 
 
 def manifest_of_coco(instances, captions, images, out):
     """Write out/manifest.jsonl and out/masks/ID.png for COCO's pictures, with the objects that cover OBJECT_SHARE of one and that
     their label identifies: the only ones of their category there, and no crowd regions. Returns the number of lines. Raises
-    ValueError naming a file that is missing or of another kind."""
+    ValueError naming a file or an entry that is wrong, before anything is written."""
     pictures, categories, annotations = read_coco(instances, INSTANCES)
     names, texts, objects = {c["id"]: c["name"] for c in categories}, defaultdict(list), defaultdict(list)
-    for item in annotations:
+    alike = Counter((item["image_id"], item["category_id"]) for item in annotations)
+    clear = [item for item in annotations if alike[item["image_id"], item["category_id"]] == 1 and not item.get("iscrowd")]
+    check_coco(instances, pictures, names, clear, images)
+    for item in clear:
         objects[item["image_id"]].append(item)
     for caption in read_coco(captions, CAPTIONS)[0]:
         if words := " ".join(caption["caption"].split()):
             texts[caption["image_id"]].append(words)
-    out, count = Path(out), 0
+    out, count = Path(out).resolve(), 0                                  # not behind a link, from which .. would lead elsewhere
     (out / "masks").mkdir(parents=True, exist_ok=True)
     with open(out / "manifest.jsonl.tmp", "w", encoding="utf-8") as file:
         for picture in tqdm(pictures, desc="coco"):
-            path = Path(images) / picture["file_name"]
-            name = os.path.relpath(path, out)
-            if not (out / name).is_file():
-                raise ValueError(f"{path}: there is no such picture, but {instances} names it; "
-                                 "IMAGES_DIR must be the folder with its .jpg files")
             masked = []                                                  # (mask file, label) of each object
-            alike = Counter(item["category_id"] for item in objects[picture["id"]])
             for item in objects[picture["id"]]:
-                if alike[item["category_id"]] > 1 or item.get("iscrowd"):
-                    continue
-                try:
-                    label = names[item["category_id"]]
-                    mask = Image.new("L", (picture["width"], picture["height"]))
-                    for points in item["segmentation"]:                  # x, y, x, y, ...
-                        ImageDraw.Draw(mask).polygon(points, fill=255)
-                except (KeyError, TypeError, ValueError) as error:
-                    raise ValueError(f"{instances}: annotation {item['id']} has no known category or no polygons ({error!r})") from None
+                mask = object_mask(item, picture["width"], picture["height"])
                 if OBJECT_SHARE[0] <= mask.histogram()[255] / (mask.width * mask.height) <= OBJECT_SHARE[1]:
-                    masked.append((f"masks/{item['id']}.png", label))
+                    masked.append((f"masks/{item['id']}.png", names[item["category_id"]]))
                     mask.save(out / masked[-1][0])
+            name = os.path.relpath(Path(images).resolve() / picture["file_name"], out)
             lines = lines_of_picture(name, texts[picture["id"]], masked)
             file.writelines(lines)
             count += len(lines)

@@ -478,7 +478,7 @@ def test_coco_files_that_are_wrong_are_named(tmp_path):
     (tmp_path / "images" / "2.jpg").unlink()
     with pytest.raises(ValueError, match="2.jpg: there is no such picture, but .*instances.json names it"):
         data.manifest_of_coco(*files)
-    assert not (tmp_path / "coco" / "manifest.jsonl").exists()  # whole or not at all
+    assert not (tmp_path / "coco").exists()  # whole or not at all
     done = subprocess.run([sys.executable, data.__file__, "coco"], capture_output=True, text=True)
     assert done.returncode == 2 and "usage: python data.py coco INSTANCES.json" in done.stderr
 
@@ -488,6 +488,11 @@ def test_coco_files_that_are_wrong_are_named(tmp_path):
     (0, ("annotations", 0, "category_id"), "cat", r"instances.json: annotations\[0\] is .*; it must have COCO's id, image_id, category_id"),
     (0, ("annotations", 0, "category_id"), 77, r"instances.json: annotation 7 has no known category or no polygons"),
     (0, ("annotations", 0, "segmentation"), {"counts": [5], "size": [40, 60]}, r"instances.json: annotation 7 has no known category or no polygons"),
+    (0, ("annotations", 0, "segmentation"), [[0, 0, 9]], r"instances.json: annotation 7 has no known category or no polygons"),
+    (0, ("annotations", 4, "id"), 7, "instances.json: 2 of annotations have the id 7; give each its own"),  # one mask would replace the other
+    (0, ("images", 1, "id"), 1, "instances.json: 2 of images have the id 1; give each"),
+    (0, ("categories", 1, "id"), 1, "instances.json: 2 of categories have the id 1; give each"),
+    (0, ("images", 1, "width"), 0, "instances.json: image 2 is 0 x 40 pixels"),
     (0, ("categories",), {"1": "cat"}, "instances.json: no 'categories' in it"),
     (1, ("annotations", 0, "caption"), None, r"captions.json: annotations\[0\] is .*; it must have COCO's image_id, caption"),
 ])
@@ -500,6 +505,16 @@ def test_coco_entries_that_are_wrong_are_named(file, keys, value, message, tmp_p
     files[file].write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         data.manifest_of_coco(*files)
+    assert not files[3].exists()  # nothing is written
+
+
+def test_coco_may_be_written_behind_a_link(tmp_path):
+    files = coco_files(tmp_path)
+    (tmp_path / "disk" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "deep")
+    assert data.manifest_of_coco(*files[:3], tmp_path / "link" / "coco") == 6
+    lines = Manifest(tmp_path / "link" / "coco" / "manifest.jsonl", quiet=True)
+    assert all(lines.load(lines[i].picture).shape == (40, 60, 3) for i in range(6))
 
 
 SHORT = [*SMALL, *few_steps(steps=2, global_batch=4)]
