@@ -47,13 +47,17 @@ EXIF_TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_B
 
 def load_image(path, under="white"):
     """Read any image file as a picture, uint8 (H, W, 3): rotated by its EXIF tag, 16 bits scaled to 8, the first frame of an
-    animation, transparency on the colour `under`. Raises ValueError naming a file that is no readable image."""
+    animation, transparency on the colour `under`. Raises ValueError naming a file that is no readable image, or has 32 bits a channel."""
     try:
         with Image.open(path) as file:
             turn = EXIF_TURNS.get(file.getexif().get(0x0112))  # not ImageOps.exif_transpose, which fails at any other odd tag
             image = file if turn is None else file.transpose(turn)
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+            if image.mode[0] in "IF":
+                values = np.asarray(image)
+                if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+                    raise ValueError("its values of 32 bits may mean any brightness")
+                solid = (values != image.info.get("transparency", -1)) * 255
+                image = Image.merge("LA", [Image.fromarray(v.round().astype(np.uint8)) for v in (values / 257, solid)])
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, under), image)

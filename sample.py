@@ -1047,7 +1047,8 @@ def parse(arguments):
         if len(options.images) != 1:
             raise ValueError(f"--segment={options.segment}: give one image to cut it out of, --images=FILE; got {len(options.images)}")
         options.prompt = object_line(options.segment)
-    for key, (low, high) in {"n": (1, 10**6), "seed": (0, 2**63), **{f.name: mentor.LIMITS[f.name] for f in fields(SamplingConfig)}}.items():
+    limits = {"n": (1, 10**6), "seed": (0, 2**63), **{f.name: mentor.LIMITS[f.name] for f in fields(SamplingConfig)}}
+    for key, (low, high) in limits.items():
         value = getattr(options, key)
         if value is not None and not low <= value <= high:
             raise ValueError(f"--{key}={value}: must be at least {low} and at most {high}")
@@ -1061,7 +1062,8 @@ def parse(arguments):
         own = [f"--{key}" for key in keys if getattr(options, key) != parser.get_default(key)]
         if getattr(options, mode) and own:
             raise ValueError(f"--{mode} {why}: leave out {', '.join(own)}")
-    if (options.score or options.dreambench) and options.out != "sample.png" and (file := next(filter(Path.is_file, (out, *out.parents)), None)):
+    file = next(filter(Path.is_file, (out, *out.parents)), None)
+    if (options.score or options.dreambench) and options.out != "sample.png" and file:
         raise ValueError(f"--out={out}: must be a folder, an existing or a new one, but {file} is a file")
     if not (options.folder or options.bench):
         raise ValueError("give the folder that train.py wrote, for example out/tiny; `python sample.py --help` lists the arguments")

@@ -250,6 +250,14 @@ def test_pictures_of_every_kind_are_read_right(tmp_path):
     deep = (base[..., 0].astype(np.uint16)) * 257
     Image.fromarray(deep).save(tmp_path / "deep.png")
     assert (load_image(tmp_path / "deep.png")[..., 0] == base[..., 0]).all()
+    deep[:5] = 300
+    Image.fromarray(deep).save(tmp_path / "hole.png", transparency=300)
+    assert (load_image(tmp_path / "hole.png")[:5] == 255).all() and (load_image(tmp_path / "hole.png", under="black")[:5] == 0).all()
+    assert (load_image(tmp_path / "hole.png")[5:, :, 2] == base[5:, :, 0]).all()
+    for values in (np.random.default_rng(0).random((20, 30), np.float32), np.full((20, 30), 70_000, np.int32)):
+        Image.fromarray(values).save(tmp_path / "wide.tif")  # was read as black, or as white
+        with pytest.raises(ValueError, match="wide.tif: not a readable image .its values of 32 bits may mean any brightness"):
+            load_image(tmp_path / "wide.tif")
     Image.fromarray(base).convert("CMYK").save(tmp_path / "cmyk.tif")
     assert np.abs(load_image(tmp_path / "cmyk.tif").astype(int) - base).max() < 3
     exif = Image.Exif()
