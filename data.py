@@ -1147,7 +1147,7 @@ def manifest_of_folder(folder):
     Raises ValueError naming a mask without picture or name, two pictures with one caption, or a folder without pictures.
     """
     pictures, masks, lines = {}, {}, []                                  # the first two: {path without suffix: file}
-    for file in (f for f in files_below(folder) if f.suffix.lower() in PICTURE_SUFFIXES and f.is_file()):
+    for file in (f for f in files_below(folder) if f.suffix.lower() in PICTURE_SUFFIXES):
         if file.stem.endswith(".mask") and file.suffix != ".png":
             raise ValueError(f"{file}: a mask must be a .png file, since others do not keep its edges; convert or rename it")
         if file.name.endswith(".mask.png"):

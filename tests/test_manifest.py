@@ -733,3 +733,9 @@ def test_captions_with_a_byte_order_mark_and_folders_behind_links(folder, tmp_pa
     records = [json.loads(line) for line in manifest_of_folder(folder).splitlines()]
     assert not any(r.get("generation_only") or r.get("do_replace") for r in records)
     assert [r["image_path"] for r in records if r["image_path"].startswith("l")] == ["link/more.png"]
+
+
+def test_a_picture_that_is_a_link_to_nothing_is_named(folder):
+    (folder / "lost.jpg").symlink_to("another disk/lost.jpg")
+    with pytest.raises(ValueError, match="image_path='lost.jpg': there is no such file"):
+        Manifest(folder, root=folder, content=manifest_of_folder(folder), quiet=True)
