@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mentor import check_fields, first_line, load_folder, save_folder
+from mentor import check_fields, check_fit, first_line, load_folder, save_folder
 
 
 @dataclass(frozen=True)
@@ -322,37 +322,34 @@ class LPIPS(nn.Module):
 
     def __init__(self, folder):
         super().__init__()
-        for name, read in (("vgg16-397923af.pth", self.read_vgg), ("vgg.pth", self.read_heads)):
-            file = Path(folder) / name
-            if not file.is_file():
-                raise ValueError(f"lpips={folder}: {file} is missing; give a folder with torchvision's vgg16-397923af.pth and "
-                                 "LPIPS v0.1's vgg.pth, or leave lpips empty")
-            try:
-                read(torch.load(file, map_location="cpu", weights_only=True))
-            except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, pickle.UnpicklingError, EOFError) as error:
-                raise ValueError(f"lpips={folder}: {file} is broken, or of another network ({first_line(error)}): "
-                                 "download it again") from None
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
-        self.requires_grad_(False)
-
-    def read_vgg(self, weights):
-        """Build the convolution blocks from torchvision's weights."""
-        self.blocks, index, before = nn.ModuleList(), 0, 3
-        for widths in self.LAYERS:
+        self.blocks, index, before, vgg, heads = nn.ModuleList(), 0, 3, {}, {}           # the last two: {name in its file: tensor here}
+        for i, widths in enumerate(self.LAYERS):
             block = nn.Sequential()
             for width in widths:
                 conv = nn.Conv2d(before, width, 3, padding=1)
-                conv.load_state_dict({k: weights[f"features.{index}.{k}"] for k in ("weight", "bias")})
+                vgg.update({f"features.{index}.{name}": p.data for name, p in conv.named_parameters()})
                 block.extend([conv, nn.ReLU()])
                 index, before = index + 2, width
             self.blocks.append(block)
             index += 1  # the max-pool after each block
-
-    def read_heads(self, heads):
-        """Keep the weight of every channel of each block's output, (1, C, 1, 1)."""
-        for i, widths in enumerate(self.LAYERS):
-            self.register_buffer(f"head{i}", heads[f"lin{i}.model.1.weight"].view(1, widths[-1], 1, 1))
+            self.register_buffer(f"head{i}", torch.empty(1, before, 1, 1))
+            heads[f"lin{i}.model.1.weight"] = getattr(self, f"head{i}")
+        for file, tensors in ((Path(folder) / "vgg16-397923af.pth", vgg), (Path(folder) / "vgg.pth", heads)):
+            if not file.is_file():
+                raise ValueError(f"lpips={folder}: {file} is missing; give a folder with torchvision's vgg16-397923af.pth and "
+                                 "LPIPS v0.1's vgg.pth, or leave lpips empty")
+            try:
+                loaded = torch.load(file, map_location="cpu", weights_only=True)
+                loaded = {name: loaded[name] for name in tensors if name in loaded}      # VGG16 has a classifier, too
+                check_fit(tensors, loaded)
+            except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, pickle.UnpicklingError, EOFError) as error:
+                raise ValueError(f"lpips={folder}: {file} is broken, or of another network ({first_line(error)}): "
+                                 "download it again") from None
+            for name, tensor in tensors.items():
+                tensor.copy_(loaded[name])
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+        self.requires_grad_(False)
 
     def forward(self, a, b):
         """Mean distance between two image batches (B, 3, S, S) in [-1, 1]: scalar."""

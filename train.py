@@ -323,8 +323,8 @@ class TokenizerStage(Stage):
         self.d_weight, self.warned = 0.0, False
         self.seen = []  # of each micro-batch of a step: reconstructions and pictures, for the discriminator
         if self.config.lpips:
-            # the bound method, so that its weights are not registered here
-            self.perceptual = LPIPS(self.config.lpips).to(machine.device).forward
+            with machine.device:  # not .to(), which fails on tensors without memory (Rehearsal)
+                self.perceptual = LPIPS(self.config.lpips).forward  # the bound method, so that its weights are not registered here
         else:
             machine.say("tokenizer: no LPIPS weights given (--tokenizer.lpips=FOLDER), so no perceptual loss")
         self.disc_start = round(self.config.disc_start * self.config.steps)

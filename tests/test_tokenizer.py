@@ -193,10 +193,14 @@ def test_perceptual_distance_is_that_of_vgg16s_features(tmp_path):
     assert lpips(a, a) == 0 < distance
     distance.backward()
     assert b.grad.any() and all(p.grad is None and not p.requires_grad for p in lpips.parameters())
+    runs = [train.parse(["tiny", *keys])[1] for keys in ([], [f"--tokenizer.lpips={tmp_path}"])]
+    without, planned = (train.Rehearsal("tokenizer", run, torch.float32).flops([(1, 0)]) for run in runs)  # --dry_run counts it, too
+    assert planned > 5 * without
     alex = {f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1) for i, width in enumerate((64, 192, 384, 256, 256))}
-    for name, others in (("vgg.pth", alex), ("vgg.pth", vgg), ("vgg.pth", torch.zeros(3)), ("vgg16-397923af.pth", heads)):
-        torch.save(others, tmp_path / name)  # whole, but something else
-        with pytest.raises(ValueError, match=f"lpips=.*{name} is broken, or of another network"):
+    for name, wrong, problem in (("vgg.pth", {}, "5 missing: lin0.model.1.weight"), ("vgg.pth", torch.zeros(3), "only supports Tensor"), ("vgg.pth", 5, "not iterable"),
+                                 ("vgg.pth", alex, "4 of another shape: lin1.model.1.weight"), ("vgg16-397923af.pth", heads, "26 missing")):
+        torch.save(wrong, tmp_path / name)  # whole, but something else
+        with pytest.raises(ValueError, match=rf"lpips=.*{name} is broken, or of another network \(.*{problem}.*\): download it again"):
             tokenizer.LPIPS(tmp_path)
 
 
