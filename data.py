@@ -1148,6 +1148,8 @@ def manifest_of_folder(folder):
     """
     pictures, masks, lines = {}, {}, []                                  # the first two: {path without suffix: file}
     for file in (f for f in files_below(folder) if f.suffix.lower() in PICTURE_SUFFIXES):
+        if HALF.search(str(file.relative_to(folder))):
+            raise ValueError(f"{file}: its name is not UTF-8, in which a manifest is written; rename it")
         if file.stem.endswith(".mask") and file.suffix != ".png":
             raise ValueError(f"{file}: a mask must be a .png file, since others do not keep its edges; convert or rename it")
         if file.name.endswith(".mask.png"):

@@ -431,6 +431,9 @@ def test_folders_that_are_wrong_are_named(pictures):
     (pictures / "dog.png").unlink()
     with pytest.raises(ValueError, match="dog.mask.png: there is no picture of that name"):
         manifest_of_folder(pictures)
+    save(pictures / "sub" / "caf\udce9.png", picture())
+    with pytest.raises(ValueError, match="caf.*.png: its name is not UTF-8, in which a manifest is written; rename it"):
+        manifest_of_folder(pictures)
     with pytest.raises(ValueError, match="sub2: no picture in it"):
         (pictures / "sub2").mkdir()
         manifest_of_folder(pictures / "sub2")
