@@ -488,7 +488,10 @@ class CodeCache:
             path.parent.mkdir(exist_ok=True)
             mentor.write_atomically(path, partial(save_zeros, dtype, shape))
         machine.barrier()
-        self.rows = np.lib.format.open_memmap(path, "r+")                                # code + 1; 0 where there is none yet
+        try:
+            self.rows = np.lib.format.open_memmap(path, "r+")                            # code + 1; 0 where there is none yet
+        except ValueError as error:
+            raise ValueError(f"{path}: damaged ({error}): delete it, and its codes are made again") from None
 
     def encode(self, vqgan, batch):
         """The codes (B, N) of a batch's targets."""

@@ -679,6 +679,10 @@ def test_cached_codes_know_their_tokenizer_and_their_pictures(folder):
         batch = Collate(lines.text_tokenizer(), 32, 16, 96, 32)([ManifestDataset(lines, None, 0, 32)[i] for i in range(3)])
         assert (cache.encode(vqgan, batch) == vqgan.encode(batch.targets)).all() and (cache.encode(None, batch) == vqgan.encode(batch.targets)).all()
     assert len(list((out / "codes").iterdir())) == 2
+    for file in (out / "codes").iterdir():
+        train.os.truncate(file, 100)
+    with pytest.raises(ValueError, match="codes/.*.npy: damaged .*: delete it, and its codes are made again"):
+        train.CodeCache(run, CPU, lines)
     save(folder / "scene.png", picture(BLUE, size=(40, 40)))
     assert manifest(folder, [T2I, RECONSTRUCTION]).digest != lines.digest
 
