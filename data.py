@@ -942,6 +942,19 @@ class Manifest:
                 wrong.append(index)
         self.usable[wrong] = False
 
+    def check_backgrounds(self):
+        """Raise ValueError naming the first line of recovery that has no other picture to put behind its object."""
+        usable = np.flatnonzero(self.backgrounds.usable & ~self.backgrounds.held).tolist()
+        pictures = (self.backgrounds.path_of(entry.picture) for entry in self.backgrounds.read(usable))
+        first = next(pictures, None)
+        if any(picture != first for picture in pictures):                # as almost always, and found at once
+            return
+        for line in self.lines().get("recovery", ()):
+            try:
+                some_background(self, self[line], random.Random(0))
+            except ValueError as error:
+                raise ValueError(f"{self.path} line {self.numbers[line]}: {error}") from None
+
     def lines(self, held_out=False):
         """{task: its usable lines} to train on, or those held out; without tasks that have none."""
         chosen = self.usable & (self.held == held_out)

@@ -661,16 +661,23 @@ def check_data(run, source, text_tokenizer, machine):
             machine.say(f"left out: {message}")
         if manifest.bad:
             machine.say(f"left out {len(manifest.bad)} of {len(manifest.bad) + manifest.usable.sum()} lines of {manifest.path}")
-    there = source.lines()
-    counts = ", ".join(f"{task} {len(lines)}" for task, lines in there.items())
+    counts = ", ".join(f"{task} {len(lines)}" for task, lines in source.lines().items())
     held = f"{source.held.sum()} more are held out" if source.held.any() else "too few pictures to hold any out"
     machine.say(f"data: {counts} lines of {run.data}; {held} for validation")
+    check_tasks(run, source)
+
+
+def check_tasks(run, source):
+    """Raise ValueError naming a stage's tasks that the data has no lines for, or recovery's line that has no background."""
+    there = source.lines()
     for stage in (s for s in STAGES[1:] if run.bench or run.stage in ("all", s)):
         mix = getattr(run, stage).mix
         lacking = [task for task, share in parse_mix(stage, mix).items() if share and task not in there]
         if lacking:
             raise ValueError(f"--{stage}.mix={mix}: {run.data} has nothing for {', '.join(lacking)}; it has {', '.join(there)}, "
                              f"so give for example --{stage}.mix={','.join(f'{task}:1' for task in there)}")
+        if parse_mix(stage, mix).get("recovery"):
+            source.check_backgrounds()
 
 
 def check_world_prompts(stage, run, world, text_tokenizer):

@@ -586,6 +586,17 @@ def test_a_run_wants_only_tasks_that_the_data_has(pictures, tmp_path):
     assert not (tmp_path / "out").exists()  # said before anything is trained or written
 
 
+def test_recovery_without_another_picture_is_refused_before_anything_is_trained(pictures, folder, tmp_path):
+    for name in ("cat.png", "sub/tree.png"):
+        (pictures / name).unlink()
+    arguments = ["tiny", *SHORT, *MIXES, f"--data={pictures}", f"--out={tmp_path}/out"]
+    for backgrounds in ([], [f"--backgrounds={pictures}"]):
+        with pytest.raises(ValueError, match="data.jsonl line 4: .*.jsonl has no other picture than dog.png to put behind the 'dog'; give --backgrounds"):
+            train.main([*arguments, *backgrounds])
+    assert not (tmp_path / "out").exists()
+    manifest(folder, [RECOVERY] * 2, backgrounds=manifest_of_blue(folder)).check_backgrounds()
+
+
 def test_data_that_changed_is_refused(pictures, tmp_path):
     out = tmp_path / "out"
     arguments = ["tiny", *SHORT, "--stage=tokenizer", f"--data={pictures}", f"--out={out}"]
