@@ -1331,6 +1331,11 @@ def validate(run):
         raise ValueError(f"--score_every={run.score_every}: only a built-in world can be scored; leave out this or --data")
     if run.stage == "claims" and (run.data or run.world != "shapes"):
         raise ValueError("--stage=claims: the claims are tested with shapes; give --world=shapes and no --data")
+    for name, row in ROWS.items() if run.stage == "claims" else ():
+        try:
+            validate(with_values(replace(run, stage="all"), row.keys(run)))
+        except ValueError as error:
+            raise ValueError(f"--stage=claims: its row {name!r} could not be trained ({error}): change that key") from None
     if run.dry_run and run.stage in ("claims", "import", "export"):
         raise ValueError(f"--dry_run=true plans the training of stages; it has nothing for --stage={run.stage}: leave out one of them")
     vqgan, decoder = run.vqgan, run.model.decoder

@@ -216,6 +216,7 @@ def test_more_seeds_train_stages_1_and_2_again(out, monkeypatch):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--stage=claims", "--world=emoji"], "--world=shapes and no --data"),
+    (["--stage=claims", "--instruct.mix=subject_driven:2"], "its row 'without subject-driven' could not be trained .*all shares are 0.: change that key"),
     (["--stage=claims", "--dry_run=true"], "it has nothing for --stage=claims"),
     (["--stage=claims", "--model.context=80"], "--instruct.mix: prompts of in_context take 86 tokens, but --model.context=80: leave that task out"),
     (["--score_every=5", "--data=pets"], "--score_every=5: only a built-in world can be scored"),
