@@ -2030,14 +2030,29 @@ def show_held_out(name, run, source, machine):
     sample.show_pictures(pipeline, [dataset[i] for i in range(min(8, dataset.count))], Path(run.out))
 
 
+@contextmanager
+def only_run_in(out):
+    """Context in which no other run trains into a folder. Raises ValueError if one does. (When a process dies, its lock goes, too.)"""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with open(Path(out) / ".lock", "a") as file:
+        with suppress(ImportError, OSError):  # Windows and some network disks have no such locks
+            from fcntl import LOCK_EX, LOCK_NB, lockf
+            try:
+                lockf(file, LOCK_EX | LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"--out={out}: another run is training there; choose another --out, or wait for its end") from None
+        yield
+
+
 def train_stages(names, run, machine, source, text_tokenizer):
     """Train some stages into run.out."""
     started = time.perf_counter()
-    if machine.main:
-        write_run(run, text_tokenizer, [source, source.backgrounds] if run.data else [])
-    for name in names:
-        train_stage(name, run, machine, source, text_tokenizer)
-        machine.say(f"{name}: finished after {time.perf_counter() - started:.0f} s in all")
+    with only_run_in(run.out) if machine.main else nullcontext():
+        if machine.main:
+            write_run(run, text_tokenizer, [source, source.backgrounds] if run.data else [])
+        for name in names:
+            train_stage(name, run, machine, source, text_tokenizer)
+            machine.say(f"{name}: finished after {time.perf_counter() - started:.0f} s in all")
 
 
 def main(arguments):

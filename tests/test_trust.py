@@ -191,6 +191,20 @@ def test_signals_save_before_they_end_the_run(number, whole_group, tmp_path):
     assert equal(weights(tmp_path / "stopped", "tokenizer"), weights(tmp_path / "straight", "tokenizer"))
 
 
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_trains(tmp_path):
+    first = start("--stage=tokenizer", "--tokenizer.steps=100000", f"--out={tmp_path}")
+    wait_for((tmp_path / "tokenizer" / "log.jsonl").is_file)
+    before = (tmp_path / "tokenizer" / "stage.json").read_bytes(), (tmp_path / "run.json").read_bytes()
+    try:
+        with pytest.raises(ValueError, match=f"--out={tmp_path}: another run is training there; choose another --out"):
+            run_stage(tmp_path, "tokenizer", "--seed=5")
+    finally:
+        first.kill()
+        first.join()
+    assert before == ((tmp_path / "tokenizer" / "stage.json").read_bytes(), (tmp_path / "run.json").read_bytes())
+    run_stage(tmp_path, "tokenizer", "--seed=5")  # it left no checkpoint, and its lock has gone with it
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "text"])
 def test_a_torn_checkpoint_is_put_aside_and_the_one_before_used(damage, trained, tmp_path, monkeypatch, capsys):
     undo = stop_after(monkeypatch, 6)
