@@ -1512,7 +1512,7 @@ def export_released(run, machine):
     """Write the newest stage of run.out under the names that the released code reads, every tensor unchanged. Raises ValueError if
     a file exists already, or its folder does not."""
     targets = run.released.mentor, run.released.vq
-    if "" in targets or targets[0] == targets[1]:
+    if "" in targets or len(set(map(os.path.realpath, targets))) < 2:
         raise ValueError("--stage=export needs --released.mentor=FILE.pt and --released.vq=FILE.pt, the files to write")
     for path in map(Path, targets):
         if path.exists() or not path.parent.is_dir():

@@ -68,7 +68,7 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_half(files, tmp_path, m
 
     before = (tmp_path / "vq.pt").read_bytes()
     for names, message in ((("whole.pt", "vq.pt"), "vq.pt exists already: give another name, or delete it"), (("there/whole.pt", "new.pt"), "there/whole.pt: make its folder first"),
-                           (("same.pt", "same.pt"), "needs --released.mentor")):
+                           (("same.pt", "same.pt"), "needs --released.mentor"), (("same.pt", "../" + tmp_path.name + "/same.pt"), "needs --released.mentor")):
         with pytest.raises(ValueError, match=message):
             export(*names)
     assert (tmp_path / "vq.pt").read_bytes() == before
