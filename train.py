@@ -1338,6 +1338,9 @@ def validate(run):
             raise ValueError(f"--stage=claims: its row {name!r} could not be trained ({error}): change that key") from None
     if run.dry_run and run.stage in ("claims", "import", "export"):
         raise ValueError(f"--dry_run=true plans the training of stages; it has nothing for --stage={run.stage}: leave out one of them")
+    if run.bench and (run.dry_run or run.stage in ("claims", "import", "export")):
+        raise ValueError("--bench=true measures steps of instruct or align; leave it out, or leave out "
+                         + ("--dry_run" if run.dry_run else f"--stage={run.stage}"))
     vqgan, decoder = run.vqgan, run.model.decoder
     if (vqgan.grid_size, vqgan.codebook_size) != (decoder.grid_size, decoder.codebook_size):
         raise ValueError(f"the tokenizer gives {vqgan.grid_size}x{vqgan.grid_size} codes of {vqgan.codebook_size}, but model.decoder."
