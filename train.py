@@ -1323,6 +1323,9 @@ def validate(run):
         parse_mix(stage, getattr(run, stage).mix)
     if not run.out:
         raise ValueError("--out=: name the folder to write, or leave out the key")
+    for path in (Path(run.out), *Path(run.out).parents):
+        if os.path.lexists(path) and not path.is_dir():
+            raise ValueError(f"--out={run.out}: {path} is no folder; name a folder, which may be new")
     if run.backgrounds and not run.data:
         raise ValueError(f"--backgrounds={run.backgrounds}: a built-in world draws its own; use it with --data")
     if run.cache_codes and not run.data:

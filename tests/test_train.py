@@ -419,6 +419,8 @@ def test_published_recipe_is_the_default_of_full():
     (["tiny", "--released.into=tokenizer"], "--released.into=tokenizer: must be one of pretrain, align, instruct"),
     (["tiny", "--tokenizer.codebook_start=3"], "codebook_start=3.0 is not legal: it must be a number from 0 to 1"),
     (["tiny", "--out="], "--out=: name the folder"),
+    (["tiny", f"--out={ROOT}/README.md", "--dry_run"], "--out=.*README.md: .*README.md is no folder; name a folder"),
+    (["tiny", f"--out={ROOT}/README.md/new"], "--out=.*README.md/new: .*README.md is no folder; name a folder"),
     (["tiny", "--bench", "--stage=import"], "--bench=true measures steps .* leave out --stage=import"),
     (["tiny", "--bench", "--dry_run"], "--bench=true measures steps .* leave out --dry_run"),
     (["tiny", "--backgrounds=here"], "--backgrounds=here: a built-in world draws its own"),
