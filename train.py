@@ -668,15 +668,21 @@ def check_data(run, source, text_tokenizer, machine):
 
 
 def check_tasks(run, source):
-    """Raise ValueError naming a stage's tasks that the data has no lines for, or recovery's line that has no background."""
+    """Raise ValueError naming a stage's tasks that the data has no lines for, one that would never be drawn, or recovery's line
+    that has no background."""
     there = source.lines()
     for stage in (s for s in STAGES[1:] if run.bench or run.stage in ("all", s)):
         mix = getattr(run, stage).mix
-        lacking = [task for task, share in parse_mix(stage, mix).items() if share and task not in there]
+        tasks = [task for task, share in parse_mix(stage, mix).items() if share]
+        lacking = [task for task in tasks if task not in there]
         if lacking:
             raise ValueError(f"--{stage}.mix={mix}: {run.data} has nothing for {', '.join(lacking)}; it has {', '.join(there)}, "
                              f"so give for example --{stage}.mix={','.join(f'{task}:1' for task in there)}")
-        if parse_mix(stage, mix).get("recovery"):
+        edges = make_dataset(stage, run, source).edges
+        if never := [task for task, first, end in zip(tasks, edges, edges[1:]) if first == end]:
+            raise ValueError(f"--{stage}.mix={mix}: {never[0]} has too small a share of it to be drawn even once in "
+                             f"{ManifestDataset.BLOCK} samples: give it more, or leave it out")
+        if "recovery" in tasks:
             source.check_backgrounds()
 
 

@@ -583,6 +583,8 @@ def test_with_skip_bad_pictures_that_cannot_be_read_are_left_out_at_the_start(pi
 def test_a_run_wants_only_tasks_that_the_data_has(pictures, tmp_path):
     with pytest.raises(ValueError, match="--instruct.mix=text_to_image:300.*has nothing for subject_driven; it has text_to_image, reconstruction, segmentation, recovery, so give"):
         train.main(["tiny", *SHORT, f"--data={pictures}", f"--out={tmp_path}/out"])
+    with pytest.raises(ValueError, match="--align.mix=text_to_image:99999,segmentation:1: segmentation has too small a share of it to be drawn even once in 10000 samples"):
+        train.main(["tiny", *SHORT, *MIXES, f"--data={pictures}", f"--out={tmp_path}/out", "--align.mix=text_to_image:99999,segmentation:1"])
     assert not (tmp_path / "out").exists()  # said before anything is trained or written
 
 
