@@ -886,7 +886,8 @@ class Log:
 
 
 class StopSignals:
-    """Context in which Ctrl-C and SIGTERM only set `received`, for the loop to see after the step. A second one stops at once."""
+    """Context in which Ctrl-C and SIGTERM only set `received`, for the loop to see after the step. A second Ctrl-C stops at once,
+    a second SIGTERM does not: a cluster may send one to every process, and torchrun another."""
 
     def __enter__(self):
         self.received = 0
@@ -896,7 +897,7 @@ class StopSignals:
     def note(self, number, frame):
         """The signal handler."""
         self.received = number
-        self.__exit__()
+        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
 
     def __exit__(self, *error):
         for number, handler in self.before.items():

@@ -191,6 +191,23 @@ def test_signals_save_before_they_end_the_run(number, whole_group, tmp_path):
     assert equal(weights(tmp_path / "stopped", "tokenizer"), weights(tmp_path / "straight", "tokenizer"))
 
 
+def test_only_a_second_ctrl_c_stops_at_once():
+    """A cluster may send SIGTERM to all processes, and torchrun then another to its own."""
+    got = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+    try:
+        with train.StopSignals() as signals:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.received == signal.SIGTERM and not got
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert got == [signal.SIGTERM]  # as before
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_trains(tmp_path):
     first = start("--stage=tokenizer", "--tokenizer.steps=100000", f"--out={tmp_path}")
     wait_for((tmp_path / "tokenizer" / "log.jsonl").is_file)
