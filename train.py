@@ -1328,33 +1328,33 @@ def validate(run):
             raise ValueError(f"--{key}={value}: must be one of {', '.join(legal)}" + "; T5 overflows in float16" * (value == "float16"))
     for stage in STAGES[1:]:
         parse_mix(stage, getattr(run, stage).mix)
-    if not run.out:
-        raise ValueError("--out=: name the folder to write, or leave out the key")
-    for path in (Path(run.out), *Path(run.out).parents):
-        if os.path.lexists(path) and not path.is_dir():
-            raise ValueError(f"--out={run.out}: {path} is no folder; name a folder, which may be new")
-    if run.backgrounds and not run.data:
-        raise ValueError(f"--backgrounds={run.backgrounds}: a built-in world draws its own; use it with --data")
-    if run.cache_codes and not run.data:
-        raise ValueError("--cache_codes=true: a built-in world never draws a sample twice, so there is nothing to keep; use it with --data")
-    if run.data and run.score_every:
-        raise ValueError(f"--score_every={run.score_every}: only a built-in world can be scored; leave out this or --data")
-    if run.stage == "claims" and (run.data or run.world != "shapes"):
-        raise ValueError("--stage=claims: the claims are tested with shapes; give --world=shapes and no --data")
+    no_folder = next((p for p in (Path(run.out), *Path(run.out).parents) if os.path.lexists(p) and not p.is_dir()), "")
+    no_stage = run.stage if run.stage in ("claims", "import", "export") else ""
+    vqgan, decoder = run.vqgan, run.model.decoder
+    for wrong, message in (
+        (not run.out, "--out=: name the folder to write, or leave out the key"),
+        (no_folder, f"--out={run.out}: {no_folder} is no folder; name a folder, which may be new"),
+        (run.backgrounds and not run.data, f"--backgrounds={run.backgrounds}: a built-in world draws its own; use it with --data"),
+        (run.cache_codes and not run.data,
+         "--cache_codes=true: a built-in world never draws a sample twice, so there is nothing to keep; use it with --data"),
+        (run.data and run.score_every, f"--score_every={run.score_every}: only a built-in world can be scored; leave out this or --data"),
+        (run.stage == "claims" and (run.data or run.world != "shapes"),
+         "--stage=claims: the claims are tested with shapes; give --world=shapes and no --data"),
+        (run.dry_run and no_stage,
+         f"--dry_run=true plans the training of stages; it has nothing for --stage={no_stage}: leave out one of them"),
+        (run.bench and (run.dry_run or no_stage), "--bench=true measures steps of instruct or align; leave it out, or leave out "
+         + ("--dry_run" if run.dry_run else f"--stage={no_stage}")),
+        ((vqgan.grid_size, vqgan.codebook_size) != (decoder.grid_size, decoder.codebook_size),
+         f"the tokenizer gives {vqgan.grid_size}x{vqgan.grid_size} codes of {vqgan.codebook_size}, but model.decoder.grid_size="
+         f"{decoder.grid_size} and model.decoder.codebook_size={decoder.codebook_size}: make them equal"),
+    ):
+        if wrong:
+            raise ValueError(message)
     for name, row in ROWS.items() if run.stage == "claims" else ():
         try:
             validate(with_values(replace(run, stage="all"), row.keys(run)))
         except ValueError as error:
             raise ValueError(f"--stage=claims: its row {name!r} could not be trained ({error}): change that key") from None
-    if run.dry_run and run.stage in ("claims", "import", "export"):
-        raise ValueError(f"--dry_run=true plans the training of stages; it has nothing for --stage={run.stage}: leave out one of them")
-    if run.bench and (run.dry_run or run.stage in ("claims", "import", "export")):
-        raise ValueError("--bench=true measures steps of instruct or align; leave it out, or leave out "
-                         + ("--dry_run" if run.dry_run else f"--stage={run.stage}"))
-    vqgan, decoder = run.vqgan, run.model.decoder
-    if (vqgan.grid_size, vqgan.codebook_size) != (decoder.grid_size, decoder.codebook_size):
-        raise ValueError(f"the tokenizer gives {vqgan.grid_size}x{vqgan.grid_size} codes of {vqgan.codebook_size}, but model.decoder."
-                         f"grid_size={decoder.grid_size} and model.decoder.codebook_size={decoder.codebook_size}: make them equal")
     return run
 
 
