@@ -1009,8 +1009,8 @@ NOT_FOR = {  # what would be ignored, and why
     "bench": ("measures random weights and writes nothing", (*SAMPLING, "n", "images", "gif", "out"))}
 
 
-def parse(arguments):
-    """Parse the command line into an argparse Namespace. Raises ValueError naming the argument that is wrong."""
+def make_parser():
+    """The parser of the command line."""
     parser = Parser(prog="sample.py", description="Draw with a trained model, or score it.",
                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog=r"""examples:
   python sample.py trained/tiny "A big red star at the top on a green background"
@@ -1038,39 +1038,49 @@ def parse(arguments):
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same picture (default %(default)s)")
     parser.add_argument("--gif", action="store_true", help="also write an animation of the first sample appearing")
     parser.add_argument("--device", default=best_device(), help="cuda, mps or cpu; by default the first that is there (here %(default)s)")
-    options = parser.parse_args(arguments)
-    asked = [f"--{key}" for key in ("segment", "reconstruct", "score", "dreambench", "bench") if getattr(options, key)]
-    asked += ["a prompt"] * (options.prompt is not None)
-    if len(asked) > 1:
-        raise ValueError(f"{' and '.join(asked)}: give one of them")
-    if options.segment:
-        if len(options.images) != 1:
-            raise ValueError(f"--segment={options.segment}: give one image to cut it out of, --images=FILE; got {len(options.images)}")
-        options.prompt = object_line(options.segment)
+    return parser
+
+
+def check_options(options, parser):
+    """Raise ValueError naming an option that is out of its range, missing, or would be ignored."""
     limits = {"n": (1, 10**6), "seed": (0, 2**63), **{f.name: mentor.LIMITS[f.name] for f in fields(SamplingConfig)}}
     for key, (low, high) in limits.items():
         value = getattr(options, key)
         if value is not None and not low <= value <= high:
             raise ValueError(f"--{key}={value}: must be at least {low} and at most {high}")
-    out = Path(options.out)
-    writable = Image.registered_extensions().get(out.suffix.lower()) in Image.SAVE
-    if not (options.score or options.dreambench) and not (writable and out.parent.is_dir()):
-        raise ValueError(f"--out={out}: must end in .png, .jpg or .webp, in a folder that exists")
-    if options.gif and out.suffix.lower() == ".gif":
-        raise ValueError(f"--out={out}: --gif would write its animation over it; let it end in .png, .jpg or .webp")
+    asked = [f"--{key}" for key in ("segment", "reconstruct", "score", "dreambench", "bench") if getattr(options, key)]
+    asked += ["a prompt"] * (options.prompt is not None)
+    out, whole_folder = Path(options.out), options.score or options.dreambench
+    file = next(filter(Path.is_file, (out, *out.parents)), None)
+    writable = Image.registered_extensions().get(out.suffix.lower()) in Image.SAVE and out.parent.is_dir()
+    for wrong, message in (
+        (len(asked) > 1, f"{' and '.join(asked)}: give one of them"),
+        (options.segment and len(options.images) != 1,
+         f"--segment={options.segment}: give one image to cut it out of, --images=FILE; got {len(options.images)}"),
+        (not whole_folder and not writable, f"--out={out}: must end in .png, .jpg or .webp, in a folder that exists"),
+        (whole_folder and file and options.out != parser.get_default("out"),
+         f"--out={out}: must be a folder, an existing or a new one, but {file} is a file"),
+        (options.gif and out.suffix.lower() == ".gif",
+         f"--out={out}: --gif would write its animation over it; let it end in .png, .jpg or .webp"),
+        (not (options.folder or options.bench),
+         "give the folder that train.py wrote, for example out/tiny; `python sample.py --help` lists the arguments"),
+        (not asked, 'give a prompt ("A big red star at the top on a green background"), --segment, --reconstruct, --dreambench or --score'),
+    ):
+        if wrong:
+            raise ValueError(message)
     for mode, (why, keys) in NOT_FOR.items():
         own = [f"--{key}" for key in keys if getattr(options, key) != parser.get_default(key)]
         if getattr(options, mode) and own:
             raise ValueError(f"--{mode} {why}: leave out {', '.join(own)}")
-    file = next(filter(Path.is_file, (out, *out.parents)), None)
-    if (options.score or options.dreambench) and options.out != "sample.png" and file:
-        raise ValueError(f"--out={out}: must be a folder, an existing or a new one, but {file} is a file")
-    if not (options.folder or options.bench):
-        raise ValueError("give the folder that train.py wrote, for example out/tiny; `python sample.py --help` lists the arguments")
-    if not asked:
-        raise ValueError('give a prompt ("A big red star at the top on a green background"), '
-                         "--segment, --reconstruct, --dreambench or --score")
-    options.prompt = (options.prompt or "").replace("\\n", "\n")  # "" is a prompt too
+
+
+def parse(arguments):
+    """Parse the command line into an argparse Namespace. Raises ValueError naming the argument that is wrong."""
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    check_options(options, parser)
+    prompt = object_line(options.segment) if options.segment else options.prompt or ""   # "" is a prompt too
+    options.prompt = prompt.replace("\\n", "\n")
     return options
 
 
