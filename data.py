@@ -529,6 +529,12 @@ class Emoji(World):
 
 WORLDS = {"shapes": Shapes, "emoji": Emoji}
 
+
+def open_world(name, image_size, font=""):
+    """The built-in world of that name, for pictures of that many pixels per side; font: Emoji's."""
+    return Emoji(image_size, font) if name == "emoji" else WORLDS[name](image_size)
+
+
 # --- The tasks (MENTOR section 3.2): each turns random scenes into a prompt, reference images and a target -------
 
 

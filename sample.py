@@ -435,7 +435,7 @@ class Pipeline:
         name, font = str(self.run.get("world")), str(self.run.get("emoji_font", ""))
         if name not in WORLDS:
             raise ValueError(f"the run's run.json names the world {name!r}; it must be one of {', '.join(WORLDS)}")
-        return WORLDS[name](self.vqgan.config.image_size, **({"font": font} if name == "emoji" else {}))
+        return data.open_world(name, self.vqgan.config.image_size, font)
 
     def draw(self, samples, sampling=None, seed=0, batch_size=128):
         """Draw the samples' prompts. Returns pictures, uint8 (S, S, 3) each, and their codes (B, N)."""

@@ -59,7 +59,7 @@ import mentor
 import sample
 import tokenizer
 from data import (CLIP_MEAN, CLIP_STD, TASKS, WORLDS, Batch, Collate, Manifest, ManifestDataset, TextTokenizer, WorldDataset,
-                  entry_prompt, manifest_of_folder, rules, tokenizer_pixels)
+                  entry_prompt, manifest_of_folder, open_world, rules, tokenizer_pixels)
 from mentor import Mentor, MentorConfig
 from tokenizer import (VQGAN, WEIGHT_LIMIT, CodebookUsage, LPIPS, PatchDiscriminator, TokenizerConfig, adaptive_weight, collages,
                        consistency_loss, hinge_d_loss, spread_codes)
@@ -627,7 +627,7 @@ def open_source(run, machine):
         backgrounds = open_manifest("backgrounds", run, machine) if run.backgrounds else None
         source = open_manifest("data", run, machine, backgrounds)
     else:
-        source = WORLDS[run.world](run.vqgan.image_size, **({"font": run.emoji_font} if run.world == "emoji" else {}))
+        source = open_world(run.world, run.vqgan.image_size, run.emoji_font)
         machine.say(f"world: {run.world}, built in; --data=FOLDER_OR_MANIFEST trains on your pictures")
     spiece = Path(run.out) / "spiece.model"
     text_tokenizer = TextTokenizer.from_file(spiece) if spiece.is_file() else source.text_tokenizer()
@@ -686,8 +686,9 @@ def check_tasks(run, source):
             source.check_backgrounds()
 
 
-def check_world_prompts(stage, run, world, text_tokenizer):
+def check_world_prompts(stage, run, text_tokenizer):
     """Raise ValueError naming a task of a stage's mix whose prompts are longer than the context."""
+    world = open_world(run.world, 32, run.emoji_font)  # the same prompts, with pictures that are drawn sooner
     for task in (task for task, share in parse_mix(stage, getattr(run, stage).mix).items() if share):
         dataset = WorldDataset(world, {task: 1.0}, "fits")
         longest = max(len(text_tokenizer.encode(dataset[i].prompt, run.model.image_tokens)) for i in range(16))
@@ -887,7 +888,7 @@ class Log:
 
 class StopSignals:
     """Context in which Ctrl-C and SIGTERM only set `received`, for the loop to see after the step. A second Ctrl-C stops at once,
-    a second SIGTERM does not: a cluster may send one to every process, and torchrun another."""
+    a second SIGTERM does not: a cluster may send one to every training process, and torchrun another."""
 
     def __enter__(self):
         self.received = 0
@@ -1457,7 +1458,7 @@ def start_problems(name, run, machine, source, text_tokenizer):
                         "--stage=import from released weights")
     checks = [lambda: micro_batches(getattr(run, name), run, machine)]
     if name != "tokenizer" and not run.data:
-        checks.append(lambda: check_world_prompts(name, run, source, text_tokenizer))
+        checks.append(lambda: check_world_prompts(name, run, text_tokenizer))
     if name == "tokenizer" and run.tokenizer.lpips:
         checks.append(lambda: LPIPS(run.tokenizer.lpips))
     if not absent:
@@ -1804,7 +1805,7 @@ def claims(run, machine, world, text_tokenizer):
     run, out = replace(run, stage="all", score_every=run.score_every or max(1, run.instruct.steps // 10)), Path(run.out)
     for row in ROWS.values():  # before hours of training
         for stage in row.stages:
-            check_world_prompts(stage, with_values(run, row.keys(run)), world, text_tokenizer)
+            check_world_prompts(stage, with_values(run, row.keys(run)), text_tokenizer)
     train_stages(STAGES, run, machine, world, text_tokenizer)
     scores, folders = train_rows(run, machine, world, text_tokenizer)
     rows, before = [scores], {stage: out / stage for stage in STAGES[:2]}

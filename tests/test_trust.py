@@ -192,7 +192,7 @@ def test_signals_save_before_they_end_the_run(number, whole_group, tmp_path):
 
 
 def test_only_a_second_ctrl_c_stops_at_once():
-    """A cluster may send SIGTERM to all processes, and torchrun then another to its own."""
+    """A cluster may send SIGTERM to all training processes, and torchrun then another."""
     got = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
     try:
