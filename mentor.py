@@ -273,7 +273,7 @@ class VisionEncoder(nn.Module):
 
     def forward(self, pixels):
         """Features for the connector, (M, n_patch, D): the input of the last block, without norm and class token."""
-        return self.before_last(pixels)[:, 1:]
+        return self.before_last(pixels)[:, 1:].contiguous()  # else the connector's sums round differently for one image and for many
 
     def pool(self, features):
         """before_last's output -> the class token after the last block and norm, (M, D); for contrastive pretraining alone."""
@@ -562,9 +562,11 @@ class DecoderAttention(nn.Module):
         q, k, mask = apply_rotary(q, rotations), apply_rotary(k, rotations), None
         if cache is not None:
             k, v, mask = cache.append(layer, k, v)
-        # Without a cache, and when it reads the prefix: plain causal attention without a mask tensor, so the flash kernel runs.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.wo(y.transpose(1, 2).flatten(2))
+        return self.wo(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
+
+    def attend(self, q, k, v, mask):
+        """Softmax attention. Without a cache, and when it reads the prefix, there is no mask: it is causal, so the flash kernel runs."""
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
 class DecoderMLP(nn.Module):

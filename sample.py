@@ -85,20 +85,20 @@ def generate(model, batch, sampling, generator, decoder=None):
     drops = {0: [~drop_none], 1: [drop_none]}.get(sampling.cfg_scale, [drop_none, ~drop_none])
     prefix = torch.cat([model.projector(hidden, lengths, drop) for drop in drops])
     return continue_prefix(decoder or model, prefix, lengths.repeat(len(drops)), len(drops) == 2, model.config.decoder.n_code,
-                           sampling, generator, least_rows(model))
+                           sampling, generator, row_multiple(model))
 
 
-def continue_prefix(decoder, prefix, lengths, guided, n_code, sampling, generator, least_rows=1):
+def continue_prefix(decoder, prefix, lengths, guided, n_code, sampling, generator, row_multiple=1):
     """Read the prefixes (R, P, D) of lengths (R,), R = B or with guidance 2B, then draw code by code. Returns (B, n_code).
-    Fewer rows than least_rows are repeated until there are enough."""
+    The decoder gets a multiple of row_multiple rows: the last ones are filled up with prefixes of zeros."""
     R, codes = len(prefix), []
-    repeats = -(-least_rows // R)
-    logits, cache = decoder.prefill(prefix.repeat(repeats, 1, 1), lengths.repeat(repeats))
+    more = -R % row_multiple
+    logits, cache = decoder.prefill(F.pad(prefix, (0, 0, 0, 0, 0, more)), F.pad(lengths, (0, more), value=1))
     for k in range(n_code):
         logits = guide(*logits[:R].chunk(2), sampling.cfg_scale) if guided else logits[:R]
         codes.append(choose(logits, sampling, generator))                                # (B,)
         if k + 1 < n_code:
-            logits = decoder.decode_step(codes[-1].repeat(repeats * (2 if guided else 1)), cache)
+            logits = decoder.decode_step(F.pad(codes[-1].repeat(2 if guided else 1), (0, more)), cache)
     return torch.stack(codes, 1)
 
 
@@ -108,10 +108,10 @@ def continue_prefix(decoder, prefix, lengths, guided, n_code, sampling, generato
 PROMPT_MULTIPLE = 32
 
 
-def least_rows(model):
-    """Rows the decoder needs on a CPU, so that a prompt's logits are the same bits alone and in a batch. With fewer than four,
-    products with small matrices use other kernels, which round differently; oneDNN's layout does not."""
-    return 4 if model.decoder.norm.weight.device.type == "cpu" and not is_large(model) else 1
+def row_multiple(model):
+    """The decoder's rows on a CPU must be a multiple of this, so that a prompt's logits are the same bits alone and in a batch:
+    rows beyond whole fours (in oneDNN's layout, a row alone) go through other kernels, which round differently."""
+    return 1 if model.decoder.norm.weight.device.type != "cpu" else 2 if is_large(model) else 4
 
 
 def record_graph(step):
@@ -175,12 +175,21 @@ class GraphedDecoder:
         return graph
 
 
-PACK_FROM = 512  # decoder width: narrower matrices fit the CPU's cache, where oneDNN's calls cost more than they save
+PACK_FROM = 256  # decoder width: narrower matrices fit the CPU's cache, where oneDNN's calls cost more than they save
 
 
 def packed_linear(weight, x):
     """F.linear with a weight in oneDNN's layout."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def attend_one(q, k, v, mask):
+    """Attention as products of matrices, for one query a row. The CPU's fused kernel gives each thread a buffer whose place in
+    memory sets how its sums round, so that a prompt's bits would depend on which thread computes it."""
+    if mask is None:  # the prefix
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(2, 3) + mask                          # (B, H, 1, slots)
+    return scores.softmax(-1) @ v
 
 
 def is_large(model):
@@ -191,7 +200,9 @@ def is_large(model):
 def pack(model):
     """On a CPU, copy the decoder's matrices (none has a bias) into the layout that is fastest for few rows. Large ones get
     oneDNN's layout and are read at the memory's speed; small ones are transposed, which halves the time of a call. The weights
-    themselves stay, for saving; if they change, this must run again."""
+    themselves stay, for saving; if they change, this must run again. Attention becomes attend_one."""
+    for block in model.decoder.blocks:
+        block.attention.attend = attend_one
     for linear in (module for module in model.decoder.modules() if isinstance(module, nn.Linear)):
         weight = linear.weight.detach()
         if is_large(model):
@@ -784,7 +795,7 @@ class Bench:
         """Codes/s for one prompt: each optimisation beside the plain way."""
         generator, lengths = torch.Generator(self.device).manual_seed(0), torch.full((2,), self.n_prefix, device=self.device)
 
-        def loop(decoder, rows=least_rows(self.model)):
+        def loop(decoder, rows=row_multiple(self.model)):
             return lambda: continue_prefix(decoder, self.prefix, lengths, True, self.n_code, self.config.sampling, generator, rows)
 
         ours, rows = loop(self.decoder), []

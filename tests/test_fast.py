@@ -151,31 +151,57 @@ def test_where_torch_compile_fails_the_blocks_stay_and_one_line_says_so(text_tok
 # Drawing
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    """torch's threads, between which matrices and attention are split."""
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize("large", [False, True])
-def test_a_prompt_draws_the_same_bits_alone_and_in_a_batch(model, world, text_tokenizer, scale, large, monkeypatch):
+def test_a_prompt_draws_the_same_bits_alone_and_in_a_batch(model, world, text_tokenizer, threads, scale, large, monkeypatch):
     """Different prompts, ragged prefixes, one call: the logits of every step, not only the codes. (The VQ decoder's convolutions round by batch.)"""
-    monkeypatch.setattr(sample, "PACK_FROM", 0 if large else 512)
+    monkeypatch.setattr(sample, "PACK_FROM", 0 if large else 256)
+    vision, connector = replace(model.config.vision, patch_size=8), replace(model.config.connector, n_query=12)
+    model = randomize(Mentor(replace(model.config, vision=vision, connector=connector, context=128))).eval()
     pipeline = Pipeline(model, small_vqgan(), text_tokenizer, {}, "cpu")
     samples = [WorldDataset(world, dict.fromkeys(TASKS, 1.0), 0)[i] for i in range(7)]
-    sampling, runs = replace(GREEDY, cfg_scale=scale), []
-    for group in (samples, *([s] for s in samples)):
+    sampling = replace(GREEDY, cfg_scale=scale)
+
+    def drawn(group):
+        """Pictures, codes and the logits of every step, conditional and unconditional rows."""
         recording = pipeline.decoder = Recording(model)
         pictures, codes = pipeline.draw(group, sampling)
-        runs.append((pictures, codes, torch.stack(recording.logits)))
-    pictures, codes, together = runs[0]
-    lengths = pipeline.collate(samples).lengths
-    assert lengths.unique().numel() > 3 and len(codes.unique(dim=0)) > 3
-    for i, (picture, alone, logits) in enumerate(runs[1:]):
-        assert torch.equal(alone[0], codes[i]) and np.abs(picture[0].astype(int) - pictures[i]).max() <= 1
-        assert torch.equal(logits[:, 0], together[:, i])
-        assert scale == 1 or torch.equal(logits[:, 1], together[:, len(samples) + i])
+        logits = torch.stack(recording.logits)
+        return pictures, codes, logits[:, : len(group)], logits[:, len(group) : 2 * len(group)] if scale != 1 else logits[:, :0]
+
+    alone = [drawn([s]) for s in samples]
+    assert pipeline.collate(samples).lengths.unique().numel() > 3 and len({tuple(codes[0].tolist()) for _, codes, *_ in alone}) > 3
+    for size in (2, 3, 5, 7):
+        pictures, codes, conditional, unconditional = drawn(samples[:size])
+        for i, (picture, code, *logits) in enumerate(alone[:size]):
+            assert torch.equal(code[0], codes[i]) and np.abs(picture[0].astype(int) - pictures[i]).max() <= 1
+            assert torch.equal(logits[0][:, 0], conditional[:, i]), (size, i)
+            assert scale == 1 or torch.equal(logits[1][:, 0], unconditional[:, i]), (size, i)
+
+
+@torch.no_grad()
+def test_an_image_becomes_the_same_tokens_alone_and_beside_another(threads):
+    """At the width of `small`, whose sums are long enough to be split."""
+    config = sample.mentor.PRESETS["small"]
+    torch.manual_seed(0)
+    encoder = sample.mentor.MultimodalEncoder(replace(config, text=replace(config.text, n_layer=1))).eval()
+    pixels = torch.randn(2, 3, 64, 64)
+    first, both = (encoder.connector(encoder.vision(images), None, None) for images in (pixels[:1], pixels))
+    assert torch.equal(first[0], both[0])
 
 
 @pytest.mark.parametrize("large", [False, True])
 def test_packed_matrices_give_the_same_logits(model, make_batch, large, monkeypatch):
     """Transposed or in oneDNN's layout: the plain model's products, within rounding."""
-    monkeypatch.setattr(sample, "PACK_FROM", 0 if large else 512)
+    monkeypatch.setattr(sample, "PACK_FROM", 0 if large else 256)
     batch, runs = make_batch(model.config, 3), []
     prefix, codes = model.prefix(batch, torch.zeros(3, dtype=torch.bool)), torch.randint(64, (3, 20), generator=torch.Generator().manual_seed(0))
     for _ in range(2):
@@ -237,7 +263,7 @@ def test_a_graphed_decoder_draws_the_same_from_buffers_that_stay(model, make_bat
         assert len(recorded) == len(decoder.graphs) <= 1 + decoder.cache.k.shape[3] // 16
     assert len(addresses) == 1 and decoder.warmup > 0 and decoder.cache.k.shape[3] >= model.config.context + 63
     generate(model, make_batch(model.config, 5), GREEDY, torch.Generator(), decoder)
-    assert len(decoder.codes) == 10 and len(recorded) > len(decoder.graphs)  # another size starts over
+    assert len(decoder.codes) == 12 and len(recorded) > len(decoder.graphs)  # another size (10 rows, in whole fours) starts over
 
 
 def test_a_model_is_made_ready_without_dropout(model):
@@ -331,6 +357,6 @@ def test_steps_beside_a_llama_of_transformers(preset):
     def draw(decoder, rows):
         return continue_prefix(decoder, prefix, lengths, True, n_code, SamplingConfig(cfg_scale=2.0), generator, rows)
 
-    seconds = sample.median_seconds({"ours": lambda: draw(decoder, sample.least_rows(model)), "llama": lambda: draw(llama, 1)}, torch.device("cpu"))
+    seconds = sample.median_seconds({"ours": lambda: draw(decoder, sample.row_multiple(model)), "llama": lambda: draw(llama, 1)}, torch.device("cpu"))
     print(f"{preset}: {n_code / seconds['ours']:.0f} codes/s, transformers' Llama {n_code / seconds['llama']:.0f}, ratio {seconds['llama'] / seconds['ours']:.2f}")
     assert seconds["llama"] / seconds["ours"] > {"tiny": 1.0, "base": 0.75}[preset]
