@@ -154,9 +154,10 @@ def test_where_torch_compile_fails_the_blocks_stay_and_one_line_says_so(text_tok
 @pytest.fixture(params=[1, 2])
 def threads(request):
     """torch's threads, between which matrices and attention are split."""
+    before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
-    torch.set_num_threads(1)
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])

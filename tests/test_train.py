@@ -424,6 +424,11 @@ def test_published_recipe_is_the_default_of_full():
     (["tiny", "--bench", "--stage=import"], "--bench=true measures steps .* leave out --stage=import"),
     (["tiny", "--bench", "--dry_run"], "--bench=true measures steps .* leave out --dry_run"),
     (["tiny", "--backgrounds=here"], "--backgrounds=here: a built-in world draws its own"),
+    (["tiny", "--data_root=here"], "--data_root=here: only a manifest has file names"),
+    (["tiny", "--data=.", "--data_root=here"], "--data_root=here: only a manifest has file names"),
+    (["tiny", "--skip_bad"], "--skip_bad=true: a built-in world has no bad lines"),
+    (["tiny", "--emoji_font=font.ttf"], "--emoji_font=font.ttf: only the world emoji has a font"),
+    (["small", "--data=.", "--emoji_font=font.ttf"], "--emoji_font=font.ttf: only the world emoji has a font"),
 ])
 def test_mistakes_on_the_command_line_get_a_message(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -195,6 +195,7 @@ def test_only_a_second_ctrl_c_stops_at_once():
     """A cluster may send SIGTERM to all training processes, and torchrun then another."""
     got = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     try:
         with train.StopSignals() as signals:
             for _ in range(2):
@@ -206,6 +207,7 @@ def test_only_a_second_ctrl_c_stops_at_once():
         assert got == [signal.SIGTERM]  # as before
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, ctrl_c)
 
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_trains(tmp_path):
