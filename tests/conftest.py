@@ -28,6 +28,15 @@ torch.set_num_threads(1)  # tensors this small are slower on two, and much slowe
 train.VALIDATION = 8
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    """torch's threads, between which matrices and attention are split."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def world():
     return Shapes(32)

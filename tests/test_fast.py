@@ -151,15 +151,6 @@ def test_where_torch_compile_fails_the_blocks_stay_and_one_line_says_so(text_tok
 # Drawing
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    """torch's threads, between which matrices and attention are split."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize("large", [False, True])
 def test_a_prompt_draws_the_same_bits_alone_and_in_a_batch(model, world, text_tokenizer, threads, scale, large, monkeypatch):

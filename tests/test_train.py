@@ -57,8 +57,9 @@ def stage_and_batch(name, recipe, world, text_tokenizer, drop=0.0):
     return run, stage, collate([dataset[i] for i in range(8)])
 
 
+@pytest.mark.parametrize("threads", [2], indirect=True)
 @pytest.mark.parametrize("name", train.STAGES)
-def test_two_threads_give_the_same_bits_every_time(name, world, text_tokenizer):
+def test_two_threads_give_the_same_bits_every_time(name, threads, world, text_tokenizer):
     """At the sizes of `tiny`, where threads share the work: indexing's gradient, for one, is added up in the order in which they come."""
     run, repeats = train.PRESETS["tiny"], 8
     torch.manual_seed(0)
@@ -69,11 +70,7 @@ def test_two_threads_give_the_same_bits_every_time(name, world, text_tokenizer):
     dataset, collate = train.make_dataset(name, run, world), train.make_collate(run, text_tokenizer)
     batch = collate([dataset[i] for i in range(24)])
     batch = train.replace(batch, drop=torch.arange(24) % 2 == 0)
-    torch.set_num_threads(2)
-    try:
-        gradients = [torch.autograd.grad(stage(batch, run.tokenizer.steps)[0], weights, allow_unused=True) for _ in range(repeats)]
-    finally:
-        torch.set_num_threads(1)
+    gradients = [torch.autograd.grad(stage(batch, run.tokenizer.steps)[0], weights, allow_unused=True) for _ in range(repeats)]
     assert sum(g is not None for g in gradients[0]) > 50
     for first, *others in zip(*gradients):
         assert all(g is None if first is None else torch.equal(g, first) for g in others)
