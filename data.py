@@ -1230,8 +1230,9 @@ def check_coco(instances, pictures, names, annotations, images):
         if not path.is_file():
             raise ValueError(f"{path}: there is no such picture, but {instances} names it; "
                              "IMAGES_DIR must be the folder with its .jpg files")
-        if min(picture["width"], picture["height"]) < 1:
-            raise ValueError(f"{instances}: image {picture['id']} is {picture['width']} x {picture['height']} pixels; it must have some")
+        if not all(1 <= picture[side] <= 2**15 for side in ("width", "height")):
+            raise ValueError(f"{instances}: image {picture['id']} is {picture['width']} x {picture['height']} pixels; it must have 1 to "
+                             f"{2**15} a side")
     for item in annotations:
         try:
             names[item["category_id"]], object_mask(item, 1, 1)

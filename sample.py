@@ -985,7 +985,11 @@ def draw_dreambench(pipeline, options, out):
     if not subjects:
         raise ValueError(f"--dreambench={folder}: no captions/**/*.txt and no prompts_and_classes.txt in it; give DreamBench++'s "
                          "data folder, which has images/ and captions/, or DreamBench's dataset folder")
-    prompts = {name: [f"{object_line(label)}\n{prompt}" for prompt in asked] for name, _, label, asked in subjects}
+    prompts = {}
+    for name, _, label, asked in subjects:
+        if name in prompts:
+            raise ValueError(f"--dreambench={folder}: two subjects would share the folder {name}; give one of them another label")
+        prompts[name] = [f"{object_line(label)}\n{prompt}" for prompt in asked]
     for prompt in (p for asked in prompts.values() for p in asked):
         pipeline.text_tokenizer.check_words(prompt)
         pipeline.collate.encode(prompt, 1)
@@ -1063,7 +1067,7 @@ def check_options(options, parser):
     asked += ["a prompt"] * (options.prompt is not None)
     out, whole_folder = Path(options.out), options.score or options.dreambench
     file = next(filter(Path.is_file, (out, *out.parents)), None)
-    writable = Image.registered_extensions().get(out.suffix.lower()) in Image.SAVE and out.parent.is_dir()
+    writable = out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and out.parent.is_dir()
     for wrong, message in (
         (len(asked) > 1, f"{' and '.join(asked)}: give one of them"),
         (options.segment and len(options.images) != 1,
@@ -1071,8 +1075,6 @@ def check_options(options, parser):
         (not whole_folder and not writable, f"--out={out}: must end in .png, .jpg or .webp, in a folder that exists"),
         (whole_folder and file and options.out != parser.get_default("out"),
          f"--out={out}: must be a folder, an existing or a new one, but {file} is a file"),
-        (options.gif and out.suffix.lower() == ".gif",
-         f"--out={out}: --gif would write its animation over it; let it end in .png, .jpg or .webp"),
         (not (options.folder or options.bench),
          "give the folder that train.py wrote, for example out/tiny; `python sample.py --help` lists the arguments"),
         (not asked, 'give a prompt ("A big red star at the top on a green background"), --segment, --reconstruct, --dreambench or --score'),

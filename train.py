@@ -1179,7 +1179,10 @@ def newest_state(folder, machine):
     """Load the newest intact checkpoint, {"step": 0} if there is none. Damaged ones are renamed, which is printed."""
     for file in reversed(checkpoints(folder)):
         try:
-            return mentor.read_pickle(file)
+            state = mentor.read_pickle(file)
+            if not isinstance(state, dict) or not {"step", "processes", "stage", "optimizers"} <= state.keys():
+                raise ValueError(f"{file}: not a checkpoint of a stage")
+            return state
         except ValueError as error:
             torn = file.replace(file.with_suffix(".torn"))
             machine.say(f"{folder.name}: {error}: renamed to {torn.name}, going on from the one before")

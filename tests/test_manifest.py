@@ -496,6 +496,7 @@ def test_coco_files_that_are_wrong_are_named(tmp_path):
     (0, ("images", 1, "id"), 1, "instances.json: 2 of images have the id 1; give each"),
     (0, ("categories", 1, "id"), 1, "instances.json: 2 of categories have the id 1; give each"),
     (0, ("images", 1, "width"), 0, "instances.json: image 2 is 0 x 40 pixels"),
+    (0, ("images", 1, "height"), 10**9, "instances.json: image 2 is 60 x 1000000000 pixels; it must have 1 to 32768 a side"),
     (0, ("categories",), {"1": "cat"}, "instances.json: no 'categories' in it"),
     (1, ("annotations", 0, "caption"), None, r"captions.json: annotations\[0\] is .*; it must have COCO's image_id, caption"),
 ])

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -229,6 +230,12 @@ def test_dreambench_is_written_as_its_scorer_reads_it(out, tmp_path):
             sample.main([str(out), f"--dreambench={tmp_path}/bench", f"--out={tmp_path}/none"])
         assert not (tmp_path / "none").exists()  # though the first subject is fine
         (tmp_path / "bench" / name).write_bytes(before)
+    for kind, end in (("captions", "txt"), ("images", "jpg")):
+        (tmp_path / "bench" / kind / "more/object").mkdir(parents=True)
+        shutil.copy(tmp_path / "bench" / kind / f"object/07.{end}", tmp_path / "bench" / kind / "more/object")
+    with pytest.raises(ValueError, match="two subjects would share the folder object_07_ring"):
+        sample.main([str(out), f"--dreambench={tmp_path}/bench"])
+    shutil.rmtree(tmp_path / "bench/captions/more")
     (tmp_path / "bench/images/object/07.jpg").unlink()
     with pytest.raises(ValueError, match="07.txt: there is no picture .*07.jpg"):
         sample.main([str(out), f"--dreambench={tmp_path}/bench"])
@@ -295,8 +302,7 @@ def test_the_command_line_passes_its_seed_on(out, tmp_path, monkeypatch):
     (["--dreambench=REF", "--gif"], "--dreambench draws .*: leave out --gif"),
     (["--bench=tiny", "--n=4", "--out=x.png"], "--bench measures .*: leave out --n, --out"),
     (["--score", "--out=REF/scores"], "ref.png/scores: must be a folder, an existing or a new one, but .*ref.png is a file"),
-    (["A star", "--out=x.psd"], "--out=x.psd: must end in .png"),
-    (["A star", "--out=x.gif", "--gif"], "--out=x.gif: --gif would write its animation over it"),
+    *((["A star", f"--out=x.{end}"], f"--out=x.{end}: must end in .png") for end in ("psd", "msp", "gif")),
     (["The star in <image>.", "--images=nothing.png"], "nothing.png: there is no such image"),
 ])
 def test_mistakes_get_a_message(out, tmp_path, arguments, message):

@@ -224,7 +224,7 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_trains(tmp_p
     run_stage(tmp_path, "tokenizer", "--seed=5")  # it left no checkpoint, and its lock has gone with it
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "text"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "text", "foreign"])
 def test_a_torn_checkpoint_is_put_aside_and_the_one_before_used(damage, trained, tmp_path, monkeypatch, capsys):
     undo = stop_after(monkeypatch, 6)
     with pytest.raises(KeyboardInterrupt):
@@ -234,13 +234,15 @@ def test_a_torn_checkpoint_is_put_aside_and_the_one_before_used(damage, trained,
     assert [f.name for f in train.checkpoints(folder)] == ["state-3.pt", "state-4.pt", "state-5.pt"]
     whole = (folder / "state-5.pt").read_bytes()
     middle = len(whole) // 2
-    broken = {"cut": whole[:middle], "empty": b"", "flipped": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :], "text": b"hello"}[damage]
+    torch.save({"model": torch.zeros(2)}, tmp_path / "foreign.pt")
+    broken = {"cut": whole[:middle], "empty": b"", "flipped": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :], "text": b"hello",
+              "foreign": (tmp_path / "foreign.pt").read_bytes()}[damage]
     (folder / "state-5.pt").write_bytes(broken)
     assert train.newest_state(folder, CPU)["step"] == 4
     assert (folder / "state-5.torn").read_bytes() == broken and not (folder / "state-5.pt").exists()
     run_stage(tmp_path, "tokenizer")
     said = capsys.readouterr().out
-    assert "state-5.pt: not a readable file" in said and "renamed to state-5.torn, going on from the one before" in said and "from step 4" in said
+    assert ("state-5.pt: not a checkpoint of a stage" if damage == "foreign" else "state-5.pt: not a readable file") in said and "renamed to state-5.torn, going on from the one before" in said and "from step 4" in said
     assert equal(weights(tmp_path, "tokenizer"), weights(trained, "tokenizer"))
 
 
