@@ -967,6 +967,8 @@ def train_stage(name, run, machine, source, text_tokenizer):
     if (folder / "model.safetensors").is_file():
         machine.say(f"{name}: done already, {folder} holds its weights")
         remove_checkpoints(folder, machine)  # if a kill came before
+        if machine.main and name != "tokenizer":
+            set_sampling(folder, run.model.sampling, machine)
         return
     stage = build_stage(name, run, machine, source)
     optimizers = make_optimizers(stage, config, run)
@@ -983,6 +985,14 @@ def train_stage(name, run, machine, source, text_tokenizer):
     if stop:
         machine.say(f"{name}: stopped by {signal.Signals(stop).name} after step {step}; the same command goes on from there")
         raise SystemExit(128 + stop)
+
+
+def set_sampling(folder, sampling, machine):
+    """Make the run's default sampling, which its weights do not hang on, that of a finished stage."""
+    config = mentor.read_json(folder / "config.json")
+    if config["sampling"] != asdict(sampling):
+        mentor.write_json(folder / "config.json", {**config, "sampling": asdict(sampling)})
+        machine.say(f"{folder.name}: draws from now on with {', '.join(f'{k}={v}' for k, v in asdict(sampling).items())}")
 
 
 def train_steps(name, run, machine, source, text_tokenizer, stage, optimizers, start):

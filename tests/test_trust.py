@@ -345,6 +345,16 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_a_finished_stage_takes_the_default_sampling_of_the_same_run(trained, tmp_path, capsys):
+    out = shutil.copytree(trained, tmp_path / "out")
+    before = weights(out, "instruct")
+    run_stage(out, "instruct", "--model.sampling.cfg_scale=5")
+    assert "instruct: draws from now on with cfg_scale=5.0, temperature=0.6, top_k=0, top_p=1.0" in capsys.readouterr().out
+    assert train.sample.Pipeline.open(out, "cpu").model.config.sampling.cfg_scale == 5 and equal(weights(out, "instruct"), before)
+    run_stage(out, "instruct", "--model.sampling.cfg_scale=5")
+    assert "from now on" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("damage, arguments, message", [
     (None, ["--stage=instruct", "--micro_batch=3"], "global_batch=4 is not processes x micro_batch"),
     (None, ["--micro_batch=3"], "global_batch=4 is not processes x micro_batch"),
