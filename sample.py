@@ -188,7 +188,7 @@ def attend_one(q, k, v, mask):
     memory sets how its sums round, so that a prompt's bits would depend on which thread computes it."""
     if mask is None:  # the prefix
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    scores = q * q.shape[-1] ** -0.5 @ k.transpose(2, 3) + mask                          # (B, H, 1, slots)
+    scores = torch.add(mask, q @ k.transpose(2, 3), alpha=q.shape[-1] ** -0.5)           # (B, H, 1, slots)
     return scores.softmax(-1) @ v
 
 
