@@ -1364,6 +1364,15 @@ class Batch:
         """The same batch in page-locked memory, for faster copies to a GPU; the DataLoader calls this."""
         return self.map(torch.Tensor.pin_memory)
 
+    def share(self):
+        """The same batch in shared memory, through which a data process hands it over. Raises ValueError if there is too little:
+        left to the DataLoader, that would end in waiting forever."""
+        try:
+            return self.map(torch.Tensor.share_memory_)
+        except RuntimeError as error:
+            raise ValueError(f"too little shared memory (/dev/shm) for the batches of data processes ({error}): set --workers=0, or "
+                             "give the container more (docker run --shm-size=8g)") from None
+
     def map(self, change):
         """The same batch with change() applied to every tensor."""
         return Batch(**{k: change(v) if torch.is_tensor(v) else v for k, v in vars(self).items()})
@@ -1403,7 +1412,7 @@ class Collate:
         size, real = self.vision_size, text_ids != self.text_tokenizer.PAD
         draws = [torch.rand(real.shape[1], generator=torch.Generator().manual_seed(s.mask_seed)) for s in samples]  # whatever the batch
         targets = [tokenizer_pixels(s.target, self.target_size) for s in samples if s.target is not None]
-        return Batch(
+        batch = Batch(
             text_ids=text_ids,
             lengths=torch.tensor([len(i) for i in ids]),
             pixels=torch.stack([vision_pixels(i, size) for i in images]) if images else torch.zeros(0, 3, size, size),
@@ -1414,6 +1423,7 @@ class Collate:
             masked=real & (torch.stack(draws) < 0.5),
             tasks=[s.task for s in samples],
             lines=[s.line for s in samples])
+        return batch.share() if torch.utils.data.get_worker_info() else batch  # in a data process
 
 
 def pad(rows, multiple=1):

@@ -246,6 +246,16 @@ def test_a_torn_checkpoint_is_put_aside_and_the_one_before_used(damage, trained,
     assert equal(weights(tmp_path, "tokenizer"), weights(trained, "tokenizer"))
 
 
+def test_too_little_shared_memory_for_data_processes_ends_the_run(tmp_path, monkeypatch):
+    """In their own queue's thread it would fail unseen, and the training process would wait for a batch forever."""
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # in the data processes, too, which are forks
+    with pytest.raises(ValueError, match=r"too little shared memory \(/dev/shm\) .* No space left .* set --workers=0"):
+        run_stage(tmp_path, "tokenizer", "--workers=1")
+
+
 def test_a_line_that_a_full_disk_cuts_leaves_the_log_readable(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "tqdm", lambda **options: SimpleNamespace(set_postfix_str=lambda text: None))
     monkeypatch.setattr(train.Machine, "say", lambda self, text: None)  # what is captured has no room either
