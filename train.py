@@ -1782,12 +1782,13 @@ def branch(run, out, before, machine, source, text_tokenizer, stages):
 
 
 def remembered(file, folder, compute, machine):
-    """compute(Pipeline) for the weights in a folder, read from the file if it was computed for the same weights before."""
-    old, weights = mentor.read_json(file) if file.is_file() else {}, sample.weights_hash(folder)
-    if old.get("weights") != weights:
+    """compute(Pipeline) for the stage in a folder, read from the file if it was computed for the same weights and sampling before."""
+    old = mentor.read_json(file) if file.is_file() else {}
+    made_with = {"weights": sample.weights_hash(folder), "sampling": mentor.read_json(folder / "config.json")["sampling"]}
+    if old.get("made_with") != made_with:
         machine.say(f"claims: scoring {file.stem}")
         file.parent.mkdir(parents=True, exist_ok=True)
-        old = {"weights": weights, "scores": compute(sample.Pipeline.open(folder, machine.device))}
+        old = {"made_with": made_with, "scores": compute(sample.Pipeline.open(folder, machine.device))}
         mentor.write_json(file, old)
     return old["scores"]
 

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,8 @@ import data
 import sample
 import train
 from data import COLORS, Placed, Rule, Sample, Scene, ShapeSubject
-from test_train import SHORT, equal, link_stages, run_stage, small_run, weights
+from mentor import SamplingConfig
+from test_train import CPU, SHORT, equal, link_stages, run_stage, small_run, weights
 
 FEW = ("--model.vision.patch_size=16", "--model.connector.n_query=2", "--vqgan.ch_mult=1,1,1,1", "--model.decoder.grid_size=4")  # short sequences: quick
 
@@ -68,6 +70,19 @@ def test_nothing_is_trained_or_scored_twice_and_the_same_table_comes_again(out, 
         monkeypatch.setattr(target, name, lambda *arguments: pytest.fail("done already"))
     claims(out)
     assert first == ((out / "claims.json").read_text(), (out / "claims.md").read_text())
+
+
+def test_a_row_is_scored_again_when_its_sampling_has_changed(trained, tmp_path):
+    out, scored = shutil.copytree(trained, tmp_path / "out"), []
+
+    def compute(pipeline):
+        scored.append(pipeline.model.config.sampling.cfg_scale)
+        return {"cp": scored[-1]}
+
+    for scale in (2.0, 2.0, 5.0):
+        train.set_sampling(out / "instruct", SamplingConfig(cfg_scale=scale), CPU)
+        assert train.remembered(tmp_path / "row.json", out / "instruct", compute, CPU) == {"cp": scale}
+    assert scored == [2.0, 5.0]
 
 
 def test_a_row_trains_only_what_differs_from_the_full_run(out):
