@@ -1,87 +1,79 @@
-"""The image tokenizer: a VQGAN that turns pixels into codes and codes into pixels.
+"""The two tokenizers. The image tokenizer, a VQGAN, turns pixels into codes and codes into pixels:
 
     image (B, 3, S, S) in [-1, 1] --Encoder--> z --VectorQuantizer--> codes (B, N) --PixelDecoder--> image
 
-This is LlamaGen's VQ-16 (arXiv 2406.06525, section 2.1), as MENTOR uses it: taming-transformers' convolutional
-encoder and decoder (arXiv 2012.09841) around a codebook of many vectors of few dimensions and length 1. Only a new
-one's start differs (start_silent). Parameters have their released names, so `vq_ds16_t2i.pt` loads name for name.
-
-Read in order: TokenizerConfig and PRESETS, the blocks, Encoder, VectorQuantizer, PixelDecoder, VQGAN; then
-what only its training needs: PatchDiscriminator, LPIPS, the losses, collages, spread_codes and CodebookUsage.
+It is LlamaGen's VQ-16 (arXiv 2406.06525, section 2.1): the convolutional encoder and decoder of
+taming-transformers (arXiv 2012.09841) around a codebook of many vectors with few dimensions. Parameters have
+their released names, so `vq_ds16_t2i.pt` loads name for name. The text tokenizer turns words into ids. Last
+comes what all files share: user errors, configurations as flat keys, a model as a folder.
 """
 
-import pickle
+import hashlib
+import io
+import json
+import os
 import random
-from dataclasses import dataclass
+import re
+import struct
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from textwrap import shorten
 
+import sentencepiece
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-
-from mentor import check_fields, check_fit, first_line, load_folder, save_folder
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     """Sizes of the VQGAN; the defaults are the published VQ-16."""
 
-    image_size: int = 512                 # pixels per side; a multiple of `downsample`
-    ch: int = 128                         # channels at full resolution
-    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # channels of each level, in units of `ch`; each level halves the image
-    num_res_blocks: int = 2               # ResNet blocks per level (the decoder has one more)
-    norm_groups: int = 32                 # groups of every GroupNorm; must divide every level's channels
-    z_channels: int = 256                 # channels at the grid, before the codebook's projection
-    codebook_size: int = 16384            # codes; the image decoder must have as many
-    codebook_dim: int = 8                 # few dimensions keep every code in use (LlamaGen, table 2)
-    beta: float = 0.25                    # weight of the commitment loss, the pull of z towards its code
+    image_size: int = 512       # pixels per side
+    ch: int = 128               # channels at full resolution
+    ch_mult: tuple = (1, 1, 2, 2, 4)  # channels of each level, in units of ch; each level halves the image
+    num_res_blocks: int = 2     # ResNet blocks per level (the decoder has one more)
+    norm_groups: int = 32       # groups of every GroupNorm
+    z_channels: int = 256       # channels at the grid, before the codebook's projection
+    codebook_size: int = 16384  # codes
+    codebook_dim: int = 8       # few dimensions keep every code in use (LlamaGen, table 2)
+    beta: float = 0.25          # weight of the commitment loss, the pull of z towards its code
 
     def __post_init__(self):
-        check_fields(self)
-        if self.image_size % self.downsample:
-            legal = ", ".join(str(self.downsample * g) for g in (8, 16, 24, 32))
-            raise ValueError(f"image_size={self.image_size} is no multiple of the downsampling factor {self.downsample}; "
-                             f"legal sizes are for example {legal}")
-        for multiple in self.ch_mult:
-            if self.ch * multiple % self.norm_groups:
-                raise ValueError(f"norm_groups={self.norm_groups} does not divide {self.ch * multiple} channels "
-                                 f"(ch={self.ch}, ch_mult={self.ch_mult})")
+        require(self.image_size % self.cell == 0,
+                f"vqgan.image_size={self.image_size}: must be a multiple of {self.cell}")
+        require(all(self.ch * m % self.norm_groups == 0 for m in self.ch_mult),
+                f"vqgan.norm_groups={self.norm_groups}: must divide {self.ch} times each of {self.ch_mult}")
 
     @property
-    def downsample(self):
-        """Pixels per side of one code's cell."""
+    def cell(self):
+        """Pixels per side of a code's cell: every level but the last halves the image."""
         return 2 ** (len(self.ch_mult) - 1)
 
     @property
     def grid_size(self):
         """Codes per side: an image is grid_size**2 codes in raster order."""
-        return self.image_size // self.downsample
-
-
-PRESETS = {
-    "tiny": TokenizerConfig(image_size=32, ch=16, ch_mult=(1, 2, 2), num_res_blocks=1, norm_groups=1, z_channels=64, codebook_size=256),
-    "small": TokenizerConfig(image_size=64, ch=64, ch_mult=(1, 2, 2), z_channels=128, codebook_size=2048),
-    "base": TokenizerConfig(image_size=256, codebook_size=8192),
-    "full": TokenizerConfig(),
-    "multi": TokenizerConfig(),
-}
+        return self.image_size // self.cell
 
 
 def group_norm(channels, groups):
-    """The GroupNorm used everywhere in the VQGAN (eps 1e-6, not PyTorch's 1e-5)."""
+    """The VQGAN's GroupNorm (eps 1e-6, not PyTorch's 1e-5)."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 def start_silent(conv):
-    """Zero the last layer of a residual branch. A new VQGAN is then purely local; normalisation over the picture and attention
-    come in only where training wants them, so a code says more about its own cell."""
+    """Zero the last layer of a residual branch. A new VQGAN is then purely local, and a code says more about
+    its own cell: norms over the image and attention come in only where training wants them."""
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions with GroupNorm and swish, and a residual path (VQGAN). (B, C, H, W) -> (B, C', H, W)."""
+    """Two 3x3 convolutions with GroupNorm and swish, and a residual path. (B, C, H, W) -> (B, C', H, W)."""
 
     def __init__(self, in_channels, out_channels, groups):
         super().__init__()
@@ -89,7 +81,8 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(out_channels, groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        same = in_channels == out_channels
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
         start_silent(self.conv2)
 
     def forward(self, x):
@@ -99,27 +92,24 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head self-attention over all positions (VQGAN). Used only where the grid is smallest: its cost is
-    quadratic in the number of positions. (B, C, H, W) -> (B, C, H, W)."""
+    """Single-head self-attention over all positions, (B, C, H, W) -> (B, C, H, W). Its cost grows with the
+    square of their number, so it stands only where the grid is smallest."""
 
     def __init__(self, channels, groups):
         super().__init__()
         self.norm = group_norm(channels, groups)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
         start_silent(self.proj_out)
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))  # each (B, H*W, C)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))  # (B, H*W, C)
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)         # (B, C, H, W)
         return x + self.proj_out(h)
 
 
 class Downsample(nn.Module):
-    """Halve the image with a strided convolution, padded on the right and below only, as VQGAN does."""
+    """Halve the image with a strided convolution, padded on the right and below only."""
 
     def __init__(self, channels):
         super().__init__()
@@ -141,14 +131,15 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The ResNet blocks of one resolution, each followed by attention at the lowest one, then down- or upsampling."""
+    """The ResNet blocks of one resolution, at the lowest one each followed by attention, then resampling."""
 
-    def __init__(self, in_channels, out_channels, blocks, groups, attention, resize=None):
+    def __init__(self, in_channels, out_channels, blocks, groups, attention):
         super().__init__()
-        self.res = nn.ModuleList(ResnetBlock(in_channels if i == 0 else out_channels, out_channels, groups) for i in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(out_channels, groups) if attention else nn.Identity() for _ in range(blocks))
-        self.downsample = Downsample(out_channels) if resize is Downsample else nn.Identity()
-        self.upsample = Upsample(out_channels) if resize is Upsample else nn.Identity()
+        widths = [in_channels] + [out_channels] * blocks
+        self.res = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in pairwise(widths))
+        self.attn = nn.ModuleList(
+            AttnBlock(out_channels, groups) if attention else nn.Identity() for _ in self.res)
+        self.downsample = self.upsample = nn.Identity()  # encoder and decoder replace theirs
 
     def forward(self, x):
         for block, attention in zip(self.res, self.attn):
@@ -157,24 +148,27 @@ class Level(nn.Module):
 
 
 def middle(channels, groups):
-    """ResNet block, attention, ResNet block at the lowest resolution."""
-    return nn.ModuleList([ResnetBlock(channels, channels, groups), AttnBlock(channels, groups), ResnetBlock(channels, channels, groups)])
+    """ResNet block, attention, ResNet block: more depth at the lowest resolution."""
+    return nn.ModuleList([ResnetBlock(channels, channels, groups), AttnBlock(channels, groups),
+                          ResnetBlock(channels, channels, groups)])
 
 
 class Encoder(nn.Module):
-    """Pixels to features at the grid: (B, 3, S, S) -> (B, z_channels, S/downsample, S/downsample)."""
+    """Pixels to features at the grid: (B, 3, S, S) -> (B, z_channels, grid_size, grid_size)."""
 
     def __init__(self, config):
         super().__init__()
         groups, widths = config.norm_groups, [config.ch * m for m in config.ch_mult]
         self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
         self.conv_blocks = nn.ModuleList()
-        for level, (before, width) in enumerate(pairwise([config.ch, *widths])):
-            lowest = level == len(widths) - 1
-            self.conv_blocks.append(Level(before, width, config.num_res_blocks, groups, lowest, None if lowest else Downsample))
-        self.mid = middle(widths[-1], groups)
-        self.norm_out = group_norm(widths[-1], groups)
-        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
+        for level, (before, width) in enumerate(pairwise([config.ch, *widths]), 1):
+            lowest = level == len(widths)
+            self.conv_blocks.append(Level(before, width, config.num_res_blocks, groups, attention=lowest))
+            if not lowest:
+                self.conv_blocks[-1].downsample = Downsample(width)
+        self.mid = middle(width, groups)
+        self.norm_out = group_norm(width, groups)
+        self.conv_out = nn.Conv2d(width, config.z_channels, 3, padding=1)
 
     def forward(self, x):
         x = self.conv_in(x)
@@ -184,8 +178,9 @@ class Encoder(nn.Module):
 
 
 class VectorQuantizer(nn.Module):
-    """Replace every vector by the nearest of `codebook_size` learned ones, both L2-normalised (LlamaGen 2.1). On the unit sphere
-    "nearest" is "largest cosine", so a code cannot win by being long, and 8 dimensions are enough to keep 16,384 codes in use."""
+    """Replace every vector by the nearest of `codebook_size` learned ones, both of length 1 (LlamaGen 2.1).
+    "Nearest" is then "largest cosine": no code wins by being long, and 8 dimensions keep 16,384 codes in
+    use."""
 
     def __init__(self, config):
         super().__init__()
@@ -198,30 +193,26 @@ class VectorQuantizer(nn.Module):
         return F.normalize(self.embedding.weight.float(), dim=-1)
 
     def forward(self, z):
-        """Quantize z (B, C, h, w) of any dtype.
-
-        Returns the codes' vectors (B, C, h, w) float32 with a straight-through gradient, the loss (codebook + beta *
-        commitment, scalar), and codes (B, h, w) int64. Autocast is off: half precision merges close codes.
-        """
-        with torch.autocast(z.device.type, enabled=False):
-            z = F.normalize(z.float().permute(0, 2, 3, 1), dim=-1)    # (B, h, w, C)
+        """z (B, C, h, w) of any dtype -> the codes' vectors (B, C, h, w) float32 with a straight-through
+        gradient, the loss (scalar), and codes (B, h, w) int64."""
+        with torch.autocast(z.device.type, enabled=False):          # half precision merges close codes
+            z = F.normalize(z.float().permute(0, 2, 3, 1), dim=-1)  # (B, h, w, C)
             codebook = self.codebook()
-            with torch.no_grad():
-                codes = self.nearest(z.flatten(0, 2), codebook).view(z.shape[:3])
-            z_q = F.embedding(codes, codebook)                        # (B, h, w, C)
-            # The codebook loss moves codes to the encoder's outputs; the commitment loss keeps outputs near their codes.
+            codes = nearest(z.detach().flatten(0, 2), codebook).view(z.shape[:3])
+            z_q = F.embedding(codes, codebook)                      # (B, h, w, C)
+            # the codebook loss moves codes to outputs of the encoder, the commitment loss outputs to codes
             loss = F.mse_loss(z_q, z.detach()) + self.beta * F.mse_loss(z, z_q.detach())
-            z_q = z + (z_q - z).detach()                              # straight-through: the gradient skips the argmin
+            z_q = z + (z_q - z).detach()                            # the gradient skips the argmax
             return z_q.permute(0, 3, 1, 2), loss, codes
-
-    @staticmethod
-    def nearest(z, codebook):
-        """Index of the nearest code for each row of z (M, C): (M,) int64. |z - e|^2 = 2 - 2 z.e on the sphere."""
-        return torch.cat([(chunk @ codebook.T).argmax(1) for chunk in z.split(65536)])
 
     def lookup(self, codes):
         """codes (B, h, w) int64 -> vectors (B, C, h, w) float32."""
         return F.embedding(codes, self.codebook()).permute(0, 3, 1, 2)
+
+
+def nearest(z, codebook):
+    """Index of the nearest code for each row of z (M, C): (M,) int64."""
+    return torch.cat([(rows @ codebook.T).argmax(1) for rows in z.split(65536)])  # in parts, to save memory
 
 
 class PixelDecoder(nn.Module):
@@ -229,15 +220,17 @@ class PixelDecoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        groups, widths = config.norm_groups, [config.ch * m for m in config.ch_mult][::-1]
+        groups, widths = config.norm_groups, [config.ch * m for m in reversed(config.ch_mult)]
         self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
         self.mid = middle(widths[0], groups)
         self.conv_blocks = nn.ModuleList()
-        for level, (before, width) in enumerate(pairwise([widths[0], *widths])):
-            highest = level == len(widths) - 1
-            self.conv_blocks.append(Level(before, width, config.num_res_blocks + 1, groups, level == 0, None if highest else Upsample))
-        self.norm_out = group_norm(widths[-1], groups)
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        for level, (before, width) in enumerate(pairwise([widths[0], *widths]), 1):
+            lowest, blocks = level == 1, config.num_res_blocks + 1
+            self.conv_blocks.append(Level(before, width, blocks, groups, attention=lowest))
+            if level < len(widths):
+                self.conv_blocks[-1].upsample = Upsample(width)
+        self.norm_out = group_norm(width, groups)
+        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, z):
         x = self.conv_in(z)
@@ -246,11 +239,8 @@ class PixelDecoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-PIXELS_AT_ONCE = 2**21  # to encode or decode: a picture of 512 x 512 takes 0.6 GiB on the way
-
-
 class VQGAN(nn.Module):
-    """The whole tokenizer. Only its own training (train.TokenizerStage) uses more than `encode`, `decode` and the codebook."""
+    """The whole image tokenizer."""
 
     def __init__(self, config):
         super().__init__()
@@ -260,184 +250,371 @@ class VQGAN(nn.Module):
         self.quantize = VectorQuantizer(config)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
         self.decoder = PixelDecoder(config)
-
-    def forward(self, images):
-        """Images (B, 3, S, S) in [-1, 1] -> reconstruction (same shape), quantizer loss (scalar), codes (B, h, w)."""
-        z_q, loss, codes = self.quantize(self.quant_conv(self.encoder(images)))
-        return self.decoder(self.post_quant_conv(z_q)), loss, codes
+        self.at_once = max(1, 2**21 // config.image_size**2)  # images; one of 512 pixels takes 0.6 GiB
 
     @torch.no_grad()
     def encode(self, images):
-        """Images (B, 3, S, S) in [-1, 1] -> codes (B, N) int64 in raster order."""
-        parts = images.split(self.at_once())
-        return torch.cat([self.quantize(self.quant_conv(self.encoder(part)))[2] for part in parts]).flatten(1)
+        """images (B, 3, S, S) in [-1, 1] -> codes (B, N) int64 in raster order."""
+        codes = [self.quantize(self.quant_conv(self.encoder(part)))[2] for part in images.split(self.at_once)]
+        return torch.cat(codes).flatten(1)
 
     @torch.no_grad()
     def decode(self, codes):
         """codes (B, N) int64 of a square grid -> images (B, 3, S, S), about in [-1, 1] (not clamped)."""
         side = round(codes.shape[1] ** 0.5)
-        if side * side != codes.shape[1]:
-            raise ValueError(f"{codes.shape[1]} codes are no square grid; expected {self.config.grid_size ** 2}")
-        parts = self.quantize.lookup(codes.view(-1, side, side)).split(self.at_once())
+        parts = self.quantize.lookup(codes.view(-1, side, side)).split(self.at_once)
         return torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts])
 
-    def at_once(self):
-        """How many pictures to encode or decode together."""
-        return max(1, PIXELS_AT_ONCE // self.config.image_size**2)
 
-    def save_pretrained(self, folder):
-        """Write `config.json` and `model.safetensors` into the folder."""
-        save_folder(folder, self.config, self.state_dict())
-
-    @classmethod
-    def from_pretrained(cls, folder):
-        """Read what save_pretrained wrote. Raises ValueError naming the file when one is missing."""
-        return load_folder(cls, TokenizerConfig, folder, "python train.py PRESET --stage=tokenizer")
+# --- Training it ---
 
 
-# --- For training only -------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class TokenizerStageConfig:
+    """Training of the tokenizer."""
+
+    steps: int = 100000           # optimizer steps, before --train_scale
+    global_batch: int = 128       # images per step, over all processes and micro-batches
+    lr: float = 1e-4              # AdamW's peak learning rate
+    muon_lr: float = 0.0          # Muon's; 0: AdamW for all
+    final_lr: float = 0.1         # final learning rate, as a fraction of the peak
+    mix: str = "text_to_image:3,segmentation:2"  # tasks whose targets are the images: scenes and cut-outs
+    codebook_weight: float = 1.0  # of the quantizer's loss, relative to the reconstruction's
+    codebook_start: float = 0.0   # fraction of the steps after which features are rounded to codes
+    consistency: float = 0.0      # weight of the loss that makes a code independent of its surroundings
+    restart_every: int = 2000     # steps after which all codes are placed again
+    disc_start: float = 0.5       # fraction of the steps without the discriminator; 1: there is none
+    disc_weight: float = 0.5      # of the discriminator's loss
 
 
-class PatchDiscriminator(nn.Module):
-    """Judges whether each patch looks real (PatchGAN, arXiv 1611.07004): (B, 3, S, S) -> (B, 1, h, w) logits. GroupNorm instead of
-    pix2pix's BatchNorm, so that a sample's score does not depend on its batch or its GPU."""
-
-    def __init__(self, ch=64):
-        super().__init__()
-        blocks = [nn.Conv2d(3, ch, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for before, width, stride in ((ch, 2 * ch, 2), (2 * ch, 4 * ch, 2), (4 * ch, 8 * ch, 1)):
-            blocks += [nn.Conv2d(before, width, 4, stride, 1, bias=False), nn.GroupNorm(16, width), nn.LeakyReLU(0.2)]
-        self.net = nn.Sequential(*blocks, nn.Conv2d(width, 1, 4, padding=1))
-
-    def forward(self, images):
-        return self.net(images)
-
-
-class LPIPS(nn.Module):
-    """Perceptual distance in VGG16's features (arXiv 1801.03924), from two local files. `folder` holds torchvision's
-    `vgg16-397923af.pth` and LPIPS v0.1's linear heads `vgg.pth`. There is no random fallback: without them train.py runs without
-    this loss and prints that. Raises ValueError naming a missing or broken file."""
-
-    LAYERS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # VGG16's five convolution blocks
-
-    def __init__(self, folder):
-        super().__init__()
-        self.blocks, index, before, vgg, heads = nn.ModuleList(), 0, 3, {}, {}           # the last two: {name in its file: tensor here}
-        for i, widths in enumerate(self.LAYERS):
-            block = nn.Sequential()
-            for width in widths:
-                conv = nn.Conv2d(before, width, 3, padding=1)
-                vgg.update({f"features.{index}.{name}": p.data for name, p in conv.named_parameters()})
-                block.extend([conv, nn.ReLU()])
-                index, before = index + 2, width
-            self.blocks.append(block)
-            index += 1  # the max-pool after each block
-            self.register_buffer(f"head{i}", torch.empty(1, before, 1, 1))
-            heads[f"lin{i}.model.1.weight"] = getattr(self, f"head{i}")
-        for file, tensors in ((Path(folder) / "vgg16-397923af.pth", vgg), (Path(folder) / "vgg.pth", heads)):
-            if not file.is_file():
-                raise ValueError(f"lpips={folder}: {file} is missing; give a folder with torchvision's vgg16-397923af.pth and "
-                                 "LPIPS v0.1's vgg.pth, or leave lpips empty")
-            try:
-                loaded = torch.load(file, map_location="cpu", weights_only=True)
-                loaded = {name: loaded[name] for name in tensors if name in loaded}      # VGG16 has a classifier, too
-                check_fit(tensors, loaded)
-            except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, pickle.UnpicklingError, EOFError) as error:
-                raise ValueError(f"lpips={folder}: {file} is broken, or of another network ({first_line(error)}): "
-                                 "download it again") from None
-            for name, tensor in tensors.items():
-                tensor.copy_(loaded[name])
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
-        self.requires_grad_(False)
-
-    def forward(self, a, b):
-        """Mean distance between two image batches (B, 3, S, S) in [-1, 1]: scalar."""
-        x, total = (torch.cat([a, b]) - self.shift) / self.scale, 0.0
-        for i, block in enumerate(self.blocks):
-            x = block(x if i == 0 else F.max_pool2d(x, 2))
-            fa, fb = F.normalize(x, dim=1, eps=1e-10).chunk(2)
-            total = total + F.conv2d((fa - fb).square(), getattr(self, f"head{i}")).mean()
-        return total
-
-
-def hinge_d_loss(real, fake):
-    """The discriminator's hinge loss on its logits for real and generated patches: scalar."""
-    return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
-
-
-WEIGHT_LIMIT = 1e4  # of the adaptive weight
-
-
-def adaptive_weight(reconstruction_loss, generator_loss, last_layer, average=lambda gradient: gradient):
-    """VQGAN's balance of its two losses (eq. 7): the ratio of their gradients at the decoder's last layer, in [0, WEIGHT_LIMIT].
-    `average` turns the gradient of one process's loss into that of all."""
-    losses = reconstruction_loss, generator_loss
-    norms = [average(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]).norm() for loss in losses]
-    return (norms[0] / (norms[1] + 1e-4)).clamp(0, WEIGHT_LIMIT).detach()
-
-
-def collages(targets, cells, step):
-    """Turn every second of the targets (B, 3, S, S) into a collage: the cells in `kept`, of `cells` per side, show the picture
-    before it, the others its own content. Which ones (a window, or all but one) depends only on `step`. Returns the new targets and
-    `kept` (cells, cells) bool."""
+def collages(images, cells, step):
+    """Turn every second of the images (B, 3, S, S) into a collage: the cells in `kept` (cells, cells) bool
+    show the image before it, the others its own content. `kept` is a window or all around one, chosen by
+    `step`. Returns images and `kept`."""
     rng = random.Random(step)
     top, bottom = sorted(rng.sample(range(cells + 1), 2))
     left, right = sorted(rng.sample(range(cells + 1), 2))
-    kept = torch.full((cells, cells), rng.random() < 0.5)
+    kept = torch.full((cells, cells), rng.random() < 0.5, device=images.device)
     kept[top:bottom, left:right] ^= True
-    kept = kept.to(targets.device)
-    cell, paired = targets.shape[-1] // cells, len(targets) // 2 * 2  # pixels per side; all but an odd last one
-    pixels = kept.repeat_interleave(cell, 0).repeat_interleave(cell, 1)                  # (S, S)
-    targets = targets.clone()
-    targets[1:paired:2] = torch.where(pixels, targets[:paired:2], targets[1:paired:2])
-    return targets, kept
+    cell, paired = images.shape[-1] // cells, len(images) // 2 * 2       # all but an odd last one
+    pixels = kept.repeat_interleave(cell, 0).repeat_interleave(cell, 1)  # (S, S)
+    images = images.clone()
+    images[1:paired:2] = torch.where(pixels, images[:paired:2], images[1:paired:2])
+    return images, kept
 
 
 def consistency_loss(z, kept):
-    """Mean squared change of a kept cell's encoder output, z (B, C, h, w), between a picture and its collage, where its
-    surroundings differ, on the unit sphere on which codes are chosen."""
+    """Mean squared change of the kept cells' features, z (B, C, h, w), between an image and the collage with
+    other surroundings."""
     z = F.normalize(z.float(), dim=1)
     before, after = z[: len(z) // 2 * 2 : 2], z[1::2]
     return ((before - after).square().mean(1) * kept).sum() / (kept.sum() * len(after)).clamp(min=1)
 
 
 def spread_codes(z, size, generator):
-    """`size` codes (size, C) for encoder outputs z (M, C): k-means++ (Arthur and Vassilvitskii, 2007), then one step of k-means.
-    Each next centre is drawn from z, and outputs far from all centres so far are likelier. k-means++ weights them by the squared
-    distance; the 16th power here prefers rare content to one more shade of common content. Two codes with one meaning are a choice
-    that nothing in the picture explains, and the image decoder would have to guess it."""
+    """`size` codes (size, C) for encoder outputs z (M, C): k-means++ (Arthur and Vassilvitskii, 2007), then
+    one step of k-means.
+
+    Each next centre is drawn from z, rather far from all before. The 16th power of the distance, not the
+    square, prefers rare content to one more shade of common content: between two codes with one meaning the
+    decoder would have to guess.
+    """
     z = F.normalize(z.float(), dim=-1)
     centers, distance = z[:1], torch.full_like(z[:, 0], torch.inf)
     while len(centers) < size:
         distance = torch.minimum(distance, (z - centers[-1]).square().sum(-1))
-        weights = (distance / distance.max().clamp(min=1e-9)) ** 8 + 1e-30               # 1e-30: all outputs may be centres
+        weights = (distance / distance.max().clamp(min=1e-9)) ** 8 + 1e-30
         centers = torch.cat([centers, z[torch.multinomial(weights, 1, generator=generator)]])
-    nearest = VectorQuantizer.nearest(z, centers)
-    means = torch.zeros_like(centers).index_add_(0, nearest, z)
-    return F.normalize(torch.where(means.any(-1, keepdim=True), means, centers), dim=-1)  # a centre drawn twice has outputs once
+    means = torch.zeros_like(centers).index_add_(0, nearest(z, centers), z)
+    return F.normalize(torch.where(means.any(-1, keepdim=True), means, centers), dim=-1)
 
 
-class CodebookUsage:
-    """How often each code was chosen since the codes were last placed. Counted over a window of steps: one batch's perplexity
-    depends more on the batch than on the codebook."""
+class PatchDiscriminator(nn.Module):
+    """Says of each patch whether it looks real (PatchGAN, arXiv 1611.07004): (B, 3, S, S) -> (B, 1, h, w)
+    logits. With GroupNorm, not BatchNorm, an image's score does not depend on its batch."""
 
-    def __init__(self, codebook_size, device):
-        self.counts = torch.zeros(codebook_size, dtype=torch.long, device=device)
+    def __init__(self, ch=64):
+        super().__init__()
+        blocks = [nn.Conv2d(3, ch, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for before, width, stride in ((ch, 2 * ch, 2), (2 * ch, 4 * ch, 2), (4 * ch, 8 * ch, 1)):
+            blocks += [nn.Conv2d(before, width, 4, stride, 1, bias=False), nn.GroupNorm(16, width),
+                       nn.LeakyReLU(0.2)]
+        self.net = nn.Sequential(*blocks, nn.Conv2d(width, 1, 4, padding=1))
 
-    def add(self, codes):
-        """Count a batch of codes, any shape, int64."""
-        self.counts.index_add_(0, codes.flatten(), self.counts.new_ones(codes.numel()))  # bincount would wait for the GPU
+    def forward(self, images):
+        return self.net(images)
 
-    def usage(self):
-        """Share of the codes chosen at least once in the window, in [0, 1]."""
-        return (self.counts > 0).float().mean().item()
 
-    def perplexity(self):
-        """exp(entropy) of the window's code distribution, in [1, codebook_size]."""
-        p = self.counts / self.counts.sum().clamp(min=1)
-        return torch.exp(-(p * (p + 1e-10).log()).sum()).item()
+def hinge_d_loss(real, fake):
+    """The discriminator's hinge loss on its logits for real and made images: scalar."""
+    return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
 
-    def reset(self):
-        """Start a new window."""
+
+def adaptive_weight(reconstruction, adversarial, last_layer, average):
+    """VQGAN's balance of two losses (arXiv 2012.09841, eq. 7): the ratio of their gradients at the decoder's
+    last layer, at most 10,000. average: turns a process's gradient into the mean of all."""
+    norms = [average(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]).norm()
+             for loss in (reconstruction, adversarial)]
+    return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach()
+
+
+class TokenizerStage(nn.Module):
+    """A VQGAN with its losses: reconstruction, quantizer, consistency, discriminator. From time to time all
+    codes are placed anew on the encoder's outputs. (extras/photos.py adds LPIPS.)"""
+
+    def __init__(self, run, machine, image):
+        """image: a function from an index to an image (3, S, S); the first ones place the codes."""
+        super().__init__()
+        self.config, self.machine, self.image = run.tokenizer, machine, image
+        self.model = VQGAN(run.vqgan)
+        self.register_buffer("counts", torch.zeros(run.vqgan.codebook_size).long())  # uses of each code
+        self.codebook_start = round(self.config.codebook_start * self.config.steps)
+        self.disc_start = round(self.config.disc_start * self.config.steps)
+        self.own_optimizers, self.seen = [], []  # seen: a step's pictures and images, for the discriminator
+        if self.config.disc_start < 1:
+            self.disc = PatchDiscriminator().requires_grad_(False)  # but in its own step
+            optimizer = torch.optim.AdamW(self.disc.parameters(), self.config.lr, betas=(0.5, 0.9))
+            self.own_optimizers = [optimizer]
+
+    def reconstruction_loss(self, made, images):
+        """How far the made pictures are from the images, both (B, 3, S, S): scalar."""
+        return F.mse_loss(made, images)
+
+    def reconstruct(self, images, step):
+        """The pictures made of the images, the losses of reconstruction and quantizer, features z and codes.
+        Before codebook_start nothing is rounded: the encoder first learns what to tell apart."""
+        z = self.model.quant_conv(self.model.encoder(images))
+        z_q, quantizer_loss, codes = self.model.quantize(z)
+        if step < self.codebook_start:
+            z_q, quantizer_loss = F.normalize(z.float(), dim=1), 0 * quantizer_loss
+        made = self.model.decoder(self.model.post_quant_conv(z_q.to(z.dtype))).float()
+        return made, self.reconstruction_loss(made, images), quantizer_loss, z, codes
+
+    def validation_loss(self, batch):
+        """The loss of a batch without collages and discriminator: scalar."""
+        _, reconstruction, quantizer_loss, _, _ = self.reconstruct(batch.targets, self.config.steps)
+        return reconstruction + self.config.codebook_weight * quantizer_loss
+
+    def forward(self, batch, step):
+        """(loss, logs) of a batch."""
+        config, images = self.config, batch.targets
+        if config.consistency:
+            images, kept = collages(images, self.model.config.grid_size, step)
+        made, reconstruction, quantizer_loss, z, codes = self.reconstruct(images, step)
+        loss = reconstruction + config.codebook_weight * quantizer_loss
+        logs = {"reconstruction": reconstruction.detach()}
+        if config.consistency:
+            change = consistency_loss(z, kept)
+            loss, logs["consistency"] = loss + config.consistency * change, change.detach()
+        # the discriminator learns a little before it is asked
+        if step >= self.disc_start:
+            self.seen.append((made.detach(), images))
+        if step >= 1.05 * self.disc_start:
+            adversarial, last_layer = -self.disc(made).mean(), self.model.decoder.conv_out.weight
+            weight = adaptive_weight(reconstruction, adversarial, last_layer, self.machine.average)
+            loss, logs["d_weight"] = loss + config.disc_weight * weight * adversarial, weight
+        codes = self.machine.gather(codes).flatten()
+        self.counts.index_add_(0, codes, torch.ones_like(codes))
+        return loss, logs
+
+    def after_step(self, step):
+        """The discriminator's own step; and after each window of steps, print how many codes were in use and
+        place all anew."""
+        if self.seen:
+            self.discriminator_step()
+        done = step + 1 - self.codebook_start
+        if done < 0 or done % self.config.restart_every:
+            return
+        share = self.counts / self.counts.sum()
+        used, perplexity = (share > 0).float().mean(), torch.exp(-torch.xlogy(share, share).sum())
+        self.machine.say(f"tokenizer: {used:.0%} of the codes in use, perplexity {perplexity:.0f}")
         self.counts.zero_()
+        if not done or step + 1 <= 0.8 * self.config.steps:  # codes placed later would have no time to settle
+            self.place_codes(step)
+
+    def discriminator_step(self):
+        """Train the discriminator to tell the step's made pictures from the images."""
+        self.disc.requires_grad_(True)
+        for made, images in self.seen:
+            with self.machine.autocast():
+                loss = hinge_d_loss(self.disc(images).float(), self.disc(made).float())
+            (loss / len(self.seen)).backward()
+        for p in self.disc.parameters():
+            self.machine.average(p.grad)
+        optimizer, = self.own_optimizers
+        optimizer.step()
+        optimizer.zero_grad()
+        self.disc.requires_grad_(False)
+        self.seen = []
+
+    @torch.no_grad()
+    def place_codes(self, step):
+        """Place all codes on the encoder's current outputs for the first images, 64 outputs per code."""
+        model, weight = self.model, self.model.quantize.embedding.weight
+        few = max(1, 64 * len(weight) // model.config.grid_size**2)
+        images = torch.stack([self.image(i) for i in range(few)]).to(weight.device)
+        z = torch.cat([model.quant_conv(model.encoder(part)) for part in images.split(model.at_once)])
+        z = z.permute(0, 2, 3, 1).flatten(0, 2)  # (few * N, C)
+        weight.copy_(spread_codes(z, len(weight), torch.Generator(weight.device).manual_seed(step)))
+        if self.machine.world_size > 1:
+            dist.broadcast(weight, 0)
+
+
+# --- The text tokenizer ---
+
+# Thai to Khmer, Japanese, Chinese: scripts without spaces between words
+SPACELESS = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+             "\U00020000-\U0003ffff")
+
+
+def words_apart(text):
+    """A text with spaces around its punctuation and around each character of a script without spaces."""
+    return re.sub(rf"([^\w\s]|[{SPACELESS}])", r" \1 ", text)
+
+
+class TextTokenizer:
+    """SentencePiece with T5's ids: 0 pad, 1 </s>, 2 unknown, then the pieces, then <extra_id_99> ..
+    <extra_id_0> and last <image> (32100 with T5's own pieces). After an added token the text gets a leading
+    space again, as in transformers: `in <image>.` is `▁in`, `<image>`, `▁`, `.`."""
+
+    PAD, EOS, UNKNOWN = 0, 1, 2
+
+    def __init__(self, proto):
+        """proto: the bytes of a SentencePiece model (`spiece.model`)."""
+        self.proto, self.digest = proto, hashlib.sha256(proto).hexdigest()[:16]
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        except RuntimeError as error:
+            raise ValueError(f"spiece.model is no SentencePiece model: {error}") from None
+        self.whole_words = len(self.pieces.encode("a.b")) == 1  # our own; T5 has parts of words
+        first = self.pieces.vocab_size()
+        self.added = {"<pad>": self.PAD, "</s>": self.EOS, "<unk>": self.UNKNOWN}
+        self.added |= {f"<extra_id_{99 - i}>": first + i for i in range(100)}
+        self.image_id = self.added["<image>"] = first + 100
+        self.vocab_size = first + 101
+        self.split = re.compile("(" + "|".join(map(re.escape, self.added)) + ")")
+
+    def encode(self, text, image_tokens=1):
+        """The text's ids and </s>, a list of int; each <image> becomes `image_tokens` ids."""
+        ids = []
+        for part in self.split.split(text):
+            if part in self.added:
+                ids += [self.added[part]] * (image_tokens if part == "<image>" else 1)
+            else:
+                ids += self.pieces.encode(words_apart(part) if self.whole_words else part)
+        return ids + [self.EOS]
+
+    def unknown_words(self, text):
+        """The words of a text that the model lacks, each once."""
+        words = dict.fromkeys(words_apart(text.replace("<image>", " ")).split())
+        return [word for word in words if self.UNKNOWN in self.pieces.encode(word)]
+
+    def known_words(self):
+        """All words of a model of whole words."""
+        return [self.pieces.id_to_piece(i).removeprefix("▁") for i in range(3, self.pieces.vocab_size())]
+
+    @classmethod
+    def train(cls, sentences):
+        """A new one, of the sentences' 32,000 most frequent words and punctuation marks, case-folded."""
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=map(words_apart, sentences), model_writer=model, model_type="word",
+            vocab_size=32_000, hard_vocab_limit=False, max_sentence_length=2**30, character_coverage=1.0,
+            normalization_rule_name="nmt_nfkc_cf", minloglevel=2,
+            pad_id=cls.PAD, eos_id=cls.EOS, unk_id=cls.UNKNOWN, bos_id=-1)
+        return cls(model.getvalue())
+
+    def extended(self, text):
+        """This tokenizer and the words of a text that it lacks; its own pieces keep their ids. The model is a
+        protobuf message, whose list of pieces goes on with those that are written after its end."""
+        pieces = dict.fromkeys(self.pieces.normalize(word).encode() for word in self.unknown_words(text))
+        proto = self.proto
+        for piece in pieces:
+            require(len(piece) < 100, f"{piece.decode()!r}: a word must have less than 100 bytes")
+            entry = b"\x0a" + bytes([len(piece)]) + piece + b"\x15" + struct.pack("<f", -20)  # and score
+            proto += b"\x0a" + bytes([len(entry)]) + entry
+        return TextTokenizer(proto)
+
+
+# --- Shared by all files: user errors, configurations as flat keys, a model as a folder ---
+
+
+def require(right, message):
+    """A user's mistake, unless `right`: raise ValueError, which the command line prints as one line."""
+    if not right:
+        raise ValueError(message)
+
+
+def flatten(config, prefix=""):
+    """{dotted key: value} of a nested config."""
+    flat = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        flat |= flatten(value, f"{prefix}{f.name}.") if is_dataclass(value) else {prefix + f.name: value}
+    return flat
+
+
+def rebuild(config, flat, prefix=""):
+    """The nested config with a flat dictionary's values, all at once, so that it is checked as a whole."""
+    values = {}
+    for f in fields(config):
+        value, key = getattr(config, f.name), prefix + f.name
+        value = rebuild(value, flat, key + ".") if is_dataclass(value) else flat[key]
+        values[f.name] = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+    return replace(config, **values)
+
+
+def write_atomically(path, write):
+    """Call write(temporary path), then give that file its name: a kill leaves the old file or the new one."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by the user's umask; safetensors lets only the owner read
+        write(temporary)
+        temporary.chmod(mode)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # on disk before it gets its name
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, by Python, torch or safetensors
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({error})") from error
+
+
+def write_json(path, values):
+    """Write a JSON file."""
+    write_atomically(path, lambda file: file.write_text(json.dumps(values, indent=2) + "\n"))
+
+
+def save_model(model, folder, name="model.safetensors"):
+    """Write config.json and then the weights, which complete the folder."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_json(Path(folder) / "config.json", flatten(model.config))
+    write_atomically(Path(folder) / name, lambda file: save_file(model.state_dict(), file))
+
+
+def load_model(cls, config, folder):
+    """Load what save_model wrote. config: any of its class."""
+    file, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
+    require(weights.is_file(), f"{weights} is missing: train the stage {weights.parent.name} first")
+    with open(weights, "rb") as start:
+        require(start.read(20) != b"version https://git-", f"{weights} is a Git LFS pointer: run `git lfs pull`")
+    try:
+        flat = json.loads(file.read_text())
+        unknown = set(flat) - set(flatten(config))
+        require(not unknown, f"unknown keys: {', '.join(unknown)}")
+        with torch.device("meta"):  # the weights are read, not initialised
+            model = cls(rebuild(config, flat))
+        tensors = {name: tensor.float() for name, tensor in load_file(weights).items()}
+        model.load_state_dict(tensors, assign=True)
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        error = shorten(str(error), 300)
+        raise ValueError(f"{folder} holds no {cls.__name__} that can be read: {error}") from None
+    for name, tensor in tensors.items():
+        require(tensor.isfinite().all(), f"{weights}: {name} holds numbers that are not finite")
+    return model.eval()
+
+
+def file_hash(path):
+    """The first 16 hex digits of a file's SHA-256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

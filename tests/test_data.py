@@ -1,411 +1,472 @@
-"""Worlds, tasks, words, batches, and pictures of every kind."""
+"""Pictures, the world of shapes and its tasks, datasets and batches. (test_folder.py: your own pictures.)"""
 
+import hashlib
+import json
 import random
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import data
-from data import COLORS, PATTERNS, PLACES, TASKS, Collate, Emoji, Placed, Scene, ShapeSubject, TextTokenizer, WorldDataset, load_image
-from sample import EmojiJudge, concept_preservation
+from conftest import ROOT, small_config
+from data import (CLIP_MEAN, CLIP_STD, COLORS, PATTERNS, PLACES, SHAPES, SIZES, TASKS, Batch, Collate,
+                  EntryDataset, Placed, Sample, Scene, ShapesDataset, Subject, center_crop, load_image,
+                  square_window, vision_pixels)
+from sample import Judge
+from tokenizer import TextTokenizer
 
-RED_STAR_BLUE_STRIPES = ShapeSubject(list(data.SHAPES).index("star"), list(COLORS).index("red"), list(COLORS).index("blue"), PATTERNS.index("striped"))
-
-
-def place(subject, name="center", size=1):
-    return Placed(subject, PLACES.index(name), size)
-
-
-def rng(seed=0):
-    return random.Random(seed)
+STAR = Subject(list(SHAPES).index("star"), list(COLORS).index("red"), list(COLORS).index("blue"),
+               PATTERNS.index("striped"))
+NOISE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
 
+def samples_of(world, task, count, seed=0, **options):
+    dataset = ShapesDataset(world, {task: 1.0}, seed, **options)
+    return [dataset[i] for i in range(count)]
+
+
+class Fixed(random.Random):
+    """Chance that is told what to draw: `random`, and uniform numbers by their bounds, else the middle."""
+
+    def __init__(self, random, **uniform):
+        super().__init__()
+        self.chance, self.numbers = random, uniform
+
+    def random(self):
+        return self.chance
+
+    def uniform(self, low, high):
+        return self.numbers.get({0.6: "scale", -20: "angle", 0.85: "stretch"}.get(low), (low + high) / 2)
+
+
+# --- Pictures
+def test_pictures_of_every_kind_are_read_as_they_look(tmp_path):
+    def read(image, name, **keys):
+        image.save(tmp_path / name, **keys)
+        picture = load_image(tmp_path / name)
+        assert picture.shape[2] == 3 and picture.dtype == np.uint8
+        return picture.astype(int)
+
+    plain, grey = Image.fromarray(NOISE), NOISE[..., 0]
+    assert (read(plain, "plain.png") == NOISE).all()
+    assert np.abs(read(plain.quantize(256), "palette.png") - NOISE).mean() < 20
+    assert np.abs(read(plain.convert("CMYK"), "cmyk.tif") - NOISE).max() < 3
+    assert (read(Image.fromarray(grey.astype(np.uint16) * 257), "deep.png") == grey[..., None]).all()
+    assert (read(Image.fromarray(grey), "grey.png") == grey[..., None]).all()
+    assert (read(Image.fromarray(grey > 127), "bits.png") == 255 * (grey > 127)[..., None]).all()
+    alpha = np.dstack([NOISE, np.zeros((20, 30), np.uint8)])
+    alpha[10:, :, 3], alpha[5:10, :, 3] = 255, 51  # transparency is on white
+    seen = read(Image.fromarray(alpha), "alpha.png")
+    assert (seen[:5] == 255).all() and (seen[10:] == NOISE[10:]).all()
+    assert np.abs(seen[5:10] - (0.2 * NOISE[5:10] + 0.8 * 255)).max() < 1
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.paste(1, (0, 0, 4, 8))
+    seen = read(palette, "hole.png", transparency=0)
+    assert (seen[:, :4] == (40, 50, 60)).all() and (seen[:, 4:] == 255).all()
+    red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
+    assert (read(red, "moving.gif", save_all=True, append_images=[blue]) == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("tag, turned", list(enumerate((
+    NOISE, NOISE[:, ::-1], NOISE[::-1, ::-1], NOISE[::-1], NOISE.transpose(1, 0, 2), np.rot90(NOISE, -1),
+    NOISE[::-1, ::-1].transpose(1, 0, 2), np.rot90(NOISE)), 1)))
+def test_pictures_turn_as_their_camera_was_held(tag, turned, tmp_path):
+    """Also beside a tag that Pillow cannot write again: the width as text."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = tag, "hello"
+    odd = exif.tobytes().replace(b"\x01\x0e", b"\x01\x00").replace(b"\x0e\x01", b"\x00\x01")
+    for name, tags in (("plain.png", exif), ("odd.png", odd)):
+        Image.fromarray(NOISE).save(tmp_path / name, exif=tags)
+        assert (load_image(tmp_path / name) == turned).all()
+
+
+def test_a_large_jpeg_is_decoded_small(tmp_path):
+    smooth = np.linspace(0, 255, 1200).astype(np.uint8)[:, None, None].repeat(900, 1).repeat(3, 2)
+    Image.fromarray(smooth).save(tmp_path / "a.jpg")
+    small = load_image(tmp_path / "a.jpg", 100)
+    assert small.shape[:2] == (150, 113) and load_image(tmp_path / "a.jpg").shape == smooth.shape
+    assert np.abs(center_crop(small, 32).astype(int) - center_crop(smooth, 32)).max() < 6
+
+
+def broken(whole, rng):
+    """The bytes cut, overwritten, flipped in the head where formats keep what matters, or replaced."""
+    whole, at, kind = bytearray(whole), rng.randrange(len(whole)), rng.randrange(4)
+    if kind == 0:
+        return bytes(whole[:at])
+    if kind == 1:
+        whole[at : at + 8] = rng.randbytes(8)
+    elif kind == 2:
+        for _ in range(20):
+            whole[rng.randrange(min(len(whole), 400))] = rng.randrange(256)
+    else:
+        return rng.choice([b"", b"\0" * 100, b"hello", rng.randbytes(200)])
+    return bytes(whole)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of the damage
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "tif", "bmp", "avif", "dds", "blp"])
+def test_a_damaged_picture_is_one_line_that_names_it(suffix, tmp_path):
+    file, rng, failed = tmp_path / f"a.{suffix}", random.Random(suffix), 0
+    picture = Image.fromarray(NOISE)
+    (picture.quantize() if suffix == "blp" else picture).save(file)
+    whole = file.read_bytes()
+    for _ in range(40):
+        file.write_bytes(broken(whole, rng))
+        try:
+            load_image(file)
+        except ValueError as error:
+            assert str(error).startswith(f"{file}: not a readable image") and "\n" not in str(error)
+            failed += 1
+    assert failed > 10
+    with pytest.raises(ValueError, match=f"none.{suffix}"):
+        load_image(tmp_path / f"none.{suffix}")
+
+
+def test_a_picture_too_large_to_open_is_named(tmp_path, monkeypatch):
+    Image.new("1", (100, 100)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    with pytest.raises(ValueError, match="bomb.png: not a readable image"):
+        load_image(tmp_path / "bomb.png")
+
+
+def test_the_centre_is_cropped_halved_and_resized():
+    squares = np.zeros((64, 96, 3), np.uint8)
+    squares[:, 16:48], squares[:, 48:80] = (200, 0, 0), (0, 0, 200)  # the centred square's two halves
+    for size in (64, 32, 16):
+        cropped = center_crop(squares, size)
+        assert (cropped[:, : size // 2 - 1] == (200, 0, 0)).all() and cropped.shape == (size, size, 3)
+        assert (cropped[:, size // 2 + 1 :] == (0, 0, 200)).all()
+        assert (center_crop(squares.transpose(1, 0, 2), size) == cropped.transpose(1, 0, 2)).all()
+    checks = np.indices((64, 64)).sum(0)[..., None].repeat(3, 2) % 2 * np.uint8(255)
+    assert np.abs(center_crop(checks.astype(np.uint8), 32).astype(int) - 127).max() <= 1  # no aliasing
+    mask = np.zeros((40, 20), np.uint8)
+    mask[10:30] = 255
+    assert (center_crop(mask, 20) == 255).all()  # masks too
+
+
+def test_vision_pixels_are_clips():
+    picture = np.random.default_rng(1).integers(0, 256, (29, 640, 3), dtype=np.uint8)
+    square = Image.fromarray(picture).resize((617, 28), Image.BICUBIC)  # 640 * 28 / 29 is 617.9
+    expected = (np.asarray(square.crop((294, 0, 322, 28))) / 255 - CLIP_MEAN) / CLIP_STD
+    assert np.abs(vision_pixels(picture, 28).numpy().transpose(1, 2, 0) - expected).max() < 1e-5
+
+
+def test_pictures_become_tensors_and_the_same_pictures_again():
+    picture = np.arange(3 * 16 * 16).reshape(16, 16, 3).astype(np.uint8)  # every value of a byte
+    pixels = data.tokenizer_pixels(picture, 16)
+    assert (data.to_picture(pixels) == picture).all() and (pixels.min(), pixels.max()) == (-1, 1)
+    assert (data.to_picture(pixels * 3) == np.clip(picture * 3.0 - 255, 0, 255).round()).all()  # clamped
+
+
+def test_a_square_window_shows_the_box():
+    chance = random.Random(0)
+    for _ in range(2000):
+        height, width = chance.randint(1, 60), chance.randint(1, 60)
+        left, top = chance.randrange(width), chance.randrange(height)
+        right, bottom = chance.randint(left, width), chance.randint(top, height)
+        short = min(height, width)
+        for rng in (None, chance):
+            rows, columns = square_window((height, width, 3), (left, top, right, bottom), rng)
+            side = rows.stop - rows.start
+            assert side == columns.stop - columns.start and (rng or side == short)
+            assert round(0.8 * short) <= side <= short
+            for window, first, last, length in ((rows, top, bottom, height), (columns, left, right, width)):
+                assert 0 <= window.start and window.stop <= length
+                inside, of_box = window.start <= first and last <= window.stop, last - first > side
+                assert inside or of_box and first <= window.start and window.stop <= last
+    assert square_window((10, 30, 3), (15, 5, 15, 5)) == np.s_[0:10, 10:20]      # the most central
+    assert square_window((10, 30, 3), (22, 0, 28, 9)) == np.s_[0:10, 18:28]      # no farther than needed
+    windows = {str(square_window((20, 30), (12, 8, 16, 12), chance)) for _ in range(50)}
+    assert len(windows) > 30
+
+
+# --- The world of shapes
 def test_the_world_has_the_stated_counts(world):
-    assert len(data.SHAPES) == len(COLORS) == 8 and len(PATTERNS) == 4 and len(PLACES) == 9 and len(data.SIZES) == 2
-    subjects = world.all_subjects()
-    assert len(subjects) == len(set(subjects)) == 8 * (8 + 3 * 8 * 7)
-    held = sum(map(world.held_out, subjects))
-    assert abs(held / len(subjects) - 1 / 8) < 0.02
-    assert [i for i, s in enumerate(subjects) if world.held_out(s)][:5] == [5, 22, 23, 24, 25]  # trained/tiny has not seen these
-    for attribute in range(4):  # every single attribute value is seen in training, only combinations are new
-        assert {s[attribute] for s in world.subjects[False]} == {s[attribute] for s in subjects}
+    assert (len(SHAPES), len(COLORS), len(PATTERNS), len(PLACES), len(SIZES)) == (8, 8, 4, 9, 2)
+    assert len(set(world.subjects)) == len(world.subjects) == 1408 == 8 * (8 + 3 * 8 * 7)
+    held = set(world.held_out_subjects)
+    assert len(held) == 176 and not held & set(world.train_subjects)
+    assert len(world.train_subjects) == 1408 - 176
+    numbers = sorted(map(tuple, held))  # those that trained/tiny has not seen
+    assert hashlib.md5(repr(numbers).encode()).hexdigest() == "2d2db9ba42426852e3ef3b48c8b31150"
+    for attribute in range(4):  # only combinations are new
+        values = {subject[attribute] for subject in world.subjects}
+        assert {subject[attribute] for subject in world.train_subjects} == values
 
 
-def test_training_samples_never_show_a_held_out_subject(world):
-    for task in TASKS:
-        dataset = WorldDataset(world, {task: 1.0}, 0)
-        assert not any(world.held_out(p.subject) for i in range(100) for p in dataset[i].scene.subjects)
-        held = WorldDataset(world, {task: 1.0}, 0, held_out=True)
-        assert all(world.held_out(p.subject) for i in range(50) for p in held[i].scene.subjects)
+@pytest.mark.parametrize("task", TASKS)
+def test_training_never_shows_a_held_out_subject(task, world, monkeypatch):
+    """Nor in a reference, or behind a pasted subject."""
+    drawn, held = set(), set(world.held_out_subjects)
+    draw, cut_out = world.draw, world.cut_out
+    monkeypatch.setattr(world, "draw", lambda scene: drawn.update(p.subject for p in scene.subjects)
+                        or draw(scene))
+    monkeypatch.setattr(world, "cut_out", lambda placed: drawn.add(placed.subject) or cut_out(placed))
+    samples_of(world, task, 300)
+    assert len(drawn) > 100 and not drawn & held
+    assert samples_of(world, task, 2)[0].target.any() and not drawn & held
+    drawn.clear()
+    samples_of(world, task, 100, held_out=True)
+    assert len(drawn) > 50 and drawn <= held
 
 
 def test_a_scene_pixel_by_pixel(world):
     """A big red star with blue stripes in the centre of a plain green background."""
-    scene = Scene(list(COLORS).index("green"), 0, (place(RED_STAR_BLUE_STRIPES),))
+    green, orange = list(COLORS).index("green"), list(COLORS).index("orange")
+    scene = Scene(green, 0, (Placed(STAR, PLACES.index("center"), 1),))
     picture = world.draw(scene)
     ground = (0.55 * np.array(COLORS["green"]) + 0.45 * 255 + 0.5).astype(np.uint8)
-    assert (picture[0, 0] == ground).all() and (picture[31, 31] == ground).all() and (picture[3, 16] == ground).all()
-    assert (picture[14, 16] == COLORS["blue"]).all()  # the band above the centre
-    assert (picture[17, 16] == COLORS["red"]).all()   # the band below it
+    assert all((picture[y, x] == ground).all() for y, x in ((0, 0), (31, 31), (3, 16)))
+    assert (picture[14, 16] == COLORS["blue"]).all() and (picture[17, 16] == COLORS["red"]).all()
     columns = np.flatnonzero((picture != ground).any((0, 2)))
-    assert columns[0] >= 5 and columns[-1] <= 26 and columns[-1] - columns[0] >= 17  # 20 pixels wide
+    assert columns[0] >= 5 and columns[-1] <= 26 and np.ptp(columns) >= 17  # 20 pixels wide
     assert world.caption(scene) == "A big red star with blue stripes at the center on a green background"
     assert world.caption(scene, looks=False) == "A big star at the center on a green background"
-    orange = RED_STAR_BLUE_STRIPES._replace(color2=list(COLORS).index("orange"), pattern=PATTERNS.index("split"))
-    scene = Scene(list(COLORS).index("orange"), 1, (place(orange),))
-    assert world.caption(scene) == "A big red star with an orange half at the center on an orange striped background"
+    half = STAR._replace(color2=orange, pattern=PATTERNS.index("split"))
+    scene = Scene(orange, 1, (Placed(half, 4, 0), Placed(STAR._replace(color2=1, pattern=0), 0, 0)))
+    assert world.caption(scene) == ("A small red star with an orange half at the center and a small red star "
+                                    "at the top left on an orange striped background")
 
 
 def test_patterns_lie_on_subjects_and_stand_on_backgrounds(world):
     striped, dotted, split = (PATTERNS.index(pattern) for pattern in ("striped", "dotted", "split"))
     for upright, (along, across) in ((True, (0, 1)), (False, (1, 0))):
-        masks = [world.pattern_mask(pattern, 16, 16, upright)[..., 0] for pattern in (striped, split)]
-        assert np.ptp(masks[0], along).max() == 0 and np.ptp(masks[0], across).max() == 1  # stripes
-        assert np.ptp(masks[1], across).max() == 0 and np.ptp(masks[1], along).max() == 1  # a split, across the stripes
-        assert abs(world.pattern_mask(dotted, 16, 16, upright).mean() - 0.5) < 0.02         # dots cover half the area
-    ground = world.background(0, striped)
-    assert np.ptp(ground, 0).max() == 0 and np.ptp(ground, 1).max() > 0
+        stripes, halves = (world.pattern_mask(p, 16, 16, upright)[..., 0] for p in (striped, split))
+        assert np.ptp(stripes, along).max() == 0 and np.ptp(stripes, across).max() == 1
+        assert np.ptp(halves, across).max() == 0 and np.ptp(halves, along).max() == 1
+        assert abs(world.pattern_mask(dotted, 16, 16, upright).mean() - 0.5) < 0.02
+    assert np.ptp(world.background(0, striped), 0).max() == 0 < np.ptp(world.background(0, striped), 1).max()
 
 
-@pytest.mark.parametrize("size", [16, 48, 64])
-def test_subjects_that_are_apart_never_touch(size):
-    world = data.Shapes(size)
-    for a, b in ((a, b) for a in range(9) for b in range(9) if data.apart(a, b)):
-        masks = [world.shape_mask(list(data.SHAPES).index("square"), at, 0) for at in (a, b)]
-        assert not (masks[0] * masks[1]).any()
+@pytest.mark.parametrize("size", [16, 32, 48])
+def test_two_subjects_never_touch_or_share_a_name(size):
+    world, rng, square = data.Shapes(size), random.Random(0), list(SHAPES).index("square")
+    for _ in range(60):
+        scene = world.random_scene(rng, world.random_subjects(rng, 2))
+        assert len({world.label(p.subject) for p in scene.subjects}) == 2
+        first, second = (world.shape_mask(square, p.place, p.size) for p in scene.subjects)
+        assert not (first * second).any()
+
+
+@pytest.fixture(scope="module")
+def judge(world):
+    return Judge(world)
+
+
+def test_captions_say_what_the_pictures_show(world, judge):
+    """The judge reads the picture; its scene's caption is the prompt's."""
+    for task, lines, looks in (("text_to_image", 0, True), ("subject_driven", 1, False)):
+        samples = [s for s in samples_of(world, task, 60) if len(s.scene.subjects) == 1]
+        for sample, seen in zip(samples, judge.read([s.target for s in samples]), strict=True):
+            assert seen == sample.scene and sample.prompt.split("\n")[lines] == world.caption(seen, looks)
+    for sample, seen in zip(samples, judge.read([s.images[0] for s in samples]), strict=True):
+        assert seen.subjects[0].subject == sample.scene.subjects[0].subject != seen  # the same, elsewhere
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_prompts_have_a_placeholder_an_image_and_only_known_words(world, text_tokenizer, task):
-    for i in range(50):
-        sample = TASKS[task](world, rng(i))
-        assert sample.prompt.count("<image>") == len(sample.images) == len(sample.names)
+def test_prompts_have_a_placeholder_an_image_and_only_known_words(task, world, text_tokenizer):
+    for sample in samples_of(world, task, 60):
+        assert sample.task == task and sample.prompt.count("<image>") == len(sample.images)
         assert sample.target.shape == (32, 32, 3) and sample.target.dtype == np.uint8
-        assert text_tokenizer.UNKNOWN not in text_tokenizer.encode(sample.prompt)
-        assert all(text_tokenizer.UNKNOWN not in text_tokenizer.encode(name) for name in sample.names)
+        assert text_tokenizer.unknown_words(sample.prompt) == []
+    assert text_tokenizer.unknown_words("The in . The image is") == []
+
+
+@pytest.mark.parametrize("task", ["recovery", "subject_driven"])
+def test_prompts_never_tell_what_the_reference_shows(task, world):
+    """Neither colours nor pattern of the subject: the only colour word is the background's."""
+    for sample in samples_of(world, task, 60):
+        words = sample.prompt.split()
+        assert sum(word in COLORS for word in words) == 1
+        assert words[words.index("background") - 1] in (*COLORS, *PATTERNS)
+        assert not {"stripes", "dots", "half", "solid", "with"} & set(words)
+    for sample in samples_of(world, "segmentation", 30):
+        assert sample.prompt == f"The {world.label(sample.scene.subjects[0].subject)} in <image>."
 
 
 def test_targets_of_every_task(world):
-    for i in range(30):
-        sample = data.text_to_image(world, rng(i))
-        assert sample.prompt == world.caption(sample.scene) and (sample.target == world.draw(sample.scene)).all()
-        sample = data.reconstruction(world, rng(i))
-        assert (sample.target == sample.images[0]).all()
-        sample = data.segmentation(world, rng(i))
-        mask = world.subject_mask(sample.scene.subjects[0])[..., 0]
-        assert (sample.target[mask == 0] == 0).all()
-        assert (sample.target[mask == 1] == sample.images[0][mask == 1]).all()
-        sample = data.subject_driven(world, rng(i))
-        assert (sample.target == world.draw(sample.scene)).all() and (sample.target != sample.images[0]).any()
-        sample = data.recovery(world, rng(i))
-        assert (sample.target == world.draw(sample.scene)).all()
-        sample = data.multi_image(world, rng(i))
-        for placed, image in zip(sample.scene.subjects, sample.images):
-            assert (image == world.cut_out(place(placed.subject))).all()
+    for task in TASKS:
+        prompts = set()
+        for sample in samples_of(world, task, 40):
+            prompts.add(sample.prompt.partition("\n")[1])
+            if task == "segmentation":
+                mask = world.subject_mask(sample.scene.subjects[0])[..., 0]
+                assert (sample.target[mask == 0] == 0).all()
+                assert (sample.target[mask == 1] == sample.images[0][mask == 1]).all()
+            else:
+                assert (sample.target == world.draw(sample.scene)).all()
+            if task == "reconstruction":
+                assert (sample.images[0] == sample.target).all()
+            if task in ("recovery", "subject_driven"):
+                assert (sample.images[0] != sample.target).any()
+            if task == "recovery":  # the subject's colour is in its input
+                color = list(COLORS.values())[sample.scene.subjects[0].subject.color]
+                assert (np.abs(sample.images[0].astype(int) - color).sum(-1) < 40).any()
+        assert prompts == ({"", "\n"} if task == "reconstruction" else {"\n"} if "\n" in prompts else {""})
 
 
-def test_subject_prompts_never_tell_the_subjects_looks(world):
-    """Neither colours nor pattern: the only colour word is the background's."""
-    for task in ("recovery", "subject_driven", "multi_image"):
-        for i in range(50):
-            sample = TASKS[task](world, rng(i))
-            words = sample.prompt.split()
-            assert sum(word in COLORS for word in words) == 1 and words[words.index("background") - 1] in (*COLORS, *PATTERNS)
-            assert not {"stripes", "dots", "half", "solid"} & set(words)
-
-
-def test_two_subjects_never_share_a_name(world, monkeypatch):
-    """Neither in a scene, nor the subject of recovery and those of the picture that it is pasted on."""
-    scenes, scene_of = [], data.some_scene
-    monkeypatch.setattr(data, "some_scene", lambda *arguments: scenes.append(scene_of(*arguments)) or scenes[-1])
+def test_recovery_never_pastes_beside_another_of_the_name(world, monkeypatch):
+    others, some_scene = [], world.some_scene
+    monkeypatch.setattr(world, "some_scene", lambda *given: others.append(some_scene(*given)) or others[-1])
     for i in range(60):
-        assert len({world.label(subject) for subject in world.random_subjects(rng(i), 2)}) == 2
-        assert data.recovery(world, rng(i)).names[0] not in [world.label(placed.subject) for placed in scenes[-1].subjects]
-    assert len(scenes) > 60  # some were refused
+        name = world.label(TASKS["recovery"](world, random.Random(i)).scene.subjects[0].subject)
+        assert name not in [world.label(placed.subject) for placed in others[-1].subjects]
+    assert len(others) > 60  # some were refused
 
 
-def test_recovery_shows_the_subject_distorted_on_another_picture(world):
-    """The subject's colours are in the input; its place and shape differ from the target's."""
-    same = 0
-    for i in range(40):
-        sample = data.recovery(world, rng(i))
-        color = np.array(list(COLORS.values())[sample.scene.subjects[0].subject.color])
-        near = np.abs(sample.images[0].astype(int) - color).sum(-1) < 40
-        assert near.any()
-        same += (sample.images[0] == sample.target).all()
-    assert same == 0
-
-
-def test_paste_distorted_scales_and_moves(world):
-    """At a fixed draw without distortion the subject's area scales with the square of its scale."""
-    placed, black = place(RED_STAR_BLUE_STRIPES), np.zeros((32, 32, 3), np.uint8)
-    mask, cut = world.subject_mask(placed), world.cut_out(placed)
-
-    class Fixed(random.Random):
-        def random(self):
-            return 0.9  # no rotation, stretch, shear or perspective
-
-        def uniform(self, low, high):
-            return 0.8 if (low, high) == (0.6, 1.1) else (low + high) / 2
-
-    out = data.paste_distorted(cut, mask, black, Fixed())
-    area = (out.max(-1) > 100).sum() / (cut.max(-1) > 100).sum()
-    assert 0.5 < area < 0.8
-    centroid = np.argwhere(out.max(-1) > 100).mean(0)
-    assert np.abs(centroid - 15.5).max() < 2
-
-
-def test_paste_distorted_turns_by_degrees_and_keeps_the_area():
-    """A flat bar, half the time turned and stretched, never otherwise."""
+def test_paste_distorted():
+    """A flat bar: half the time turned, stretched, sheared and tilted, always moved and scaled."""
     mask = np.zeros((64, 64, 1), np.float32)
     mask[28:36, 16:48] = 1
-    bar = (mask * 255).astype(np.uint8).repeat(3, 2)
+    bar, black = (mask * 255).astype(np.uint8).repeat(3, 2), np.zeros((64, 64, 3), np.uint8)
 
-    class Fixed(random.Random):
-        def random(self):
-            return self.chance
+    def pasted(chance, **numbers):
+        y, x = np.nonzero(data.paste_distorted(bar, mask, black, Fixed(chance, **numbers))[..., 0] > 127)
+        slope = np.arctan(np.cov(x, y)[0, 1] / np.cov(x, y)[0, 0])
+        return len(x), np.degrees(slope), np.ptp(x) + 1, np.ptp(y) + 1
 
-        def uniform(self, low, high):
-            return {(0.6, 1.1): 1.0, (-20, 20): self.angle, (0.85, 1.18): self.stretch}.get((low, high), (low + high) / 2)
-
-    def pasted(chance, angle=0.0, stretch=1.0):
-        draws = Fixed()
-        draws.chance, draws.angle, draws.stretch = chance, angle, stretch
-        y, x = np.nonzero(data.paste_distorted(bar, mask, np.zeros_like(bar), draws)[..., 0] > 127)
-        return len(x), np.degrees(np.arctan(np.cov(x, y)[0, 1] / np.cov(x, y)[0, 0])), np.ptp(x) + 1, np.ptp(y) + 1
-
-    assert pasted(0.6, angle=15.0, stretch=1.18) == pasted(0.6) == (256, 0, 32, 8)
-    area, angle, *_ = pasted(0.4, angle=15.0)
+    assert pasted(0.6, scale=1.0, angle=15.0, stretch=1.18) == (256, 0, 32, 8)
+    assert pasted(0.6, scale=0.75) == (144, 0, 24, 6)
+    area, angle, *_ = pasted(0.4, scale=1.0, angle=15.0)
     assert abs(area - 256) < 16 and abs(abs(angle) - 15) < 2
-    area, angle, width, height = pasted(0.4, stretch=1.18)
+    area, angle, width, height = pasted(0.4, scale=1.0, stretch=1.18)
     assert abs(area - 256) < 32 and width < 30 and height > 8
+    places = [np.argwhere(data.paste_distorted(bar, mask, black, random.Random(i))[..., 0] > 127).mean(0)
+              for i in range(30)]
+    assert np.std(places, 0).min() > 5
+    ground = np.full((64, 64, 3), 90, np.uint8)
+    on_grey = data.paste_distorted(bar, mask, ground, Fixed(0.6, scale=1.0))
+    assert set(np.unique(on_grey)) == {90, 255} and (on_grey == 255).sum() == 3 * 256
 
 
-def test_samples_are_a_function_of_seed_and_index(world):
-    mix = dict.fromkeys(TASKS, 1.0)
-    first, again, other = WorldDataset(world, mix, 5), WorldDataset(world, mix, 5), WorldDataset(world, mix, 6)
-    assert first[1000].prompt == again[1000].prompt and (first[1000].target == again[1000].target).all()
+# --- Datasets
+def test_samples_depend_on_seed_and_index_alone(world):
+    first, again, other = (ShapesDataset(world, dict.fromkeys(TASKS, 1.0), seed, 0.5) for seed in (5, 5, 6))
+    for i in (1000, 3, 10**12):
+        a, b = first[i], again[i]
+        assert (a.prompt, a.drop, a.mask_seed) == (b.prompt, b.drop, b.mask_seed)
+        assert (a.target == b.target).all()
     assert any(first[i].prompt != other[i].prompt for i in range(5))
-    assert len({first[i].mask_seed for i in range(5)}) == 5
+    assert len({first[i].mask_seed for i in range(50)}) == 50
 
 
-def test_tasks_come_in_their_shares(world):
-    dataset = WorldDataset(world, {"text_to_image": 3.0, "segmentation": 1.0}, 0, prefix_drop=0.1)
-    samples = [dataset[i] for i in range(1000)]
-    assert abs(sum(s.task == "segmentation" for s in samples) / 1000 - 0.25) < 0.05
-    assert abs(sum(s.drop for s in samples) / 1000 - 0.1) < 0.03
+def test_tasks_and_dropped_prompts_come_in_their_shares(world):
+    mix = {"text_to_image": 3.0, "segmentation": 1.0}
+    samples = [ShapesDataset(world, mix, 0, prefix_drop=0.1)[i] for i in range(1000)]
+    assert abs(np.mean([s.task == "segmentation" for s in samples]) - 0.25) < 0.05
+    assert abs(np.mean([s.drop for s in samples]) - 0.1) < 0.03
+    assert not any(ShapesDataset(world, mix, 0)[i].drop for i in range(50))
 
 
-def test_wrong_prompts_are_refused_with_a_reason(world, text_tokenizer):
-    collate = Collate(text_tokenizer, 32, 16, 40, 32)
-    image = np.zeros((32, 32, 3), np.uint8)
+class Letters:
+    """A source of ten entries of two tasks; the last two are held out. A sample is its line and a number."""
 
-    def encode(prompt, images):
-        return collate.encode(prompt, len(images))
+    path, tasks = "letters", {"odd", "even"}
+    task_of = np.array(["even", "odd"] * 5)
+    held_out = np.arange(10) > 7
 
-    with pytest.raises(ValueError, match="0 <image> placeholders, but 1 images"):
-        encode("The star", [image])
-    with pytest.raises(ValueError, match="2 <image> placeholders, but 1 images"):
-        encode("The star in <image> and <image>", [image])
-    with pytest.raises(ValueError, match="at most 40"):
-        encode("The star in <image>.\nThe star in <image>.\nThe star in <image>.", [image] * 3)
-    longest = encode("a star " * 19 + "a", [])
-    assert len(longest) == 40  # exactly as many as fit
-    assert encode("", []) == [text_tokenizer.EOS]  # an empty prompt is a prompt
-    with pytest.raises(ValueError, match="'sqare'.*square"):
-        text_tokenizer.check_words("A big sqare in <image>")
-    with pytest.raises(ValueError, match="'SQARE'.*square"):
-        text_tokenizer.check_words("A BIG SQARE")
+    def sample(self, line, rng):
+        return Sample(str(self.task_of[line]), f"{line} {rng.random()}", [])
 
 
-def test_text_tokenizer_treats_image_as_one_added_token(text_tokenizer):
-    ids = text_tokenizer.encode("The star in <image>.\nA star", image_tokens=3)
-    assert ids.count(text_tokenizer.image_id) == 3 and ids[-1] == text_tokenizer.EOS
-    assert text_tokenizer.encode("the STAR\n in<image> .  a  star", 3) == ids  # case-folded, white space swallowed
-    assert TextTokenizer(text_tokenizer.proto).encode("a star") == text_tokenizer.encode("a star")
+def test_every_entry_comes_once_an_epoch_in_another_order():
+    dataset = EntryDataset(Letters(), {"even": 1.0, "odd": 9.0}, 0, prefix_drop=0.5)
+    assert dataset.count == 8
+    epochs = [[int(dataset[i].prompt.split()[0]) for i in range(8 * e, 8 * e + 8)] for e in range(5)]
+    assert all(sorted(epoch) == list(range(8)) for epoch in epochs) and len(set(map(tuple, epochs))) == 5
+    again, other = (EntryDataset(Letters(), {"odd": 1.0, "even": 1.0}, seed, 0.5) for seed in (0, 1))
+    for i in (17, 3, 10**9):  # in any order
+        same, new = again[i], other[i]
+        assert vars(same) == vars(dataset[i]) != vars(new)
+    assert {dataset[i].prompt for i in range(80)}.isdisjoint(dataset[i].prompt for i in range(80, 160))
+    assert 0.3 < np.mean([dataset[i].drop for i in range(200)]) < 0.7
+    assert len({dataset[i].mask_seed for i in range(100)}) == 100
+    held = EntryDataset(Letters(), {"even": 1.0}, 0, held_out=True)
+    assert held.count == 1 and {held[i].prompt[0] for i in range(5)} == {"8"}
+    with pytest.raises(ValueError, match="letters has nothing for recovery"):
+        EntryDataset(Letters(), {"recovery": 1.0}, 0)
+    assert EntryDataset(Letters(), {"recovery": 1.0}, 0, held_out=True).count == 0
+    assert sorted(data.shuffled(1000, "key")) == list(range(1000))
 
 
-def test_collate_puts_every_image_into_its_slots(world, text_tokenizer):
-    dataset = WorldDataset(world, {"multi_image": 1.0, "text_to_image": 1.0}, 0)
-    batch = Collate(text_tokenizer, 32, 16, 96, 32)([dataset[i] for i in range(8)])
-    assert len(batch.pixels) == 2 * batch.tasks.count("multi_image")
+# --- Words and batches
+def test_added_tokens_have_their_ids(text_tokenizer):
+    first = text_tokenizer.pieces.vocab_size()
+    for text, number in (("<pad>", 0), ("</s>", 1), ("<unk>", 2), ("<extra_id_99>", first),
+                         ("<extra_id_0>", first + 99), ("<image>", first + 100)):
+        assert text_tokenizer.encode(text) == [number, 1]
+    assert text_tokenizer.encode("<image>", 4) == [first + 100] * 4 + [1]
+
+
+def test_t5s_pieces_get_t5s_ids():
+    golden = ROOT / "tests" / "golden"
+    tokenizer = TextTokenizer((golden / "tokenizer" / "spiece.model").read_bytes())
+    expected = json.loads((golden / "tokenizer_golden.json").read_text())
+    texts = json.loads((golden / "tokenizer" / "texts.json").read_text())
+    assert [tokenizer.encode(text) for text in texts] == expected["ids"] and len(texts) > 15
+    assert (tokenizer.image_id, tokenizer.EOS, tokenizer.whole_words) == (expected["image_id"], 1, False)
+
+
+def test_words_are_apart_where_nothing_is_between_them():
+    """Punctuation always; characters of scripts without spaces."""
+    ours = TextTokenizer.train(["(two cats, one T-shirt)", "1girl,solo,red_hair", "雪の中の犬", "犬 dog", "สวน"])
+    for text in ("cats,one", "solo, 1girl", "shirt-T", "red_hair", "犬の雪", "中dog犬", "นวส"):
+        assert ours.unknown_words(text) == [] and ours.UNKNOWN not in ours.encode(text), text
+    assert ours.unknown_words("猫の犬, a hair") == ["猫", "a", "hair"]
+    assert ours.encode("cats,one") == ours.encode("cats , one") and len(ours.encode("雪の中")) == 4
+    longer = ours.extended("猫, a Ångström")
+    assert longer.unknown_words("猫の犬 a ångström cats") == [] and longer.encode("犬の雪")[:-1] == \
+        ours.encode("犬の雪")[:-1]
+    assert longer.pieces.vocab_size() == ours.pieces.vocab_size() + 3
+    with pytest.raises(ValueError, match="xxx.*100 bytes"):
+        ours.extended("x" * 120)
+
+
+def test_prompts_that_do_not_fit_are_refused(text_tokenizer):
+    collate = Collate(text_tokenizer, small_config(text_tokenizer, context=20), 32)
+    for prompt, images, message in (("The star", 1, "0 <image>, but 1"), ("<image> <image>", 1, "2 <image>"),
+                                    ("a star " * 10, 0, "21 tokens.*context=20"),
+                                    ("<image>" * 5, 5, "21 tokens, 4 of them for each image")):
+        with pytest.raises(ValueError, match=message) as error:
+            collate.encode(prompt, images)
+        assert repr(prompt) in str(error.value)
+    assert len(collate.encode("a star " * 9 + "a", 0)) == 20 and collate.encode("", 0) == [TextTokenizer.EOS]
+
+
+def test_a_batch_of_samples(world, text_tokenizer):
+    config = small_config(text_tokenizer)
+    dataset = ShapesDataset(world, {"subject_driven": 1.0, "text_to_image": 1.0}, 0, prefix_drop=0.5)
+    samples = [dataset[i] for i in range(16)] + [Sample("two", "a <image> <image>", [NOISE] * 2, NOISE)]
+    batch = Collate(text_tokenizer, config, 16)(samples)
+    images = [vision_pixels(image, 32) for s in samples for image in s.images]
+    assert torch.equal(batch.pixels, torch.stack(images)) and batch.targets.shape == (17, 3, 16, 16)
     assert (batch.text_ids.flatten()[batch.image_slots] == text_tokenizer.image_id).all()
-    assert len(batch.image_slots) == 16 * len(batch.pixels) == int((batch.text_ids == text_tokenizer.image_id).sum())
-    for ids, length in zip(batch.text_ids, batch.lengths):
-        assert ids[length - 1] == text_tokenizer.EOS and not ids[length:].any()
-    assert batch.targets.min() >= -1 and batch.targets.max() <= 1
-    assert 0.4 < batch.masked.sum() / batch.lengths.sum() < 0.6 and not batch.masked[batch.text_ids == 0].any()
+    assert len(batch.image_slots) == 4 * len(images) == (batch.text_ids == text_tokenizer.image_id).sum()
+    assert (batch.image_slots.diff() > 0).all()
+    for i, sample in enumerate(samples):
+        ids = text_tokenizer.encode(sample.prompt, 4)
+        assert batch.text_ids[i, : len(ids)].tolist() == ids and not batch.text_ids[i, len(ids) :].any()
+        assert batch.lengths[i] == len(ids) and torch.equal(
+            batch.targets[i], data.tokenizer_pixels(sample.target, 16))
+    assert batch.drop.tolist() == [s.drop for s in samples] and batch.tasks == [s.task for s in samples]
+    assert 0.4 < batch.masked.sum() / batch.lengths.sum() < 0.6
+    assert not batch.masked[batch.text_ids == 0].any()
+    alone = Collate(text_tokenizer, config, 16)(samples[3:4])  # what is hidden depends on the sample alone
+    assert torch.equal(alone.masked[0], batch.masked[3, : alone.masked.shape[1]])
+    none = Collate(text_tokenizer, config, 16)([Sample("", "a star", [])])
+    assert none.pixels.shape == (0, 3, 32, 32) and none.targets.shape == (0, 3, 16, 16)
 
 
-def test_pictures_of_every_kind_are_read_right(tmp_path):
-    base = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    Image.fromarray(base).save(tmp_path / "plain.png")
-    assert (load_image(tmp_path / "plain.png") == base).all()
-    Image.fromarray(base).quantize(256).save(tmp_path / "palette.png")
-    assert np.abs(load_image(tmp_path / "palette.png").astype(int) - base).mean() < 20
-    alpha = np.dstack([base, np.zeros((20, 30), np.uint8)])
-    Image.fromarray(alpha).save(tmp_path / "clear.png")
-    assert (load_image(tmp_path / "clear.png") == 255).all()
-    deep = (base[..., 0].astype(np.uint16)) * 257
-    Image.fromarray(deep).save(tmp_path / "deep.png")
-    assert (load_image(tmp_path / "deep.png")[..., 0] == base[..., 0]).all()
-    deep[:5] = 300
-    Image.fromarray(deep).save(tmp_path / "hole.png", transparency=300)
-    assert (load_image(tmp_path / "hole.png")[:5] == 255).all() and (load_image(tmp_path / "hole.png", under="black")[:5] == 0).all()
-    assert (load_image(tmp_path / "hole.png")[5:, :, 2] == base[5:, :, 0]).all()
-    for values in (np.random.default_rng(0).random((20, 30), np.float32), np.full((20, 30), 70_000, np.int32)):
-        Image.fromarray(values).save(tmp_path / "wide.tif")  # was read as black, or as white
-        with pytest.raises(ValueError, match="wide.tif: not a readable image .its values of 32 bits may mean any brightness"):
-            load_image(tmp_path / "wide.tif")
-    Image.fromarray(base).convert("CMYK").save(tmp_path / "cmyk.tif")
-    assert np.abs(load_image(tmp_path / "cmyk.tif").astype(int) - base).max() < 3
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by 90 degrees
-    Image.fromarray(base).save(tmp_path / "turned.png", exif=exif)
-    assert (load_image(tmp_path / "turned.png") == np.rot90(base, -1)).all()
-
-
-def test_pictures_become_tensors_and_the_same_pictures_again():
-    picture = np.arange(3 * 16 * 16, dtype=np.int64).reshape(16, 16, 3).astype(np.uint8)  # every value of a byte
-    assert (data.to_picture(data.tokenizer_pixels(picture, 16)) == picture).all()
-
-
-def test_clips_long_side_is_rounded_down():
-    picture = np.random.default_rng(0).integers(0, 256, (29, 640, 3), dtype=np.uint8)
-    square = np.asarray(Image.fromarray(picture).resize((617, 28), Image.BICUBIC).crop((294, 0, 322, 28)))  # 640 * 28 / 29 is 617.9
-    expected = (square / 255 - data.CLIP_MEAN) / data.CLIP_STD
-    assert np.abs(data.vision_pixels(picture, 28).numpy().transpose(1, 2, 0) - expected).max() < 1e-5
-
-
-@pytest.mark.parametrize("long", [2000, 2001])
-def test_a_line_of_pixels_is_not_enlarged_as_a_whole(long, monkeypatch):
-    sizes, resize = [], Image.Image.resize
-    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *rest: sizes.append(size) or resize(self, size, *rest))
-    line = np.random.default_rng(0).integers(0, 256, (long, 1, 3), dtype=np.uint8)
-    for picture in (line, line.transpose(1, 0, 2)):
-        whole = np.asarray(resize(Image.fromarray(picture), (picture.shape[1] * 16, picture.shape[0] * 16), Image.BICUBIC))
-        top, left = (whole.shape[0] - 16) // 2, (whole.shape[1] - 16) // 2
-        square = whole[top : top + 16, left : left + 16]
-        assert (data.center_crop(picture, 16) == square).all()
-        assert np.abs(data.vision_pixels(picture, 16).numpy().transpose(1, 2, 0) - (square / 255 - data.CLIP_MEAN) / data.CLIP_STD).max() < 1e-5
-    assert max(map(max, sizes)) <= 101 * 16  # 60,000 pixels at 512 would be 47 GB
-
-
-def test_animations_and_clear_palettes(tmp_path):
-    """The first frame of an animation; a palette's transparent entry on white."""
-    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
-    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    assert (load_image(tmp_path / "moving.gif") == (255, 0, 0)).all()
-    palette = Image.new("P", (8, 8), 0)
-    palette.putpalette([10, 20, 30, 40, 50, 60])
-    palette.paste(1, (0, 0, 4, 8))
-    palette.save(tmp_path / "clear.png", transparency=0)
-    picture = load_image(tmp_path / "clear.png")
-    assert (picture[:, :4] == (40, 50, 60)).all() and (picture[:, 4:] == 255).all()
-
-
-def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
-    Image.new("1", (100, 100)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
-    with pytest.raises(ValueError, match="bomb.png: not a readable image .*decompression bomb"):
-        load_image(tmp_path / "bomb.png")
-
-
-def test_broken_pictures_are_named(tmp_path):
-    (tmp_path / "text.png").write_text("hello")
-    (tmp_path / "empty.png").write_bytes(b"")
-    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "whole.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
-    for name in ("text.png", "empty.png", "cut.png", "missing.png"):
-        with pytest.raises(ValueError, match=name):
-            load_image(tmp_path / name)
-
-
-def test_emoji_without_a_font_says_how_to_get_one():
-    with pytest.raises(ValueError, match="no colour emoji font at /nowhere.*--emoji_font"):
-        Emoji(64, "/nowhere")
-
-
-def emoji_or_skip(image_size):
-    try:
-        return Emoji(image_size)
-    except ValueError as error:
-        pytest.skip(str(error))
-
-
-def test_the_judge_reads_true_renders_of_emoji():
-    world, chance = emoji_or_skip(32), rng()
-    judge = EmojiJudge(world)
-    scenes = [world.random_scene(chance, world.random_subjects(chance, 1, held_out=True)) for _ in range(60)]
-    assert [judge.read(world.draw(scene)) for scene in scenes] == scenes
-    subject = scenes[0].subjects[0].subject
-    assert judge.attributes(subject) == (subject.character,)
-    assert world.sprite.cache_info().maxsize * 64 * 64 * 16 < 2**27  # bytes of a data process that draws 64 pixels a side
-
-
-def test_emoji_have_other_looks_only_where_a_training_reference_shows_them():
-    world, plain = emoji_or_skip(32), data.EmojiSubject("x")[1:]
-    for task in data.TASKS:
-        looks = {held: {p.subject[1:] for i in range(40) for p in data.TASKS[task](world, rng(i), held).scene.subjects} for held in (False, True)}
-        assert looks[True] == {plain} and (looks[False] == {plain} if task == "text_to_image" else len(looks[False]) > 6)
-    subject = world.all_subjects()[100]
-    swapped = world.cut_out(place(subject._replace(channels=(1, 2, 0))))
-    assert (swapped == world.cut_out(place(subject))[..., [1, 2, 0]]).all()
-    drawn, other = world.cut_out(place(subject)), world.all_subjects()[200]
-    x, y, half = *world.center(4, 1), world.widths[1] // 2
-    window = np.s_[y - half : y - half + world.widths[1], x - half : x - half + world.widths[1]]
-    for turn in data.TURNS[1:]:
-        turned = np.asarray(Image.fromarray(drawn[window]).transpose(turn))
-        assert (world.cut_out(place(subject._replace(turn=turn)))[window] == turned).all()
-    both = world.cut_out(place(subject._replace(other=other.character)))
-    assert (both[:, :x] == drawn[:, :x]).all() and (both[:, x:] == world.cut_out(place(other))[:, x:]).all() and (both != drawn).any()
-    assert world.held_out(subject) == world.held_out(world.vary(subject, rng(), True))
-    alone = [world.vary(subject, rng(i), True) for i in range(200)]
-    named = [s for s in alone if world.label(s) == world.label(subject)]
-    assert 0.2 < len(named) / 200 < 0.4 and {world.label(s) for s in alone if s not in named} == {"symbol"}
-    halves = {s.other for s in alone if s.other}
-    assert 50 < len(halves) < 90 and not any(s.other for s in named) and halves <= {s.character for s in world.subjects[False]}
-    assert all(world.label(p.subject) != "symbol" for i in range(40) for p in data.multi_image(world, rng(i)).scene.subjects)
-    assert world.text_tokenizer().unknown_word("symbol") is None
-    scenes = [Scene(0, 0, (place(s),)) for s in (subject, subject._replace(channels=(2, 1, 0)), world.all_subjects()[101])]
-    assert [concept_preservation(s, scenes[0], world.attributes) for s in scenes] == [1, 1, 0]
-
-
-def test_emoji_world():
-    world = emoji_or_skip(64)
-    assert len(world.all_subjects()) == 1280
-    sample = data.subject_driven(world, rng())
-    assert sample.target.shape == (64, 64, 3) and (sample.target == world.draw(sample.scene)).all()
-    mask = world.subject_mask(sample.scene.subjects[0])
-    assert mask.max() == 1 and mask.min() == 0
-
-
-def test_an_odd_exif_tag_does_not_hide_a_readable_picture(tmp_path):
-    """Width stored as text: ImageOps.exif_transpose raises struct.error when it writes the tags again."""
-    base = np.random.default_rng(0).integers(0, 256, (24, 18, 3), dtype=np.uint8)
-    for turn in range(1, 9):
-        exif = Image.Exif()
-        exif[0x0112], exif[0x010E] = turn, "hello"
-        Image.fromarray(base).save(tmp_path / "odd.png", exif=exif)
-        plain = load_image(tmp_path / "odd.png")
-        Image.fromarray(base).save(tmp_path / "odd.png", exif=exif.tobytes().replace(b"\x01\x0e", b"\x01\x00").replace(b"\x0e\x01", b"\x00\x01"))
-        assert (load_image(tmp_path / "odd.png") == plain).all()
-
-
-def test_recovery_names_the_emoji_that_is_meant():
-    """Its reference shows others too."""
-    world = emoji_or_skip(32)
-    assert all(data.recovery(world, rng(i)).names != ["symbol"] for i in range(60))
-
-
-def test_punctuation_is_not_part_of_a_word():
-    tokenizer = TextTokenizer.train(["A dog on the beach.", "(two cats, one T-shirt)"])
-    for text in ("beach", "cats (dog) T-shirt.", "a dog, two cats"):
-        assert tokenizer.unknown_word(text) is None and tokenizer.UNKNOWN not in tokenizer.encode(text)
-    assert tokenizer.encode("beach.") == tokenizer.encode("beach .") and tokenizer.unknown_word("T") == "T"
-
-
-def test_every_word_of_many_and_of_long_sentences_is_known():
-    tokenizer = TextTokenizer.train([*(f"w{i}" for i in range(9000)), " ".join(f"q{i}" for i in range(2000))])
-    assert tokenizer.unknown_word(" ".join([*(f"w{i}" for i in range(9000)), *(f"q{i}" for i in range(2000))])) is None
+def test_a_batch_is_moved_and_pinned_as_a_whole(world, text_tokenizer, monkeypatch):
+    """The DataLoader pins what has a pin_memory method, and leaves anything else without a word."""
+    batch, pinned = Collate(text_tokenizer, small_config(text_tokenizer), 32)(
+        samples_of(world, "subject_driven", 2)), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    same = torch.utils.data._utils.pin_memory.pin_memory(batch)
+    tensors = [value for value in vars(batch).values() if torch.is_tensor(value)]
+    assert isinstance(same, Batch) and len(pinned) == len(tensors) == 7 and same.tasks == batch.tasks
+    moved = batch.to("meta")
+    assert {v.device.type for v in vars(moved).values() if torch.is_tensor(v)} == {"meta"}

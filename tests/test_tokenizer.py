@@ -1,303 +1,361 @@
-"""The VQGAN and the parts of its training."""
+"""The VQGAN and its training, the text tokenizer, and how models are written to folders and read."""
 
+import hashlib
+import json
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 import tokenizer
 import train
-from data import tokenizer_pixels
-from tokenizer import (PRESETS, VQGAN, CodebookUsage, PatchDiscriminator, TokenizerConfig, VectorQuantizer, adaptive_weight, collages,
-                       consistency_loss, hinge_d_loss, spread_codes)
+from conftest import CPU, same_weights
+from mentor import Mentor, MentorConfig
+from tokenizer import (VQGAN, PatchDiscriminator, TextTokenizer, TokenizerConfig, TokenizerStage,
+                       VectorQuantizer, adaptive_weight, collages, consistency_loss, file_hash, flatten,
+                       hinge_d_loss, load_model, nearest, rebuild, save_model, spread_codes,
+                       write_atomically, write_json)
 
-SMALL = TokenizerConfig(image_size=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, norm_groups=4, z_channels=16, codebook_size=32)
+close = torch.testing.assert_close
+SMALL = TokenizerConfig(image_size=32, ch=8, ch_mult=(1, 1, 2), num_res_blocks=1, norm_groups=4,
+                        z_channels=16, codebook_size=32)
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea423c2713d436b5ee\nsize 12345\n"
 
 
-def test_shapes_and_a_stable_round_trip():
+@pytest.fixture
+def vqgan():
+    return VQGAN(SMALL).eval()
+
+
+def some_images(count):
+    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def make_stage(pictures=(), **keys):
+    """A TokenizerStage of the small VQGAN that trains 100 steps."""
+    keys = dict(steps=100, codebook_start=0.0, restart_every=100, consistency=0.0, disc_start=1.0) | keys
+    preset = train.PRESETS["tiny"]
     torch.manual_seed(0)
-    model = VQGAN(SMALL).eval()
-    images = torch.rand(3, 3, 16, 16) * 2 - 1
-    reconstruction, _, codes = model(images)
-    assert reconstruction.shape == images.shape and codes.shape == (3, 8, 8)
-    assert torch.equal(model.encode(images), codes.flatten(1))
-    torch.testing.assert_close(model.decode(codes.flatten(1)), reconstruction, atol=1e-5, rtol=1e-5)
+    return TokenizerStage(replace(preset, vqgan=SMALL, tokenizer=replace(preset.tokenizer, **keys)), CPU,
+                          pictures.__getitem__)
+
+
+# --- The model
+def test_encode_and_decode_are_the_training_pass_in_two_halves(vqgan):
+    """However few pictures go through the network at once."""
+    images, counts = some_images(5), []
+    z_q, _, codes = vqgan.quantize(vqgan.quant_conv(vqgan.encoder(images)))
+    made = vqgan.decoder(vqgan.post_quant_conv(z_q))
+    assert codes.shape == (5, 8, 8) and made.shape == images.shape
+    vqgan.encoder.register_forward_pre_hook(lambda module, inputs: counts.append(len(inputs[0])))
+    for vqgan.at_once in (5, 2):
+        assert torch.equal(vqgan.encode(images), codes.flatten(1))  # in raster order
+        close(vqgan.decode(codes.flatten(1)), made, atol=1e-5, rtol=1e-5)
+    assert counts == [5, 2, 2, 1] and not vqgan.decode(codes.flatten(1)).requires_grad
 
 
 def test_a_new_tokenizers_residual_branches_are_silent():
-    x, parts = torch.randn(1, 8, 4, 4), (tokenizer.ResnetBlock(8, 8, 4), tokenizer.AttnBlock(8, 4))
-    for part in parts:
-        assert torch.equal(part(x), x)
+    x = torch.randn(1, 8, 4, 4)
+    assert torch.equal(tokenizer.ResnetBlock(8, 8, 4)(x), x) and torch.equal(tokenizer.AttnBlock(8, 4)(x), x)
 
 
-def test_many_pictures_are_encoded_a_few_at_a_time(monkeypatch):
-    torch.manual_seed(0)
-    model, images, counts = VQGAN(SMALL).eval(), torch.rand(5, 3, 16, 16) * 2 - 1, []
-    whole = model.encode(images)
-    model.encoder.register_forward_pre_hook(lambda module, inputs: counts.append(len(inputs[0])))
-    monkeypatch.setattr(tokenizer, "PIXELS_AT_ONCE", 2 * 16 * 16 + 1)
-    assert torch.equal(model.encode(images), whole) and counts == [2, 2, 1]
+def test_sizes_that_cannot_be_are_refused():
+    assert TokenizerConfig().grid_size == 32 and train.PRESETS["tiny"].vqgan.grid_size == 8
+    for sizes, message in (({"image_size": 500}, "image_size=500: .*16"), ({"ch": 16}, "groups=32: .*16")):
+        with pytest.raises(ValueError, match=message):
+            TokenizerConfig(**sizes)
 
 
+# --- The codebook
 def test_the_nearest_code_is_chosen():
-    torch.manual_seed(0)
     quantizer, z = VectorQuantizer(SMALL), torch.randn(2, 8, 4, 4)
-    _, _, codes = quantizer(z)
+    quantizer.embedding.weight.data *= torch.linspace(0.1, 9, 32)[:, None]  # a code's length is no advantage
     distance = torch.cdist(F.normalize(z.permute(0, 2, 3, 1).flatten(0, 2), dim=-1), quantizer.codebook())
+    z_q, _, codes = quantizer(z)
     assert torch.equal(codes.flatten(), distance.argmin(1))
+    close(quantizer.lookup(codes), z_q), close(z_q.norm(dim=1), torch.ones(2, 4, 4))
+    many = F.normalize(torch.randn(70_000, 8), dim=-1)  # more rows than one product takes
+    assert torch.equal(nearest(many, quantizer.codebook())[-9:], nearest(many[-9:], quantizer.codebook()))
 
 
-def test_gradient_passes_straight_through_and_codes_get_their_loss():
-    torch.manual_seed(0)
+def test_the_gradient_passes_straight_through():
     quantizer, probe = VectorQuantizer(SMALL), torch.randn(1, 8, 2, 2)
-    z = F.normalize(torch.randn(1, 8, 2, 2), dim=1).requires_grad_()
-    z_q, _, _ = quantizer(z)
-    (z_q * probe).sum().backward()
-    direct = torch.autograd.grad((F.normalize(z, dim=1) * probe).sum(), z)[0]  # as if nothing had been quantized
-    torch.testing.assert_close(z.grad, direct)
+    z = torch.randn(1, 8, 2, 2, requires_grad=True)
+    (quantizer(z)[0] * probe).sum().backward()
+    direct, = torch.autograd.grad((F.normalize(z, dim=1) * probe).sum(), z)  # as if nothing had been rounded
+    close(z.grad, direct)
     assert quantizer.embedding.weight.grad is None or not quantizer.embedding.weight.grad.any()
-    quantizer(z.detach())[1].backward()
-    assert quantizer.embedding.weight.grad.any()
 
 
-def test_beta_weighs_the_encoders_side_of_the_loss():
-    torch.manual_seed(0)
-    quantizer, z = VectorQuantizer(SMALL), torch.randn(1, 8, 2, 2)
-    z_q, loss, _ = quantizer(z)
-    distance = F.mse_loss(z_q, F.normalize(z, dim=1))
-    torch.testing.assert_close(loss, 1.25 * distance)
+def test_the_codebook_loss_moves_codes_and_the_commitment_loss_the_encoder():
+    quantizer, z = VectorQuantizer(replace(SMALL, beta=0.3)), torch.randn(1, 8, 2, 2, requires_grad=True)
+    _, loss, codes = quantizer(z)
+    code_side, encoder_side = torch.autograd.grad(loss, [quantizer.embedding.weight, z])
+    unit, vectors = F.normalize(z, dim=1), F.embedding(codes, quantizer.codebook()).permute(0, 3, 1, 2)
+    close(loss, 1.3 * F.mse_loss(vectors, unit))
+    codebook_loss, commitment_loss = F.mse_loss(vectors, unit.detach()), F.mse_loss(unit, vectors.detach())
+    expected = torch.autograd.grad(codebook_loss + 0.3 * commitment_loss, [quantizer.embedding.weight, z])
+    close((code_side, encoder_side), expected)
 
 
 def test_codes_are_the_same_inside_autocast():
-    torch.manual_seed(0)
     quantizer, z = VectorQuantizer(TokenizerConfig(codebook_size=4096)), torch.randn(1, 8, 32, 32)
-    _, _, codes = quantizer(z)
     with torch.autocast("cpu", torch.bfloat16):
-        z_q, loss, again = quantizer(z)
-    nearest = (F.normalize(z, dim=1).permute(0, 2, 3, 1) @ quantizer.codebook().T).argmax(-1)
-    assert torch.equal(codes, nearest) and torch.equal(codes, again) and z_q.dtype == loss.dtype == torch.float32
-
-
-def test_usage_is_counted_over_a_window():
-    usage = CodebookUsage(32, "cpu")
-    usage.add(torch.arange(30).repeat(2))
-    assert usage.usage() == 30 / 32 and abs(usage.perplexity() - 30) < 1e-3
-    usage.reset()
-    assert usage.usage() == 0
-    usage.add(torch.tensor([[7]]))
-    assert usage.usage() == 1 / 32  # once is enough
+        z_q, loss, codes = quantizer(z)
+    assert torch.equal(codes, quantizer(z)[2]) and z_q.dtype == loss.dtype == torch.float32
 
 
 def test_every_rare_sight_gets_a_code_before_a_common_one_gets_a_second():
     """20 sights, one of them 5,000 times as common as the others, each seen with a little noise."""
-    torch.manual_seed(0)
     sights = F.normalize(torch.randn(20, 8), dim=-1)
     which = torch.cat([torch.zeros(5000, dtype=torch.long), torch.arange(1, 20)])
     z = F.normalize(sights[which] + 0.02 * torch.randn(len(which), 8), dim=-1)
-    codes = spread_codes(3 * z, 20, torch.Generator().manual_seed(0))
-    assert (codes.norm(dim=1) - 1).abs().max() < 1e-5 and sorted((codes @ sights.T).argmax(1).tolist()) == list(range(20))
-    assert torch.equal(spread_codes(3 * z, 20, torch.Generator().manual_seed(0)), codes)  # nothing else is random
-    own = VectorQuantizer.nearest(z, codes)
-    torch.testing.assert_close(codes[own[0]], F.normalize(z[:5000].mean(0), dim=0), atol=1e-5, rtol=0)  # the mean of all that it stands for
-    assert spread_codes(z[:3], 8, torch.Generator().manual_seed(0)).isfinite().all()                     # fewer outputs than codes
+    codes, again = (spread_codes(3 * z, 20, torch.Generator().manual_seed(0)) for _ in range(2))
+    close(codes.norm(dim=1), torch.ones(20))
+    assert sorted((codes @ sights.T).argmax(1).tolist()) == list(range(20)) and torch.equal(codes, again)
+    common = codes[nearest(z[:1], codes)[0]]  # the mean of all that it stands for
+    close(common, F.normalize(z[:5000].mean(0), dim=0), atol=1e-5, rtol=0)
+    few = spread_codes(z[:3].repeat(9, 1), 8, torch.Generator().manual_seed(0))  # fewer sights than codes
+    close(few.norm(dim=1), torch.ones(8))
 
 
-def test_places_are_new_codes_for_what_the_encoder_says():
-    run = replace(train.PRESETS["tiny"], vqgan=SMALL, tokenizer=replace(train.PRESETS["tiny"].tokenizer, steps=10, codebook_start=0.4, restart_every=2, consistency=0.0))
-    pictures = [SimpleNamespace(target=np.random.default_rng(i).integers(0, 255, (16, 16, 3), np.uint8)) for i in range(64)]
-    torch.manual_seed(0)
-    stage = train.TokenizerStage(run, train.Machine(0, 1, torch.device("cpu"), torch.float32), pictures)
-    before, logs = stage.model.quantize.codebook().clone(), []
-    images = torch.stack([tokenizer_pixels(p.target, 16) for p in pictures])
+# --- Its training
+def test_codes_are_placed_at_the_end_of_every_window_but_the_last():
+    images, batch, placed = some_images(64), SimpleNamespace(targets=some_images(8)), []
+    stage = make_stage(images, steps=10, codebook_start=0.4, restart_every=2)
+    weight = stage.model.quantize.embedding.weight
     for step in range(10):
+        before = weight.clone()
         with torch.no_grad():
-            loss, _ = stage(SimpleNamespace(targets=images[:8]), step)
-        logs.append(stage.after_step(step))
-        if step == 2:
-            assert torch.equal(stage.model.quantize.codebook(), before)
-    assert [step for step, log in enumerate(logs) if "usage" in log] == [3, 5, 7, 9] and [step for step, log in enumerate(logs) if "restarted" in log] == [3, 5, 7]
-    assert not stage.usage.counts.any()  # each window is counted anew
-    codes = stage.model.encode(images)
-    assert len(codes.unique()) == 32 and not torch.allclose(stage.model.quantize.codebook(), before)  # all are in use
-    smooth, rounded = stage.reconstruct(images, 3), stage.reconstruct(images, 4)
-    with torch.no_grad():
-        expected = stage.model.decoder(stage.model.post_quant_conv(F.normalize(smooth.z, dim=1)))
-    torch.testing.assert_close(smooth.images, expected)                    # before codebook_start nothing is rounded
-    torch.testing.assert_close(rounded.images, stage.model(images)[0])     # from then on everything is
-    assert smooth.quantizer == 0 and rounded.quantizer > 0
-    stage.codebook_start = 7
-    assert "restarted" not in stage.after_step(8) and "restarted" not in stage.after_step(5)
-    stage.codebook_start = 9
-    assert "restarted" in stage.after_step(8)  # codes are placed once, however late
+            stage(batch, step)
+        stage.after_step(step)
+        placed += [step] * (not torch.equal(before, weight))
+    assert placed == [3, 5, 7]  # the last at 0.8 of the steps
+    assert len(stage.model.encode(images).unique()) == 32  # all are in use
+    late = make_stage(images, steps=10, codebook_start=0.9, restart_every=2)
+    before = late.model.quantize.embedding.weight.clone()
+    late.counts[0] = 1
+    late.after_step(8)  # once, however late
+    assert not torch.equal(before, late.model.quantize.embedding.weight)
 
 
-def test_collages_keep_whole_cells_and_consistency_sees_what_moved():
-    pictures = torch.arange(6.0)[:, None, None, None].expand(6, 3, 16, 16)
-    flips = set()
+def test_the_codes_in_use_are_counted_over_a_window(capsys):
+    stage, images = make_stage(some_images(64), restart_every=3), some_images(4)
+    stage(SimpleNamespace(targets=images), 0), stage(SimpleNamespace(targets=images), 1)
+    assert torch.equal(stage.counts, 2 * torch.bincount(stage.model.encode(images).flatten(), minlength=32))
+    stage.counts.zero_()[:8] = 2**24 + 1  # what float32 can no longer count
+    stage.after_step(2)
+    assert capsys.readouterr().out == "tokenizer: 25% of the codes in use, perplexity 8\n"
+    assert not stage.counts.any()  # the next window is counted anew
+
+
+def test_before_codebook_start_nothing_is_rounded():
+    stage, images = make_stage(codebook_start=0.4), some_images(2)
+    made, _, quantizer_loss, z, _ = stage.reconstruct(images, 39)
+    close(made, stage.model.decoder(stage.model.post_quant_conv(F.normalize(z, dim=1))))
+    rounded, _, later_loss, _, codes = stage.reconstruct(images, 40)
+    close(rounded, stage.model.decode(codes.flatten(1)), atol=1e-5, rtol=1e-5)
+    assert quantizer_loss == 0 < later_loss
+
+
+def test_collages_keep_whole_cells():
+    pictures = torch.arange(6.0)[:, None, None, None].expand(6, 3, 32, 32)
+    before, own, windows = pictures[::2, 0, :8, :8], pictures[1::2, 0, :8, :8], set()
     for step in range(20):
         targets, kept = collages(pictures, 8, step)
-        assert torch.equal(targets[::2], pictures[::2]) and torch.equal(kept, collages(pictures[:2], 8, step)[1])
-        cells = targets.unflatten(2, (8, 2)).unflatten(4, (8, 2))                        # (B, 3, 8, 2, 8, 2)
-        assert torch.equal(cells.amax((1, 3, 5)), cells.amin((1, 3, 5)))
-        assert torch.equal(cells.amax((1, 3, 5))[1::2], torch.where(kept, pictures[:6:2, 0, :8, :8], pictures[1:6:2, 0, :8, :8]))
-        flips.add(bool(kept[0, 0]))
-    assert flips == {True, False}
-    assert torch.equal(collages(pictures[:5], 8, 0)[0][4], pictures[4])                   # the last of an odd number stays
+        cells = targets.unflatten(2, (8, 4)).unflatten(4, (8, 4))                    # (B, 3, 8, 4, 8, 4)
+        shown = cells.amax((1, 3, 5))
+        assert torch.equal(shown, cells.amin((1, 3, 5))) and torch.equal(shown[::2], before)
+        assert torch.equal(shown[1::2], torch.where(kept, before, own))
+        windows.add((bool(kept[0, 0]), int(kept.sum())))
+    assert torch.equal(collages(pictures, 8, 19)[1], kept)                           # the step's alone
+    assert len(windows) > 9 and {corner for corner, _ in windows} == {True, False}
+    assert torch.equal(collages(pictures[:5], 8, 0)[0][4], pictures[4])              # an odd last one stays
+
+
+def test_consistency_is_the_change_of_kept_cells():
     z, kept = torch.randn(5, 8, 8, 8), torch.zeros(8, 8, dtype=torch.bool)
     kept[2:4, 3:6] = True
-    z[1:4:2, :, kept] = 2 * z[:4:2, :, kept]
+    z[1:4:2, :, kept] = 2 * z[:4:2, :, kept]  # length says nothing
     assert consistency_loss(z, kept) < 1e-12
-    z[1, :, 2, 3] = -z[0, :, 2, 3]                                                        # the farthest there is: 4 over 8 channels, 12 pairs of cells
-    assert abs(consistency_loss(z, kept) - 4 / 8 / 12) < 1e-6
+    z[1, :, 2, 3] = -z[0, :, 2, 3]           # as far as can be: 4 over 8 channels, in one of 12 pairs
+    assert consistency_loss(z, kept).item() == pytest.approx(4 / 8 / 12)
 
 
-def test_adversarial_parts():
-    torch.manual_seed(0)
-    logits = PatchDiscriminator(16)(torch.randn(2, 3, 64, 64))
+def test_the_discriminator_and_its_losses():
+    logits = PatchDiscriminator()(torch.randn(2, 3, 64, 64))
     assert logits.shape == (2, 1, 6, 6)  # as pix2pix's: halved three times, then two convolutions of 4 x 4
-    assert hinge_d_loss(torch.tensor([2.0]), torch.tensor([-2.0])) == 0
-    assert hinge_d_loss(torch.tensor([0.0]), torch.tensor([0.0])) == 1
+    for real, fake, loss in (([2.0, 0], [-2.0, 0], 0.5), ([-1.0], [-5.0], 1), ([5.0], [1.0], 1)):
+        assert hinge_d_loss(torch.tensor(real), torch.tensor(fake)) == loss
+
+
+def test_the_adaptive_weight_makes_both_gradients_equally_long():
     weight = torch.nn.Parameter(torch.ones(3))
-    torch.testing.assert_close(adaptive_weight((3 * weight).sum(), weight.sum(), weight), torch.tensor(3.0), atol=1e-3, rtol=1e-3)
-    assert adaptive_weight(weight.sum(), (1e-9 * weight).sum(), weight) == tokenizer.WEIGHT_LIMIT
-
-
-def test_perceptual_distance_is_that_of_vgg16s_features(tmp_path):
-    """Random weights under the published names, against the layers spelt out as torchvision lists them."""
-    torch.manual_seed(0)
-    vgg, layers, before = {}, [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512], 3
-    numbers = [sum(1 if width == "M" else 2 for width in layers[:i]) for i in range(len(layers))]  # a ReLU follows each convolution
-    for number, width in zip(numbers, layers):
-        if width != "M":
-            vgg[f"features.{number}.weight"], vgg[f"features.{number}.bias"] = torch.randn(width, before, 3, 3) * (2 / 9 / before) ** 0.5, torch.randn(width) / 10
-            before = width
-    heads = {f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1) for i, width in enumerate((64, 128, 256, 512, 512))}
-    torch.save(vgg, tmp_path / "vgg16-397923af.pth")
-    torch.save(heads, tmp_path / "vgg.pth")
-    lpips, a, b = tokenizer.LPIPS(tmp_path), torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 3, 32, 32) * 2 - 1
-    b.requires_grad_()
-
-    def features(x):
-        x = (x - torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)) / torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
-        for i, (number, width) in enumerate(zip(numbers, layers)):
-            x = F.max_pool2d(x, 2) if width == "M" else F.relu(F.conv2d(x, vgg[f"features.{number}.weight"], vgg[f"features.{number}.bias"], padding=1))
-            if layers[i + 1 : i + 2] in (["M"], []):
-                yield x / x.norm(dim=1, keepdim=True)
-
-    expected = sum((head * (p - q) ** 2).sum(1).mean() for head, p, q in zip(heads.values(), features(a), features(b)))
-    distance = lpips(a, b)
-    torch.testing.assert_close(distance, expected)
-    assert lpips(a, a) == 0 < distance
-    distance.backward()
-    assert b.grad.any() and all(p.grad is None and not p.requires_grad for p in lpips.parameters())
-    runs = [train.parse(["tiny", *keys])[1] for keys in ([], [f"--tokenizer.lpips={tmp_path}"])]
-    without, planned = (train.Rehearsal("tokenizer", run, torch.float32).flops([(1, 0)]) for run in runs)  # --dry_run counts it, too
-    assert planned > 5 * without
-    alex = {f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1) for i, width in enumerate((64, 192, 384, 256, 256))}
-    for name, wrong, problem in (("vgg.pth", {}, "5 missing: lin0.model.1.weight"), ("vgg.pth", torch.zeros(3), "only supports Tensor"), ("vgg.pth", 5, "not iterable"),
-                                 ("vgg.pth", alex, "4 of another shape: lin1.model.1.weight"), ("vgg16-397923af.pth", heads, "26 missing")):
-        torch.save(wrong, tmp_path / name)  # whole, but something else
-        with pytest.raises(ValueError, match=rf"lpips=.*{name} is broken, or of another network \(.*{problem}.*\): download it again"):
-            tokenizer.LPIPS(tmp_path)
-
-
-def test_a_windows_usage_is_said_and_what_is_wrong_with_it(capsys):
-    run = train.parse(["tiny", "--tokenizer.disc_start=0", "--tokenizer.codebook_start=0", "--tokenizer.restart_every=1"])[1]
-    stage = train.TokenizerStage(run, train.Machine(0, 1, torch.device("cpu"), torch.float32))
-    capsys.readouterr()
-    for step, used, weight in ((0, 128, 1.0), (1, 8, 1e4), (2, 128, 1e4)):
-        stage.usage.counts.zero_()[:used] = 3
-        stage.d_weight = torch.tensor(weight)
-        stage.describe_window(step, stage.usage.usage(), stage.usage.perplexity())
-    said = capsys.readouterr().out.splitlines()
-    assert [line for line in said if "warning" not in line] == [
-        f"tokenizer: up to step {step} {share} of 256 codes in use, perplexity {perplexity}" for step, share, perplexity in ((1, "50%", 128), (2, "3%", 8), (3, "50%", 128))]
-    assert len(said) == 5 and "--vqgan.codebook_size" in said[2] and "--tokenizer.restart_every=1" in said[2] and "d_weight is at its limit 10000" in said[3]
+    average = lambda gradient: gradient * torch.tensor([1.0, 0, 0])  # noqa: E731
+    ratio = adaptive_weight((weight * torch.tensor([3.0, 9, 9])).sum(), weight.sum(), weight, average)
+    assert ratio.item() == pytest.approx(3, rel=1e-3) and not ratio.requires_grad  # averaged, then measured
+    assert adaptive_weight(2 * weight.sum(), (1e-9 * weight).sum(), weight, average) == 1e4
 
 
 def test_every_part_of_the_loss_has_its_weight_and_its_time():
-    """The discriminator learns from step 20 on, and from 21 on the generator from it."""
-    run = train.parse(["tiny", "--tokenizer.steps=100", "--tokenizer.disc_start=0.2", "--tokenizer.codebook_start=0", "--tokenizer.consistency=0.3"])[1]
-    torch.manual_seed(0)
-    stage, images = train.TokenizerStage(run, train.Machine(0, 1, torch.device("cpu"), torch.float32)), torch.rand(4, 3, 32, 32) * 2 - 1
+    """The discriminator learns from step 20 on, and the VQGAN from it from 21 on."""
+    stage = make_stage(disc_start=0.2, consistency=0.3, codebook_weight=0.2, disc_weight=0.7)
+    batch = SimpleNamespace(targets=some_images(4))
     for step, seen, weighed in ((19, 0, False), (20, 1, False), (21, 2, True)):
-        loss, logs = stage(SimpleNamespace(targets=images), step)
-        expected = logs["reconstruction"] + 0.2 * logs["quantizer"] + 0.3 * logs["consistency"]
+        loss, logs = stage(batch, step)
+        images, kept = collages(batch.targets, 8, step)
+        made, reconstruction, quantizer_loss, z, _ = stage.reconstruct(images, step)
+        close(reconstruction, F.mse_loss(made, images))
+        expected = reconstruction + 0.2 * quantizer_loss + 0.3 * consistency_loss(z, kept)
         if weighed:
-            expected = expected - 0.5 * logs["d_weight"] * stage.disc(stage.seen[-1][0]).mean()
+            expected = expected - 0.7 * logs["d_weight"] * stage.disc(made).mean()
         assert len(stage.seen) == seen and ("d_weight" in logs) == weighed
-        torch.testing.assert_close(loss, expected)
+        close(loss, expected)
+    counts = stage.counts.clone()  # validation: no collages, no discriminator, and no trace
+    _, reconstruction, quantizer_loss, _, _ = stage.reconstruct(batch.targets, 100)
+    close(stage.validation_loss(batch), reconstruction + 0.2 * quantizer_loss)
+    assert torch.equal(stage.counts, counts) and len(stage.seen) == 2 and not make_stage().own_optimizers
 
 
-def test_the_discriminator_sees_every_micro_batch():
+def test_the_vqgans_step_does_not_train_the_discriminator_nor_its_own_the_vqgan():
+    stage = make_stage(disc_start=0.0)
+    stage(SimpleNamespace(targets=some_images(4)), 1)[0].backward()
+    assert all(p.grad is None for p in stage.disc.parameters())
+    weights = {name: p.clone() for name, p in stage.state_dict().items()}
+    gradients = [p.grad.clone() for p in stage.model.parameters()]
+    stage.after_step(1)
+    for name, tensor in stage.state_dict().items():
+        assert torch.equal(tensor, weights[name]) != name.startswith("disc."), name
+    assert all(torch.equal(p.grad, g) for p, g in zip(stage.model.parameters(), gradients, strict=True))
+    assert not any(p.requires_grad for p in stage.disc.parameters()) and not stage.seen
+
+
+def test_the_discriminator_learns_to_tell_pictures_apart_from_every_micro_batch():
     """Its step after two halves of a batch is its step after the whole."""
-    keys = ["--tokenizer.disc_start=0", "--tokenizer.consistency=0", "--tokenizer.codebook_start=0"]
-    run, images = train.parse(["tiny", *keys])[1], torch.rand(4, 3, 32, 32) * 2 - 1
-    learnt = []
-    for batches in ((images,), images.split(2)):
-        torch.manual_seed(0)
-        stage = train.TokenizerStage(run, train.Machine(0, 1, torch.device("cpu"), torch.float32))
-        stage.own_optimizers = [torch.optim.SGD(stage.disc.parameters(), 0.1)]
-        for batch in batches:
-            stage(SimpleNamespace(targets=batch), 0)
-        loss = stage.after_step(0)["disc"]
-        learnt.append(torch.cat([loss[None], *(p.flatten() for p in stage.disc.parameters())]))
-    torch.testing.assert_close(*learnt, atol=1e-6, rtol=1e-4)
-    assert not stage.seen
+    images, learnt = some_images(4), []
+    for parts in ((images,), images.split(2)):
+        stage = make_stage(disc_start=0.0)
+        stage.own_optimizers = [torch.optim.SGD(stage.disc.parameters(), 1e-3)]
+        stage.seen = [(part / 2, part) for part in parts]  # made, real
+        before = hinge_d_loss(stage.disc(images), stage.disc(images / 2))
+        stage.discriminator_step()
+        assert hinge_d_loss(stage.disc(images), stage.disc(images / 2)) < before
+        learnt.append(torch.cat([p.flatten() for p in stage.disc.parameters()]))
+    close(*learnt, atol=1e-6, rtol=1e-4)
 
 
-def test_one_batch_can_be_overfitted():
-    torch.manual_seed(0)
-    model, images = VQGAN(SMALL), torch.rand(2, 3, 16, 16).round() * 2 - 1
-    images = F.interpolate(images[..., ::4, ::4], scale_factor=4.0)
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(150):
-        reconstruction, loss, _ = model(images)
-        error = F.mse_loss(reconstruction, images)
-        optimizer.zero_grad()
-        (error + loss).backward()
-        optimizer.step()
-    assert error < 0.05
+# --- The text tokenizer
+def test_texts_become_ids(text_tokenizer):
+    ids = text_tokenizer.encode("The star in <image>.\nA star", image_tokens=3)
+    assert ids.count(text_tokenizer.image_id) == 3 and ids[-1] == text_tokenizer.EOS == 1
+    assert text_tokenizer.encode("the STAR\n in<image> .  a  star", 3) == ids  # neither case nor space counts
+    assert text_tokenizer.encode("") == [text_tokenizer.EOS] and text_tokenizer.UNKNOWN not in ids
+    assert text_tokenizer.vocab_size == max(text_tokenizer.added.values()) + 1 == text_tokenizer.image_id + 1
+    assert TextTokenizer(text_tokenizer.proto).digest == text_tokenizer.digest
 
 
-def test_saved_tokenizer_is_the_same(tmp_path):
-    model = VQGAN(SMALL)
-    model.save_pretrained(tmp_path)
-    again = VQGAN.from_pretrained(tmp_path)
-    assert again.config == SMALL
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+def test_unknown_words_are_told():
+    words = " ".join(f"w{i}" for i in range(9000))  # in one sentence, longer than SentencePiece's own limit
+    ours = TextTokenizer.train(["A dog on the beach.", "(two cats, one T-shirt)", words])
+    assert ours.unknown_words(f"{words} a DOG, one shirt (two <image>).") == []
+    assert ours.unknown_words("a zebra on a Zeppelin, a zebra!") == ["zebra", "Zeppelin", "!"]
+    assert ours.encode("beach.") == ours.encode("beach .") and {"dog", "w8999"} <= set(ours.known_words())
 
 
-def test_presets_and_illegal_sizes():
-    assert PRESETS["full"].grid_size == 32 and PRESETS["tiny"].grid_size == 8
-    with pytest.raises(ValueError, match="image_size=500 is no multiple .* 16"):
-        TokenizerConfig(image_size=500)
-    with pytest.raises(ValueError, match="norm_groups=32 does not divide 16"):
-        TokenizerConfig(ch=16)
-    with pytest.raises(ValueError, match="no square grid"):
-        VQGAN(SMALL).decode(torch.zeros(1, 63, dtype=torch.long))
+def test_a_text_model_that_is_extended_keeps_its_ids():
+    ours = TextTokenizer.train(["a dog on the beach"])
+    longer = ours.extended("A zebra on the beach, a zebra")
+    assert longer.unknown_words("a zebra, on the beach") == [] and longer.digest != ours.digest
+    assert longer.encode("a dog")[:-1] == ours.encode("a dog")[:-1]
+    assert longer.vocab_size == ours.vocab_size + 2 and ours.extended("a dog").proto == ours.proto
 
 
-def test_usage_counts_beyond_what_float32_can():
-    usage = CodebookUsage(2, "cpu")
-    usage.counts[0] = 2**24  # + 1 would be lost there
-    usage.add(torch.zeros(10, dtype=torch.long))
-    assert usage.counts.tolist() == [2**24 + 10, 0]
+# --- Configurations, files and folders
+def test_a_configuration_becomes_flat_keys_and_comes_back():
+    run = train.PRESETS["tiny"]
+    flat = flatten(run)
+    assert flat["vqgan.ch_mult"] == (1, 2, 2) and flat["model.decoder.width"] == 96 and "model" not in flat
+    wider = flat | {"model.decoder.width": 128}
+    assert rebuild(train.PRESETS["full"], json.loads(json.dumps(wider))) == rebuild(run, wider) != run
+    assert rebuild(train.PRESETS["full"], flat) == run  # nothing of the other preset is left
+    with pytest.raises(ValueError, match="decoder.width=90: .*multiple of 4"):  # checked as a whole
+        rebuild(run, flat | {"model.decoder.width": 90})
 
 
-def test_a_few_pictures_at_a_time_are_all_pictures(monkeypatch):
-    model, images = VQGAN(SMALL), torch.rand(5, 3, SMALL.image_size, SMALL.image_size) * 2 - 1
-    codes = model.encode(images)
-    whole = model.decode(codes)
-    monkeypatch.setattr(tokenizer, "PIXELS_AT_ONCE", 2 * SMALL.image_size**2)
-    assert model.at_once() == 2 and torch.equal(model.encode(images), codes)
-    torch.testing.assert_close(model.decode(codes), whole)
-    assert model.encode(images[:0]).shape == (0, SMALL.grid_size**2)
+def test_a_saved_model_is_the_same_bit_for_bit(vqgan, model, tmp_path):
+    for saved, config in ((vqgan, TokenizerConfig()), (model, MentorConfig())):
+        folder, state = tmp_path / "deep" / type(saved).__name__, torch.get_rng_state()
+        save_model(saved, folder)
+        again = load_model(type(saved), config, folder)
+        assert again.config == saved.config and same_weights(again, saved) and not again.training
+        assert torch.equal(torch.get_rng_state(), state)  # nothing was initialised only to be replaced
+        assert {f.name for f in folder.iterdir()} == {"config.json", "model.safetensors"}
+    assert torch.equal(again.decoder.rotary, model.decoder.rotary)  # no file holds it
+    save_model(model.bfloat16(), folder)
+    assert {p.dtype for p in load_model(Mentor, MentorConfig(), folder).parameters()} == {torch.float32}
 
 
-def test_more_codes_than_different_outputs_are_vectors_all_the_same():
-    codes = spread_codes(torch.randn(20, 8).repeat(10, 1), 64, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(codes.norm(dim=-1), torch.ones(64))
+@pytest.mark.parametrize("name, old, new, message", [
+    ("model.safetensors", None, None, "model.safetensors is missing: train the stage tokenizer"),
+    ("config.json", None, None, "VQGAN.*No such file.*config.json"),
+    *(("model.safetensors", None, new, "no .*VQGAN") for new in (b"", b"PK\3\4 a zip", b"\xff" * 99)),
+    ("model.safetensors", b"\0" * 64, b"", "no .*VQGAN"),  # 64 bytes too short
+    ("model.safetensors", None, POINTER, "Git LFS pointer.*run `git lfs pull`"),
+    *(("config.json", None, new, "no .*VQGAN") for new in (POINTER, b"{", b"[]", b"5", b"[" * 99999)),
+    ("config.json", b'"ch"', b'"chh"', "ch"), ("config.json", b'"ch": 8', b'"ch": 16', "conv_in.weight"),
+    ("config.json", b'"ch": 8', b'"ch": "8"', "no .*VQGAN"),
+    ("config.json", b'groups": 4', b'groups": 3', "norm_groups=3"),
+    ("config.json", b'_size": 32', b'_size": 34', "image_size=34"),
+    ("config.json", b'"beta"', b'"older key": 1, "beta"', "older key")])
+def test_a_folder_that_does_not_fit_is_one_clear_line(vqgan, tmp_path, name, old, new, message):
+    """None: the whole file, or its absence."""
+    save_model(vqgan, tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / name
+    file.unlink() if new is None else file.write_bytes(file.read_bytes().replace(old, new, 1) if old else new)
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(VQGAN, TokenizerConfig(), tmp_path / "tokenizer")
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_weights_that_do_not_fit_are_one_clear_line(vqgan, tmp_path):
+    save_model(vqgan, tmp_path)
+    name, nan, inf = "quant_conv.bias", torch.full((8,), torch.nan), torch.tensor([0.0, -torch.inf] * 4)
+    for key, tensor, message in ((name, nan, f"{name} .*not finite"), (name, inf, f"{name} .*not finite"),
+                                 (name, torch.zeros(9), name), (name, None, name), ("more", inf, "more")):
+        tensors = {n: t for n, t in (vqgan.state_dict() | {key: tensor}).items() if t is not None}
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=message) as error:
+            load_model(VQGAN, TokenizerConfig(), tmp_path)
+        assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_may_be_read_as_the_users_umask_says(vqgan, tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        save_model(vqgan, tmp_path)
+    finally:
+        os.umask(before)
+    assert [f.stat().st_mode & 0o777 for f in tmp_path.iterdir()] == [mode, mode]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 5")])
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, error):
+    file = tmp_path / "a.json"
+    write_json(file, {"a": 1})
+
+    def fail_half_way(path):
+        path.write_text("half")
+        assert json.loads(file.read_text()) == {"a": 1}  # the old one has its name until the new one is whole
+        raise error
+
+    with pytest.raises(OSError, match="a.json could not be written .*(No space left|unexpected pos)"):
+        write_atomically(file, fail_half_way)
+    assert json.loads(file.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [file]
+    write_json(file, "abc")
+    assert file.read_text() == '"abc"\n' and list(tmp_path.iterdir()) == [file]
+    assert file_hash(file) == hashlib.sha256(b'"abc"\n').hexdigest()[:16]

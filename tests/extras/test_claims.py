@@ -1,0 +1,163 @@
+"""The paper's ablations: what rows change and share, the world with a shortcut, and what the table says."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, SMALL, contents, few_steps, randomize
+
+import sample
+import train
+from data import PLACES, Collate, Shapes
+from extras import claims
+from mentor import Mentor
+from tokenizer import VQGAN, flatten, rebuild
+
+KEYS = ["tiny", *SMALL, "--vqgan.ch_mult=1,1,1,1", *few_steps(steps=2, global_batch=4)]  # 16 codes
+ROWS = "--rows=without recovery,captions alone without stage 1"
+WORLD = Shapes(32)
+
+
+def samples_of(world, count=200, held_out=False, mix={"recovery": 1.0, "subject_driven": 1.0}):
+    dataset = world.dataset(mix, "seed", 0.1, held_out)
+    return [dataset[i] for i in range(count)]
+
+
+def same(a, b):
+    pictures = all(np.array_equal(x, y) for x, y in zip((*a.images, a.target), (*b.images, b.target)))
+    return pictures and (a.prompt, a.drop, a.mask_seed) == (b.prompt, b.drop, b.mask_seed)
+
+
+def test_the_shortcut_is_in_training_samples_of_subject_driven_alone():
+    plain, shortcut = samples_of(WORLD), claims.ShortcutWorld(32, 0.7, 0.4)
+    counts = np.zeros(4)  # samples, copies, without place, without background
+    pairs = list(zip(plain, samples_of(shortcut)))
+    assert all(same(a, b) for a, b in pairs if a.task == "recovery")
+    for a, b in (pair for pair in pairs if pair[0].task == "subject_driven"):
+        copied = b.images[0] is b.target
+        assert np.array_equal(a.target, b.target) and (copied or np.array_equal(a.images[0], b.images[0]))
+        left = [words not in b.prompt for words in (" at the ", " background")]
+        place, background = PLACES[a.scene.subjects[0].place], a.prompt[a.prompt.index(" on ") :]
+        cut = a.prompt.replace(f" at the {place}", "" if left[0] else f" at the {place}")
+        assert b.prompt == cut.replace(background, "" if left[1] else background)
+        counts += [1, copied, *left]
+    assert np.allclose(counts[1:] / counts[0], (0.7, 0.4, 0.4), atol=0.13) and counts[0] > 80
+    assert all(map(same, plain, samples_of(claims.ShortcutWorld(32, 0.0, 0.0))))
+    assert all(map(same, samples_of(WORLD, 20, True), samples_of(shortcut, 20, True)))
+
+
+def test_captions_alone_teach_only_the_vision_encoder_about_pictures():
+    row, run = claims.ROWS["captions alone"], train.parse(KEYS)
+    run = rebuild(run, flatten(run) | row.keys(run))
+    model = randomize(Mentor(run.model))
+    stage = row.pretraining("pretrain", run, CPU, model, VQGAN(run.vqgan))
+    batch = Collate(WORLD.text_tokenizer(), run.model, 32)(samples_of(WORLD, 4, mix={"text_to_image": 1}))
+    loss, logs = stage(batch, 0)
+    torch.testing.assert_close(loss.detach(), stage.validation_loss(batch).detach() + logs["contrastive"])
+    loss.backward()
+    both = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    stage.zero_grad()
+    stage.validation_loss(batch).backward()  # of the decoder alone: the same gradients but for vision
+    for name, p in model.named_parameters():
+        if name.startswith("encoder.connector"):
+            assert not p.requires_grad
+        elif not name.startswith("encoder.vision"):
+            torch.testing.assert_close(both[name], p.grad)
+    first = "encoder.vision.patch_embedding.weight"
+    assert both[first].any() and not model.get_parameter(first).grad.any()
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """The whole command with few steps and prompts, stopped once before a row and once before its scores."""
+    out, judge = tmp_path_factory.mktemp("claims") / "run", sample.Judge(WORLD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(claims, "PROMPTS", 8)
+        patch.setattr(sample, "Judge", lambda world: judge)
+        patch.setattr(train, "held_out_loss", lambda *arguments: 0.0, raising=False)  # only slow
+        for name in ("train_row", "scores_of"):
+            calls, function = iter(range(9)), getattr(claims, name)
+            patch.setattr(claims, name, lambda *arguments: 1 / (1 - next(calls)) and function(*arguments))
+            with pytest.raises(ZeroDivisionError):
+                claims.main([*KEYS, f"--out={out}", ROWS])
+            patch.setattr(claims, name, function)
+        claims.main([*KEYS, f"--out={out}", ROWS, "--seeds=2"])
+        yield out
+
+
+def test_a_row_trains_only_what_it_changes(out):
+    assert {f.name for f in out.iterdir()} == {"tokenizer", "pretrain", "spiece.model", "claims"}
+    rows = out / "claims"
+    names = {"full", "without recovery", "captions alone", "captions alone without stage 1"}
+    assert {f.name.replace("_", " ") for f in rows.iterdir() if f.is_dir()} == names
+    for name, seed in itertools.product(names, (0, 1)):
+        row, folder = claims.ROWS[name], claims.folder_of(name, seed, rows)
+        before = claims.folder_of(row.of, seed, rows) if row.of else out
+        started = {"pretrain": "tokenizer", "align": "pretrain", "instruct": "align"}[row.stages[0]]
+        assert (folder / started).resolve() == (before / row.start).resolve()
+        assert (folder / "tokenizer").resolve() == out / "tokenizer"
+        own = {s for s in train.STAGES if (folder / s).is_dir() and not (folder / s).is_symlink()}
+        assert own == set(row.stages) - ({"pretrain"} if seed else set())  # which the seeds share
+        record = json.loads((folder / "instruct" / "stage.json").read_text())
+        assert record["data"] == "shapes, copy 1, omit 0.5" and record["seed"] == seed
+    first = claims.folder_of(name := "captions alone", 0, rows)
+    assert (claims.folder_of(name, 1, rows) / "pretrain").resolve() == first / "pretrain"
+
+
+def test_the_same_command_only_reads_and_the_table_holds_the_scores(out, monkeypatch):
+    before = contents(out)  # logs hold times
+    monkeypatch.setattr(claims, "claim_scores", lambda *arguments: pytest.fail("scored already"))
+    claims.main([*KEYS, f"--out={out}", "--rows=full", "--seeds=2"])  # the others' scores are read
+    text = (out / "claims" / "claims.md").read_text()
+    assert contents(out) == before and "of 2 rows" in text and (out / "claims" / "claims.png").is_file()
+    folder, prompts = out / "claims/without_recovery/seed_1", claims.held_out(WORLD, "subject_driven", 8)
+    drawn = sample.Pipeline(folder, "cpu").draw(prompts)
+    want = sample.judge_pictures(sample.Judge(WORLD), drawn, prompts)
+    marks = json.loads((folder / "scores.json").read_text())["scores"]["marks"]
+    assert np.allclose(np.mean(marks, 0), (want["cp"], want["pf"]))
+    assert "| without recovery | 2 | " in text and "| 0.661 / 0.284 / 0.188 |" in text
+    with pytest.raises(ValueError, match="data=shapes, copy 1, omit 0.5, .* copy 0.3"):
+        claims.main([*KEYS, f"--out={out}", "--rows=full", "--copy=0.3"])
+
+
+def test_rows_see_as_many_samples_and_the_other_tasks_keep_their_proportions():
+    run = train.parse(["tiny", "--align.steps=6", "--align.global_batch=8", "--instruct.steps=5"])
+    assert claims.ROWS["without stage 1"].keys(run) == {"instruct.steps": 5 + 2}
+    mix, gone = train.parse_mix(run.instruct.mix), {"without recovery": "recovery",
+            "without segmentation in stage 2": "segmentation", "without subject-driven": "subject_driven"}
+    for name, row in claims.ROWS.items():
+        new = train.parse_mix(rebuild(run, flatten(run) | row.keys(run)).instruct.mix)
+        more = {"multi_image": 1500} if name == "with multi-image" else {}
+        assert new == {t: share for t, share in mix.items() if t != gone.get(name)} | more
+    changed = claims.ROWS["without segmentation in stage 1"].keys(run)["align.mix"]
+    assert train.parse_mix(changed) == {"text_to_image": 700, "reconstruction": 180}
+    assert claims.ROWS["with multi-image"].keys(run)["instruct.lr"] == run.instruct.lr / 2
+
+
+def test_standard_errors_and_directions():
+    generator = np.random.default_rng(0)
+    marks = np.stack([generator.integers(0, 5, (1, 300)) / 4, generator.integers(2, 5, (1, 300)) / 4], -1)
+    mean, parts = claims.summary(marks)
+    draws = marks[0, generator.integers(0, 300, (4000, 300))].mean(1)
+    want = np.array([*draws.std(0), draws.prod(1).std()])  # a bootstrap
+    assert np.allclose(claims.standard_error(parts), want, rtol=0.06) and mean[2] == mean[0] * mean[1]
+    seeds = claims.standard_error(claims.summary(np.concatenate([marks, marks + [0.2, 0.0]]))[1])
+    assert seeds[0] == pytest.approx((want[0] ** 2 + 0.1**2) ** 0.5, rel=0.06)
+    worse = marks - [0.1, 0.0] * (generator.random((1, 300, 1)) < 0.5)  # by 0.05, prompt by prompt: clear
+    assert claims.compare(worse, marks)[0] == pytest.approx(-0.05 / (0.05 / 300**0.5), rel=0.1)
+    scores = {"full": marks, "without recovery": worse + [0.3, -0.2], "without subject-driven": marks + 0.1}
+    text = claims.claims_text({name: [{"marks": m[0].tolist(), "iou": 0.5}] for name, m in scores.items()})
+    cells = [line.split(" | ")[6].split(" / ") for line in text.splitlines() if line.startswith("| without")]
+    assert [[cell[0] for cell in row] for row in cells] == [["+", "+", "-"], ["-", "+", "-"]]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["tiny", "--rows=without pain"], "there is no row 'without pain', but full, without stage 1, "),
+    (["tiny", "--copy=1.5"], "--copy and --omit must be from 0 to 1"), ([], "must be a preset"),
+    (["tiny", "--seeds=0"], "--seeds=0: must be 1 or more"), (["tiny", "--data=pets"], "neither --data"),
+    (["tiny", "--align.stepz=3"], "the nearest is --align.steps")])
+def test_mistakes_get_a_line(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        claims.main(arguments)

@@ -1,0 +1,135 @@
+"""COCO's annotations as a manifest: which lines and masks, what is counted, what is refused."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from data import load_image, load_mask
+from extras import coco
+from extras.released import Manifest
+
+RED = (220, 30, 30)
+BOX, SECOND = [4, 6, 30, 6, 30, 38, 4, 38], [40, 0, 60, 0, 60, 6, 40, 6]  # x 4..29, y 6..37; x 40..59, y 0..5
+
+
+def make(folder, change=lambda instances, captions: None, turn=1):
+    """Two turned pictures with a red object of two boxes, annotated in the first. Returns convert's files."""
+    picture, exif = Image.new("RGB", (64, 48), (40, 160, 60)), Image.Exif()
+    ImageDraw.Draw(picture).rectangle((4, 6, 29, 37), fill=RED)
+    ImageDraw.Draw(picture).rectangle((40, 0, 59, 5), fill=RED)
+    exif[0x0112] = turn
+    (folder / "im").mkdir()
+    for name in "ab":
+        picture.save(folder / f"im/{name}.png", exif=exif)
+    images = [{"id": i, "file_name": f"{'ab'[i - 1]}.png", "width": 64, "height": 48} for i in (1, 2)]
+    categories = [{"id": i, "name": name} for i, name in ((1, "box"), (2, "dog"), (3, "cat"))]
+    files = {"instances": {"images": images, "categories": categories, "annotations": [annotation(7)]},
+             "captions": {"annotations": [{"image_id": 1, "caption": text} for text in ("A box.", "Two")]}}
+    change(*files.values())
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return [folder / name for name in ("instances.json", "captions.json", "im", "out")]
+
+
+def annotation(number, category=1, picture=1, segmentation=(BOX, SECOND), **more):
+    return {"id": number, "image_id": picture, "category_id": category, "segmentation": segmentation, **more}
+
+
+def change(key, entry, captions=0, **fields):
+    return lambda *files: files[captions][key][entry].update(fields)
+
+
+def convert(*files):
+    """The lines that it writes."""
+    coco.main([*map(str, files)])
+    return [json.loads(line) for line in open(files[3] / "manifest.jsonl", encoding="utf-8")]
+
+
+def test_pictures_captions_and_objects_become_lines(tmp_path):
+    def odd(instances, captions):
+        instances["images"][0].update(id="a/..", width=64.0)
+        instances["annotations"][0].update(id="../x", image_id="a/..", category_id="1")
+        captions["annotations"] = [{"image_id": "a/..", "caption": text} for text in ("A box. \n", "Two")]
+
+    (tmp_path / "disk/deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk/deep")  # from where .. leads elsewhere
+    files = [*make(tmp_path, odd)[:3], tmp_path / "link/out"]
+    a, b, mask = "../../../im/a.png", "../../../im/b.png", "masks/..%2Fx.png"
+    whole = {"source_image": a, "input_text": "A box."}
+    assert convert(*files) == [
+        *({"input_text": text, "image_path": a, "generation_only": True} for text in ("A box.", "Two")),
+        {**whole, "image_path": a, "objects": None},
+        *({**whole, "image_path": mask, "objects": "box", task: True} for task in ("do_mask", "do_replace")),
+        {"source_image": b, "input_text": "", "image_path": b, "objects": None}]
+    assert Image.open(files[3] / mask).convert("L").histogram()[255] == 26 * 32 + 20 * 6
+    with pytest.raises(ValueError, match="out is not empty"):
+        convert(*files)
+    files[0].write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="instances.json: not JSON"):
+        coco.convert(*files[:3], tmp_path / "new")
+
+
+def test_what_cannot_be_used_is_counted_with_its_reason(tmp_path, capsys):
+    def more(instances, captions):
+        shapes = {11: [], 12: {"size": [48, 64], "counts": [3072]}, 13: [[1, 1, 3, 1, 3, 3]], 16: None,
+                  14: [[0, 0, 64, 0, 64, 48, 0, 48]], 17: [[0, 9, 9]], 18: BOX, 19: ["x"], 20: [[1e400] * 4]}
+        instances["categories"] += [{"id": i, "name": " Dog" if i == 4 else f"c{i}"} for i in range(4, 20)]
+        instances["annotations"] += [
+            annotation(8, 2), annotation(9, 4), annotation(10, 3, iscrowd=1), annotation(15, 9, 99),
+            annotation(21, 77), *(annotation(n, n - 6, 1 + (n > 17), shape) for n, shape in shapes.items())]
+        captions["annotations"] += [{"image_id": 99, "caption": "x"}, {"image_id": 2, "caption": " \n"}]
+
+    coco.convert(*make(tmp_path, more))
+    said = capsys.readouterr().out
+    assert "pictures: 2 used, left out: none" in said
+    assert "captions: 2 used, left out: {'of unknown pictures': 1, 'empty': 1}" in said
+    assert "objects: 1 used" in said and all(f"'{reason}': {n}" in said for reason, n in {
+        "not alone with their name": 2, "crowds": 1, "of unknown pictures": 1, "of unknown categories": 1,
+        "boxes only": 2, "RLE, not polygons": 1, "too small": 1, "too large": 1,
+        "with polygons that are not x, y, x, y, ...": 4}.items())
+    assert [file.name for file in (tmp_path / "out/masks").iterdir()] == ["7.png"]
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda i, c: [x.update(image_id=9) for x in c["annotations"]], "captions: 0 used.*pictures': 2"),
+    (change("annotations", 0, segmentation=[]), "objects: 0 used.*'boxes only': 1"),
+    (change("images", 0, width=640, height=480), r"a.png is stored with \(64, 48\).*says \(640, 480\)"),
+    (change("images", 1, file_name="c.png"), "c.png: there is no such picture, but .*instances.json"),
+    (change("categories", 2, name=" "), r"instances.json: categories\[2\] has name=' ': must be"),
+    (change("annotations", 1, 1, caption="an <image>"), r"captions.json: annotations\[1\] has caption="),
+    (change("annotations", 1, 1, caption="half \ud83d"), r"annotations\[1\] has caption='half"),
+    (lambda i, c: i["annotations"].append(annotation(7, 2)), "2 of annotations have the id 7; give each"),
+    (change("images", 1, id="1"), "2 of images have the id 1"),
+    (lambda i, c: i.update(categories={"1": "cat"}), "instances.json: no list 'categories' in it"),
+])
+def test_what_training_would_refuse_is_refused_before_anything_is_written(change, message, tmp_path):
+    files = make(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        coco.convert(*files)
+    assert not files[3].exists()
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_masks_turn_with_their_pictures(turn, tmp_path):
+    files = make(tmp_path, turn=turn)
+    picture = files[3] / next(line["source_image"] for line in convert(*files) if line.get("do_mask"))
+    seen = load_image(picture)
+    assert (seen == load_image(tmp_path / "im/a.png")).all() and seen.shape[0] == (48, 64)[turn > 4]
+    assert (load_mask(files[3] / "masks/7.png", picture) == (seen == RED).all(-1)).all()
+    manifest = Manifest(str(files[3] / "manifest.jsonl"), 48)
+    target = manifest.sample(list(manifest.task_of).index("segmentation"), random.Random(0)).target
+    assert (target == RED).mean() > 0.2 and {RED, (0, 0, 0)} <= {tuple(c) for c in target.reshape(-1, 3)}
+
+
+def test_a_polygon_covers_the_pixels_whose_centres_are_in_it():
+    def inside(corners, x, y):
+        edges = zip(corners, [*corners[1:], corners[0]])
+        return sum((b > y) != (d > y) and x < a + (y - b) / (d - b) * (c - a) for (a, b), (c, d) in edges) % 2
+
+    for seed in range(60):
+        corners = np.random.default_rng(seed).uniform(-5, 30, (1 + seed % 8, 2)).tolist()
+        expected = [[inside(corners, x + 0.5, y + 0.5) for x in range(24)] for y in range(20)]
+        assert (coco.polygon_mask(sum(corners, []), 24, 20) == expected).all()

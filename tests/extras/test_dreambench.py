@@ -1,0 +1,99 @@
+"""DreamBench's and DreamBench++'s folders, drawn in the layout that DreamBench++'s scorer reads."""
+
+import shutil
+
+import pytest
+from PIL import Image
+
+from extras import dreambench
+
+STAR, RING = "live_subject/animal/00", "object/07"
+WORDS = {STAR: "Star\nA big star on a red background\nA small star\n", RING: "ring\nA ring at the left\n"}
+
+
+@pytest.fixture
+def run(pipeline, monkeypatch, tmp_path):
+    """run(folder, option, ...) draws into tmp_path/out with the model of the repository."""
+    monkeypatch.setattr(dreambench, "Pipeline", lambda folder, device: pipeline)
+    return lambda *arguments: dreambench.main(["model", *map(str, arguments), f"--out={tmp_path}/out"])
+
+
+def write(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (70, 50)).save(path)
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """A folder as DreamBench++'s data, with a star and a ring."""
+    for name, text in WORDS.items():
+        write(tmp_path / f"bench/images/{name}.jpg")
+        (tmp_path / f"bench/captions/{name}.txt").parent.mkdir(parents=True)
+        (tmp_path / f"bench/captions/{name}.txt").write_text(text)
+    return tmp_path / "bench"
+
+
+def check_layout(out, *stems):
+    kinds = (("src_image", "jpg"), ("text", "txt"), ("tgt_image", "jpg"))
+    expected = {out / f"{kind}/{stem}.{end}" for stem in stems for kind, end in kinds}
+    assert {path for path in out.rglob("*") if path.is_file()} == expected
+
+
+def test_it_is_written_as_the_scorer_reads_it_without_hidden_files(bench, run, tmp_path, monkeypatch):
+    for hidden in ("._07", ".ipynb_checkpoints/07", "__MACOSX/07", "@eaDir/07"):
+        for path in (bench / f"captions/object/{hidden}.txt", bench / f"images/object/{hidden}.jpg"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(b"\xff")
+    sizes, save, out = [], Image.Image.save, tmp_path / "out"
+    monkeypatch.setattr(Image.Image, "save", lambda p, *a, **k: sizes.append(p.size) or save(p, *a, **k))
+    run(bench, "--n=2")
+    star, ring = "live_subject_animal_00_star", "object_07_ring"
+    check_layout(out, *(f"{s}_{j}" for s in (f"{star}/0", f"{star}/1", f"{ring}/0") for j in (0, 1)))
+    assert (out / f"text/{star}/1_0.txt").read_text() == "A small star"
+    assert Image.open(out / f"src_image/{ring}/0_1.jpg").size == (70, 50)
+    assert sizes.count((70, 50)) == 2  # each reference is encoded once
+    first, second = (Image.open(out / f"tgt_image/{star}/0_{j}.jpg") for j in (0, 1))
+    assert first.size == (32, 32) and first != second
+    with pytest.raises(ValueError, match="out is not empty"):  # a scorer would read what another run has left
+        run(bench)
+
+
+@pytest.mark.parametrize("name, content, message", [
+    (f"captions/{RING}.txt", b"ring\n" + b"a ring at the left " * 40, "221 tokens"),
+    (f"captions/{RING}.txt", b"ring\na \xff ring", "07.txt: .*UTF-8"),
+    (f"captions/{RING}.txt", b"ring\n", "07.txt: must have a label, then prompts"),
+    (f"captions/{RING}.txt", b"ring\na zebra", "zebra"),
+    (f"captions/{RING}.txt", b"ring/../..\na ring at the left", "cannot name a folder"),
+    (f"images/{RING}.jpg", b"no picture", "07.jpg: not a readable image"),
+    (f"images/{RING}.png", b"", "07.png and .*07.jpg have one name"),
+    (f"images/{RING}.jpg", None, "only one of images and captions has object/07"),
+    ("more", None, "07.jpg and .*07.jpg would share the folder object_07_ring"),
+])
+def test_what_is_wrong_is_named_before_anything_is_drawn(name, content, message, bench, run, tmp_path):
+    if name == "more":
+        for kind in ("images", "captions"):
+            shutil.copytree(bench / kind / "object", bench / kind / "more/object")
+    elif content is None:
+        (bench / name).unlink()
+    else:
+        (bench / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        run(bench)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_first_dreambench_is_read_from_its_list(run, tmp_path):
+    line, bench = "'a {0} {1} at the %s'.format(unique_token, class_token)", tmp_path / "dataset"
+    for name in ("star_toy/02", "star_toy/00", "star_toy/._00", "cat2/03"):
+        write(bench / f"{name}.jpg")
+    (bench / "prompts_and_classes.txt").write_text("\n".join([
+        "Classes\n\nsubject_name,class\nstar_toy,big star\ncat2, cat \n\nObject Prompts\n\nprompt_list = [",
+        line % "left" + ",", line % "right", "]\nLive Subject Prompts\nprompt_list = [", line % "top", "]"]))
+    assert [(s[0], s[1].name, *s[2:]) for s in dreambench.dreambench(bench)] == [
+        ("star_toy", "00.jpg", "big star", ["a big star at the left", "a big star at the right"]),
+        ("cat2", "03.jpg", "cat", ["a cat at the top"])]
+    shutil.rmtree(bench / "star_toy")
+    for folder, message in ((bench, "prompts_and_classes.txt: there is no picture in .*star_toy"),
+                            (tmp_path / "no", "has no captions/.* and no prompts_and_classes.txt")):
+        with pytest.raises(ValueError, match=message):
+            run(folder)

@@ -1,0 +1,101 @@
+"""The emoji world, with drawings made up here, and with a real font where there is one."""
+
+import itertools
+import random
+import unicodedata
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import sample
+import train
+from conftest import SMALL, few_steps
+from data import Placed
+from extras import emoji
+from extras.emoji import CHANNELS, TURNS, Emoji, Look
+
+TASKS = ["text_to_image", "reconstruction", "segmentation", "recovery", "subject_driven"]
+
+def draw(self, character):
+    """In place of Emoji.glyph: noise with holes, 100 x 80. Characters without a name have no drawing."""
+    noise = np.random.default_rng(ord(character)).integers(0, 256, (8, 10, 4)).astype(np.uint8)
+    noise[..., 3] = 255 * (noise[..., 3] > 60)
+    return Image.fromarray(noise, "RGBA").resize((100, 80), 0) if unicodedata.name(character, "") else None
+
+
+@pytest.fixture
+def world(monkeypatch, tmp_path):
+    monkeypatch.setattr(emoji, "ImageFont", SimpleNamespace(truetype=lambda path, size: "a font"))
+    monkeypatch.setattr(Emoji, "glyph", draw)
+    monkeypatch.setattr(emoji, "COUNT", 60)
+    (tmp_path / "font.ttf").write_bytes(b"a font")
+    return Emoji(32, tmp_path / "font.ttf")
+
+
+def read_back(world, subjects):
+    """Whether the judge reads true renders of scenes with these subjects."""
+    scenes = [world.random_scene(random.Random(i), [subject]) for i, subject in enumerate(subjects)]
+    return sample.Judge(world).read([world.draw(scene) for scene in scenes]) == scenes
+
+
+def test_an_eighth_is_held_out_and_every_word_is_known(world):
+    train, held = set(world.train_subjects), set(world.held_out_subjects)
+    assert len(world.subjects) == 60 and train | held == set(world.subjects) and not train & held
+    assert 2 < len(held) < 15 and world.label(("⌚",)) == "watch" and read_back(world, world.subjects)
+    prompts = [world.dataset(dict.fromkeys(TASKS, 1.0), 0, held_out=held)[i].prompt
+               for i in range(60) for held in (False, True)]
+    assert not world.text_tokenizer().unknown_words(" ".join([*prompts, *world.names.values()]))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_other_looks_are_for_training_references_alone(world, task):
+    seen, held = ([s[0].subject for s in (dataset[i].scene.subjects for i in range(80)) if len(s) == 1]
+                  for dataset in (world.dataset({task: 1.0}, 0, held_out=held) for held in (False, True)))
+    assert set(held) <= set(world.held_out_subjects) and {s[:1] for s in seen} <= set(world.train_subjects)
+    if task == "text_to_image":
+        assert set(seen) <= set(world.train_subjects)
+        return
+    assert {look.channels for look in seen} == {*CHANNELS} and {look.turn for look in seen} == {*TURNS}
+    hidden, halves = [look for look in seen if not look.named], [look for look in seen if look.other]
+    assert set(halves) <= set(hidden) and {(look.other,) for look in halves} <= set(world.train_subjects)
+    if task != "recovery":  # its reference shows others, too
+        assert {world.label(look) for look in hidden} == {"symbol"}
+        assert 0.55 < len(hidden) / len(seen) < 0.85 and 0.3 < len(halves) / len(hidden) < 0.7
+    assert task != "recovery" or not hidden
+    assert all(s.named for i in range(20) for s in world.random_subjects(random.Random(i), 2))
+
+
+def test_looks_swap_channels_turn_and_put_halves_together(world):
+    (one,), (other,), window = world.subjects[10], world.subjects[20], np.s_[6:26, 6:26]
+    plain, second, both = (world.cut_out(Placed(s, 4, 1)) for s in ((one,), (other,), Look(one, other)))
+    for channels, turn in itertools.product(CHANNELS, TURNS):  # halves have left the whole as it was
+        made = world.cut_out(Placed(Look(one, channels=channels, turn=turn), 4, 1))[window]
+        turned = plain[window] if turn is None else np.asarray(Image.fromarray(plain[window]).transpose(turn))
+        assert (made == turned[..., list(channels)]).all()
+    assert (both == np.concatenate([plain[:, :16], second[:, 16:]], axis=1)).all() and (plain != second).any()
+
+
+def test_it_trains_scores_and_samples(world, tmp_path, monkeypatch, capsys):
+    out, font = tmp_path / "out", f"--emoji_font={tmp_path}/font.ttf"
+    monkeypatch.setattr(train, "show_result", lambda *arguments: None)
+    emoji.main(["train", "tiny", font, *SMALL, *few_steps(steps=1, global_batch=2), f"--out={out}"])
+    emoji.score(out, tmp_path / "font.ttf", prompts=6)
+    assert "renders       CP 1.000, PF 1.000" in capsys.readouterr().out and (out / "scores.json").is_file()
+    emoji.main(["sample", str(out), "A big watch at the top on a red background", f"--out={out}/x.png"])
+    assert (out / "x.png").is_file()
+    (tmp_path / "font.ttf").write_bytes(b"another font")
+    for arguments, message in ((["train", "tiny", font, "--data=x"], "this world has its own pictures"),
+                               (["train", "tiny", "--emoji_font=/no"], "no colour emoji font at /no: "),
+                               (["score", str(out), font], "was trained on another world or font")):
+        with pytest.raises(ValueError, match=message):
+            emoji.main(arguments)
+
+
+def test_a_real_font_has_1280_emoji():
+    if not any(emoji.Path(font).is_file() for font in emoji.FONTS):
+        pytest.skip("no colour emoji font")
+    world = Emoji(32)
+    assert len(world.subjects) == 1280 and len(world.held_out_subjects) == 162
+    assert read_back(world, world.held_out_subjects[:30])

@@ -1,0 +1,167 @@
+"""The query connector and the tasks of several images."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import few_steps, randomize, small_config
+from PIL import Image
+
+import data
+import sample
+import train
+from data import COLORS, PATTERNS, Collate, Placed, Scene, Shapes, ShapesDataset, Subject
+from extras import multi
+from mentor import Mentor
+
+WORLD = Shapes(32)
+TEXT = WORLD.text_tokenizer()
+CONFIG = small_config(TEXT, connector="query", n_query=3)
+
+
+@pytest.fixture
+def model():
+    return randomize(Mentor(CONFIG)).eval()
+
+
+def batch_of(samples):
+    return Collate(TEXT, CONFIG, 32)(samples)
+
+
+def samples_of(count, **mix):
+    dataset = ShapesDataset(WORLD, mix, 0)
+    return [dataset[i] for i in range(count)]
+
+
+def logits(model, samples):
+    batch, codes = batch_of(samples), torch.arange(64).repeat(len(samples), 1)
+    return model(batch, codes, batch.drop)
+
+
+def test_a_prompt_alone_is_as_in_a_batch(model):
+    """Prompts of five images and of none, padded to one length."""
+    samples = samples_of(8, text_to_image=1, segmentation=1, multi_image=1, in_context=1)
+    assert {len(s.images) for s in samples} == {0, 1, 2, 5}
+    together = logits(model, samples)
+    for i, s in enumerate(samples):
+        torch.testing.assert_close(together[i : i + 1], logits(model, [s]), atol=5e-5, rtol=1e-4)
+
+
+def test_a_batch_without_images_trains(model):
+    logits(model, samples_of(3, text_to_image=1)).logsumexp(-1).mean().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert model.decoder.output.weight.grad.any()
+
+
+def test_the_connector_by_hand(model):
+    """Queries and words attend to each other, then the queries alone to the patches; padding is not read."""
+    connector, generator = model.encoder.connector, torch.Generator().manual_seed(1)
+    patches, words = (torch.randn(2, n, 32, generator=generator) for n in (4, 6))
+
+    def attend(attention, x, y):
+        q, k, v = attention.q(x), attention.k(y), attention.v(y)
+        heads = zip(q.split(16, -1), k.split(16, -1), v.split(16, -1))
+        return attention.out(torch.cat([(q @ k.mT / 4).softmax(-1) @ v for q, k, v in heads], -1))
+
+    x = torch.cat([connector.queries.expand(2, -1, -1), connector.word_in(words)], 1)
+    for block in connector.blocks:
+        x = x + attend(block.attention, block.norm1(x), block.norm1(x))
+        x[:, :3] += attend(block.cross_attention, block.norm2(x[:, :3]), connector.patch_norm(patches))
+        x = x + block.fc2(F.gelu(block.fc1(block.norm3(x))))
+    padded, mask = F.pad(words, (0, 0, 0, 5), value=1.0), F.pad(torch.ones(2, 6, dtype=torch.bool), (0, 5))
+    want = connector.out(connector.norm(x[:, :3]))
+    torch.testing.assert_close(connector(patches, padded, mask), want, atol=2e-5, rtol=1e-4)
+    assert len(connector.blocks) == 2 and want.shape == (2, 3, 32)
+
+
+def test_words_and_pictures_reach_their_own_prompt(model):
+    samples = samples_of(4, multi_image=1)
+    before = logits(model, samples)
+    picture = replace(samples[1], images=[samples[1].images[0], 255 - samples[1].images[1]])
+    words = replace(samples[2], prompt=samples[2].prompt.replace("background", "half"))
+    after = logits(model, [samples[0], picture, words, samples[3]])
+    assert (before != after).flatten(1).any(1).tolist() == [False, True, True, False]
+    seen = []
+    model.encoder.connector.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    for third in (samples[2], words):
+        model.encoder(batch_of([*samples[:2], third, samples[3]]))
+    changed = (seen[0] != seen[1]).flatten(1).any(1)  # the connector itself reads the words
+    assert changed.tolist() == [False] * 4 + [True] * 2 + [False] * 2
+
+
+def test_without_a_number_of_queries_there_is_one_per_patch():
+    assert len(Mentor(replace(CONFIG, n_query=0)).encoder.connector.queries) == 4
+    with pytest.raises(ValueError, match="model.text.width=32: for queries a multiple of n_head=3"):
+        Mentor(replace(CONFIG, text=replace(CONFIG.text, n_head=3)))
+
+
+def test_multi_image_shows_each_subject_alone():
+    for i in range(20):
+        s = data.TASKS["multi_image"](WORLD, random.Random(i), held_out=i % 2 == 1)
+        assert len(s.images) == s.prompt.count("<image>") == 2 and (s.target == WORLD.draw(s.scene)).all()
+        for line, placed, image in zip(s.prompt.split("\n"), s.scene.subjects, s.images):
+            assert line == f"The {WORLD.label(placed.subject)} in <image>."
+            assert (image == WORLD.cut_out(Placed(placed.subject, 4, 1))).all()
+            assert (placed.subject in WORLD.held_out_subjects) == (i % 2 == 1)
+        assert sum(word in COLORS for word in s.prompt.split()) == 1  # the background's alone
+
+
+def placed(shape, color, color2, pattern, place):
+    return Placed(Subject(shape, color, color2, PATTERNS.index(pattern)), place, 1)
+
+
+def test_a_rules_pictures_pixel_by_pixel():
+    """A big star, red with blue stripes, at the right on plain green: painted cyan, moved, cut out."""
+    scene = Scene(3, 0, (placed(4, 0, 5, "striped", 5),))
+    painted, moved, cut = (multi.draw_rule(WORLD, multi.Rule(*rule), scene)
+                           for rule in ((4, None, False), (None, 0, False), (4, 0, True)))
+    assert (painted == WORLD.draw(Scene(3, 0, (placed(4, 4, 4, "solid", 5),)))).all()
+    assert (moved == WORLD.draw(Scene(3, 0, (placed(4, 0, 5, "striped", 0),)))).all()
+    assert (cut == WORLD.cut_out(placed(4, 4, 4, "solid", 0))).all() and not cut[31].any()
+
+
+def test_in_context_pairs_follow_one_rule_that_no_word_tells():
+    seen, new = multi.rules(), multi.rules(new=True)
+    assert len(seen) + len(new) == 9 * 5 * 2 - 1 and new and not set(seen) & set(new)
+    assert all({r[part] for r in seen} == {r[part] for r in seen + new} for part in range(3))
+    judge = sample.Judge(WORLD)
+    for i in range(4):
+        for held_out, unseen in ((False, False), (True, False), (True, True)):
+            s = multi.in_context(WORLD, random.Random(i), held_out, unseen)
+            rule = random.Random(i).choice(new if unseen else seen)
+            a, after_a, b, after_b, query = s.images
+            assert (query == WORLD.draw(s.scene)).all()
+            for scene, after in zip((*judge.read([a, b]), s.scene), (after_a, after_b, s.target)):
+                assert (multi.draw_rule(WORLD, rule, scene) == after).all()
+            subjects = [s.scene.subjects[0].subject, multi.follow(rule, s.scene).subjects[0].subject]
+            assert held_out or set(subjects) <= set(WORLD.train_subjects)
+            assert (subjects[0] in WORLD.held_out_subjects) == held_out
+            assert s.prompt == "<image> is <image>.\n<image> is <image>.\n<image> is"
+
+
+def test_rule_following_takes_the_nearest_outcome():
+    samples = [multi.in_context(WORLD, random.Random(i), True, True) for i in range(3)]
+    noise = np.random.default_rng(0).integers(-9, 10, (32, 32, 3))
+    noisy = [np.clip(s.target + noise, 0, 255).astype(np.uint8) for s in samples]
+    assert multi.rule_following(WORLD, noisy, samples) == 1
+    assert multi.rule_following(WORLD, [s.images[-1] for s in samples], samples) == 0  # the picture unchanged
+
+
+def test_the_command_trains_and_draws(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "held_out_loss", lambda *arguments: 0.0, raising=False)  # only slow
+    monkeypatch.setattr(train, "show_result", lambda *arguments: None, raising=False)
+    out, keys = tmp_path / "query", ["--model.connector=query", "--instruct.mix=in_context:1,multi_image:1"]
+    multi.main(["train", "tiny", *few_steps(steps=2, global_batch=4), *keys, "--model.n_query=2",
+                "--device=cpu", f"--out={out}"])
+    Image.fromarray(WORLD.draw(Scene(0, 0, (placed(4, 0, 5, "striped", 5),)))).save(tmp_path / "star.png")
+    prompt = r"The star in <image>.\nThe star in <image>.\nA big star at the top on a green background"
+    images = [f"--images={tmp_path / 'star.png'}"] * 2
+    multi.main(["sample", str(out), prompt, *images, f"--out={tmp_path / 'drawn.png'}"])
+    assert np.asarray(Image.open(tmp_path / "drawn.png")).shape == (256, 256, 3)
+    multi.score_rules([out], count=2)
+    assert "new combinations: 0." in capsys.readouterr().out
+    with pytest.raises(ValueError, match="draw: the first argument must be one of train, sample, rules"):
+        multi.main(["draw"])
