@@ -1,4 +1,5 @@
-"""The model of MENTOR (arXiv 2507.09574): a prompt of words and pictures becomes a prefix, the prefix an image.
+"""The model of MENTOR (arXiv 2507.09574): a prompt of words and pictures becomes a prefix, the prefix an
+image.
 
     pixels --VisionEncoder--> patches --Connector--> image tokens ┐
                                                                   ├ splice --TextEncoder--> hidden states
@@ -7,8 +8,7 @@
 
 One sequence, no cross-attention: the decoder sees [prefix | codes] and predicts the next code. The file
 follows the data: configuration, vision encoder (CLIP), connector, text encoder (T5), the three as one,
-projector, decoder (Llama with LlamaGen's 2-D rotary embedding), and Mentor, which puts them together.
-`sample.py` draws with it, `train.py` trains it.
+projector, decoder (Llama with LlamaGen's 2-D rotary embedding), and Mentor, the whole.
 
 Shapes: B samples, M images in all prompts together, L text positions, P prefix positions, N = grid_size**2
 codes, D the width of the module in question, V codebook_size.
@@ -31,15 +31,15 @@ class VisionConfig:
     """CLIP's vision transformer; by default ViT-L/14."""
 
     image_size: int = 224  # pixels per side
-    patch_size: int = 14   # pixels per side
+    patch_size: int = 14
     width: int = 1024      # channels of a patch's features
     n_layer: int = 24      # blocks; features are taken before the last one
-    n_head: int = 16       # attention heads
+    n_head: int = 16
     mlp_width: int = 4096  # hidden width of a block's MLP
 
     @property
     def n_patch(self):
-        """Patches per image, and so features."""
+        """Patches, and so features, per image."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -49,12 +49,12 @@ class TextConfig:
 
     vocab_size: int = 32128  # rows of the word table; at least the text tokenizer's ids
     width: int = 2048        # of a token
-    n_layer: int = 24        # blocks
-    n_head: int = 32         # attention heads
+    n_layer: int = 24
+    n_head: int = 32
     head_width: int = 64     # of each head, whatever the width
     mlp_width: int = 5120    # hidden width of a block's gated MLP
-    n_bucket: int = 32       # relative distances are sorted into this many buckets, each with a bias per head
-    max_distance: int = 128  # from this many positions on, all distances share a bucket
+    n_bucket: int = 32       # buckets of relative distances, each with a bias per head
+    max_distance: int = 128  # from here on all distances share a bucket
     dropout: float = 0.1     # on embeddings, in every block, and at the end
 
 
@@ -62,11 +62,11 @@ class TextConfig:
 class DecoderConfig:
     """The image decoder; by default LlamaGen-XL, for 512-pixel images."""
 
-    codebook_size: int = 16384  # codes, as many as the tokenizer has (train.py sets it)
-    grid_size: int = 32         # codes per side (train.py sets it)
+    codebook_size: int = 16384  # the tokenizer's (train.py sets it)
+    grid_size: int = 32         # codes per side, likewise
     width: int = 1280           # of a position
-    n_layer: int = 36           # blocks
-    n_head: int = 20            # attention heads
+    n_layer: int = 36
+    n_head: int = 20
     multiple_of: int = 256      # the MLP's hidden width is 8/3 of the width, rounded up to a multiple of this
     dropout: float = 0.1        # on embeddings, attention output and MLP output
 
@@ -100,22 +100,22 @@ class MentorConfig:
     sampling: SamplingConfig = SamplingConfig()
     connector: str = "mlp"  # one of CONNECTORS
     n_query: int = 0        # tokens per image; 0: one for each patch
-    context: int = 512      # longest prefix, and rows of the unconditional table
+    context: int = 512      # longest prefix
 
     def __post_init__(self):
         vision, text, decoder = self.vision, self.text, self.decoder
         for key, size, unit, n in (
                 ("vision.image_size", vision.image_size, "vision.patch_size", vision.patch_size),
                 ("vision.width", vision.width, "vision.n_head", vision.n_head),
-                # rotary pairs split into rows and columns
+                # a head's rotary pairs, two channels each, are for rows and columns
                 ("decoder.width", decoder.width, "4 * decoder.n_head", 4 * decoder.n_head)):
             require(size % n == 0, f"{key}={size}: must be a multiple of {unit}={n}")
         require(text.max_distance > text.n_bucket // 4 > 0,
-                f"text.n_bucket={text.n_bucket}: must be 4 or more, and max_distance above its quarter")
+                f"text.n_bucket={text.n_bucket}: must be 4 or more, and less than 4 * max_distance")
         require(self.context > self.image_tokens,
-                f"context={self.context}: must be more than the {self.image_tokens} tokens of an image")
+                f"context={self.context}: must be above {self.image_tokens}, the tokens of an image")
         require(self.connector in CONNECTORS,
-                f"connector={self.connector}: must be {', '.join(CONNECTORS)}; python -m extras.multi has more")
+                f"connector={self.connector}: must be {', '.join(CONNECTORS)}; extras/multi.py has more")
 
     @property
     def image_tokens(self):
@@ -163,7 +163,7 @@ class VisionBlock(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """CLIP's vision transformer (arXiv 2103.00020): pixels (M, 3, S, S), CLIP-normalised, to features."""
+    """CLIP's vision transformer (arXiv 2103.00020), from pixels (M, 3, S, S), CLIP-normalised."""
 
     def __init__(self, config):
         super().__init__()
@@ -185,11 +185,11 @@ class VisionEncoder(nn.Module):
         return x
 
     def forward(self, pixels):
-        """Features for the connector: the patches before the last block, (M, n_patch, D)."""
+        """Features for the connector, of the patches alone: (M, n_patch, D)."""
         return self.before_last(pixels)[:, 1:]
 
     def pool(self, features):
-        """before_last's output -> the class token after the last block and norm, (M, D), for pretraining."""
+        """before_last's output -> the class token at the end, (M, D), for contrastive pretraining."""
         return self.post_norm(self.blocks[-1](features)[:, 0])
 
 
@@ -197,7 +197,7 @@ class VisionEncoder(nn.Module):
 
 
 class MLPConnector(nn.Module):
-    """Two layers with GELU, as LLaVA's (section 3.1), patch by patch: (M, n_patch, Dv) -> (M, n_patch, Dt)."""
+    """LLaVA's two layers with GELU (section 3.1), on each patch: (M, n_patch, Dv) -> (M, n_patch, Dt)."""
 
     def __init__(self, config):
         super().__init__()
@@ -205,7 +205,7 @@ class MLPConnector(nn.Module):
         self.fc2 = nn.Linear(config.text.width, config.text.width)
 
     def forward(self, patches, words, mask):
-        """words (M, L, Dt), mask (M, L): each image's prompt, which this connector does not read."""
+        """words (M, L, Dt), mask (M, L): each image's prompt, which this connector ignores."""
         return self.fc2(F.gelu(self.fc1(patches)))
 
 
@@ -216,9 +216,9 @@ CONNECTORS = {"mlp": MLPConnector}  # by MentorConfig.connector; extras/multi.py
 
 
 def relative_position_bucket(distance, n_bucket, max_distance):
-    """T5's buckets (arXiv 1910.10683, section 2.1) for signed distances (key - query), any shape int64 ->
-    int64 in [0, n_bucket). Half of them are for keys to the right. Of each half, the first half holds one
-    distance each, and the rest grow logarithmically up to max_distance."""
+    """T5's buckets (arXiv 1910.10683, section 2.1): signed distances (key - query) -> int64 in [0, n_bucket).
+    Half are for keys to the right. Of each half, the first half holds one distance each, and the rest grow
+    logarithmically up to max_distance."""
     half = n_bucket // 2
     side = (distance > 0).long() * half
     distance = distance.abs()
@@ -229,8 +229,8 @@ def relative_position_bucket(distance, n_bucket, max_distance):
 
 
 class TextBlock(nn.Module):
-    """T5's encoder block: attention without score scaling or biases, then a GELU-gated MLP. Before each an
-    RMSNorm, x / rms(x) * weight: no mean, no bias."""
+    """T5's encoder block: attention without score scaling, then a GELU-gated MLP, both without biases and
+    after an RMSNorm, x / rms(x) * weight."""
 
     def __init__(self, config):
         super().__init__()
@@ -267,7 +267,7 @@ class TextEncoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def attention_bias(self, mask):
-        """All blocks' bias by relative position, padded keys masked: mask (B, L) bool -> (B, H, L, L)."""
+        """Relative position bias with padding masked, for all blocks: mask (B, L) bool -> (B, H, L, L)."""
         position = torch.arange(mask.shape[1], device=mask.device)
         distance = position[None] - position[:, None]             # (L, L), key - query
         bucket = relative_position_bucket(distance, self.config.n_bucket, self.config.max_distance)
@@ -275,7 +275,7 @@ class TextEncoder(nn.Module):
         return bias.masked_fill(~mask[:, None, None], torch.finfo(bias.dtype).min)
 
     def forward(self, embeddings, mask):
-        """embeddings (B, L, D), mask (B, L) bool, True at real positions -> hidden states (B, L, D)."""
+        """embeddings (B, L, D), mask (B, L) bool, False at padding -> hidden states (B, L, D)."""
         x, bias, device = self.dropout(embeddings), self.attention_bias(mask), embeddings.device.type
         if torch.is_autocast_enabled(device):  # once: each block would keep a copy for the backward pass
             bias = bias.to(torch.get_autocast_dtype(device))
@@ -284,11 +284,8 @@ class TextEncoder(nn.Module):
         return self.dropout(self.norm(x))
 
 
-# --- Words and images as one sequence ---
-
-
 class MultimodalEncoder(nn.Module):
-    """phi of equation 1: encodes a prompt's words and images as one sequence."""
+    """phi of equation 1: words and images of a prompt, encoded as one sequence."""
 
     def __init__(self, config):
         super().__init__()
@@ -300,7 +297,7 @@ class MultimodalEncoder(nn.Module):
     def forward(self, batch):
         """batch: a data.Batch (text_ids, lengths, pixels, image_slots) -> (B, L, D)."""
         words, mask = self.text.embedding(batch.text_ids), length_mask(batch.lengths, batch.text_ids.shape[1])
-        owner = batch.image_slots[:: self.image_tokens] // mask.shape[1]               # (M,): its sample
+        owner = batch.image_slots[:: self.image_tokens] // mask.shape[1]               # (M,): whose it is
         tokens = self.connector(self.vision(batch.pixels), words[owner], mask[owner])  # (M, image_tokens, D)
         return self.text(splice(words, batch.image_slots, tokens), mask)
 
@@ -309,7 +306,7 @@ def splice(words, slots, tokens):
     """Put image tokens (M, n, D) into word embeddings (B, L, D), at the flat positions slots (M * n,)."""
     images, n, _ = tokens.shape
     require(len(slots) == images * n,
-            f"the prompts have {len(slots)} places for image tokens, but {images} images of {n} tokens came")
+            f"{len(slots)} places for image tokens in the prompts, but {images} images of {n} tokens")
     return words.flatten(0, 1).index_copy(0, slots, tokens.flatten(0, 1).to(words.dtype)).view_as(words)
 
 
@@ -326,19 +323,19 @@ class Projector(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.fc1 = nn.Linear(config.text.width, config.decoder.width, bias=False)
-        self.fc2 = nn.Linear(config.decoder.width, config.decoder.width, bias=False)
-        # differs from the released code, where this table is a buffer and stays random
-        table = torch.randn(config.context, config.text.width) * config.text.width**-0.5
-        self.unconditional = nn.Parameter(table)
+        width, out = config.text.width, config.decoder.width
+        self.fc1 = nn.Linear(width, out, bias=False)
+        self.fc2 = nn.Linear(out, out, bias=False)
+        # in the released code this table is a buffer and stays random
+        self.unconditional = nn.Parameter(torch.randn(config.context, width) * width**-0.5)
 
     def forward(self, hidden, lengths, drop):
-        """hidden (B, P, Dt), lengths (B,) int64, drop (B,) bool -> prefix (B, P, D). A dropped sample keeps
-        its length n and takes the *last* n rows of the table, as in the released code, which pads in front."""
-        last = len(self.unconditional) - 1
-        rows = last + 1 - lengths[:, None] + torch.arange(hidden.shape[1], device=hidden.device)  # (B, P)
-        # not table[rows], whose gradient several CPU threads add up in any order
-        unconditional = F.embedding(rows.clamp(max=last), self.unconditional)                     # (B, P, Dt)
+        """hidden (B, P, Dt), lengths (B,) int64, drop (B,) bool -> prefix (B, P, D). A dropped sample of
+        length n gets the *last* n rows of the table, as in the released code, which pads in front."""
+        size = len(self.unconditional)
+        rows = size - lengths[:, None] + torch.arange(hidden.shape[1], device=hidden.device)  # (B, P)
+        # not table[rows], whose gradient CPU threads add up in any order
+        unconditional = F.embedding(rows.clamp(max=size - 1), self.unconditional)             # (B, P, Dt)
         hidden = torch.where(drop[:, None, None], unconditional.to(hidden.dtype), hidden)
         return self.fc2(F.gelu(self.fc1(hidden), approximate="tanh"))
 
@@ -349,7 +346,7 @@ class Projector(nn.Module):
 def rotary_table(grid_size, head_width, base=10000.0):
     """Rotations as unit complex numbers, (1 + N, head_width / 2): row 0 for the prefix, which is not rotated,
     row 1 + k for code k. Half of a head's pairs rotate with the code's row in the grid, half with its column
-    (LlamaGen 2.2, whose own code multiplies the prefix's queries and keys by zero; MENTOR mended that)."""
+    (LlamaGen 2.2, whose code multiplies the prefix's queries and keys by zero; MENTOR mended that)."""
     frequency = base ** (-torch.arange(head_width // 4) / (head_width // 4))        # (hd / 4,)
     k = torch.arange(grid_size**2)[:, None]
     angles = torch.cat([k // grid_size * frequency, k % grid_size * frequency], 1)  # (N, hd / 2)
@@ -369,24 +366,21 @@ def rotate(x, rotations):
 
 class KVCache:
     """Keys and values of all that the decoder has read, [prefix, padded to P | codes], allocated once.
-
-    The padding between a short prefix and the codes does no harm: `mask` hides it, and a code's position is
-    its place in the image, not its slot. So all samples write to one slot, and a step needs nothing from the
-    CPU.
-    """
+    Padding in between does no harm: `mask` hides it, and a code's position is its place in the image, not its
+    slot. So all samples write to one slot, and a step needs nothing from the CPU."""
 
     def __init__(self, config, lengths, n_prefix, dtype):
         """lengths (B,): of the prefixes; n_prefix: what they are padded to."""
         size, device = -(-(n_prefix + config.n_code) // 64) * 64, lengths.device  # few sizes, aligned rows
         shape = (len(lengths), config.n_head, size, config.width // config.n_head)
         # a tensor per layer: of one for all, a compiled step would copy the whole to write one layer
-        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-                          for _ in range(2))
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.v = [torch.zeros_like(k) for k in self.k]
         self.mask = length_mask(lengths, size)[:, None, None]               # (B, 1, 1, size): may be read
         self.slot = torch.full((1,), n_prefix - 1, device=device)           # of the last code
         self.position = torch.zeros(1, 1, device=device, dtype=torch.long)  # 1 + k after code k
-        if lengths.is_cuda:  # a compiled step becomes a CUDA graph only if what it writes stays in place
-            from torch._dynamo import mark_static_address  # slow to import
+        if lengths.is_cuda:  # a CUDA graph writes only to tensors that stay where they are
+            from torch._dynamo import mark_static_address  # takes seconds
             for tensor in (*self.k, *self.v, self.mask, self.slot, self.position):
                 mark_static_address(tensor)
 
@@ -401,14 +395,13 @@ class KVCache:
 
     def append(self, layer, k, v):
         """Store the keys and values (B, H, 1, hd) of a code. Returns all keys and values, and the mask."""
-        self.k[layer].index_copy_(2, self.slot, k)
-        self.v[layer].index_copy_(2, self.slot, v)
-        return self.k[layer], self.v[layer], self.mask
+        k, v = self.k[layer].index_copy_(2, self.slot, k), self.v[layer].index_copy_(2, self.slot, v)
+        return k, v, self.mask
 
 
 class DecoderAttention(nn.Module):
-    """Causal self-attention with rotary positions (Llama). Only a decode step has a mask, so the flash kernel
-    runs on every training batch and every prefix."""
+    """Causal self-attention with rotary positions (Llama). Only decode steps need a mask; training batches
+    and prefixes run in the flash kernel."""
 
     def __init__(self, config):
         super().__init__()
@@ -473,7 +466,7 @@ class ImageDecoder(nn.Module):
         self.register_buffer("rotary", rotary, persistent=False)
 
     def forward(self, x, positions, cache=None):
-        """Embeddings x (B, T, D), positions (B, T) int64 (0: prefix, 1 + k: code k) -> hidden states (B, T, D)."""
+        """x (B, T, D), positions (B, T): 0 in the prefix, 1 + k at code k -> hidden states (B, T, D)."""
         x, rotations = self.dropout(x), self.rotary[positions][:, None]  # (B, 1, T, hd / 2)
         for layer, block in enumerate(self.blocks):
             x = block(x, rotations, layer, cache)
@@ -481,13 +474,13 @@ class ImageDecoder(nn.Module):
 
 
 def sequence_order(lengths, n_prefix, n_code):
-    """Indices (B, n_prefix + n_code) int64 that turn [padded prefix | codes] into [prefix | codes | padding]:
+    """Indices (B, n_prefix + n_code) that turn [padded prefix | codes] into [prefix | codes | padding]:
 
         p p p . . a b c      0 1 2 5 6 7 3 4      p p p a b c . .
         p p p p p a b c      0 1 2 3 4 5 6 7      p p p p p a b c
 
-    With the padding last, plain causal attention is exact: no code ever sees it. (The released code pads in
-    front instead, which needs a dense mask. As the prefix has no positions, both compute the same.)
+    With the padding last, plain causal attention is exact: no code sees it. (The released code pads in front,
+    with a dense mask; as the prefix has no positions, both compute the same.)
     """
     t, n = torch.arange(n_prefix + n_code, device=lengths.device)[None], lengths[:, None]
     code, padding = n_prefix + t - n, t - n_code
@@ -498,7 +491,7 @@ def sequence_order(lengths, n_prefix, n_code):
 
 
 class Mentor(nn.Module):
-    """Multimodal encoder, projector and image decoder; trained on the next-code loss alone (equation 3)."""
+    """Multimodal encoder, projector and image decoder."""
 
     def __init__(self, config):
         super().__init__()
@@ -509,13 +502,13 @@ class Mentor(nn.Module):
         init_weights(self)
 
     def forward(self, batch, codes, drop):
-        """Logits (B, N, V) float32 of every code given the prompt and the codes before it, in one pass.
-        batch: a data.Batch; codes (B, N) int64; drop (B,) bool: samples that get no prompt."""
+        """batch (a data.Batch), codes (B, N) int64, drop (B,) bool, samples that get no prompt -> logits of
+        every code given prompt and codes before, (B, N, V) float32."""
         prefix = self.projector(self.encoder(batch), batch.lengths, drop)
         return self.decoder.output(self.next_code_hidden(prefix, batch.lengths, codes)).float()
 
     def next_code_hidden(self, prefix, lengths, codes):
-        """prefix (B, P, D) of lengths (B,), codes (B, N) -> the hidden states that predict the codes, (B, N, D)."""
+        """prefix (B, P, D), lengths (B,), codes (B, N) -> the hidden states that predict them, (B, N, D)."""
         P, N = prefix.shape[1], codes.shape[1]
         order = sequence_order(lengths, P, N - 1)             # the last code is never read
         x = torch.cat([prefix, self.decoder.code_embedding(codes[:, :-1])], dim=1)
@@ -530,7 +523,7 @@ class Mentor(nn.Module):
         B, P, _ = prefix.shape
         cache = KVCache(self.config.decoder, lengths, P, prefix.dtype)
         hidden = self.decoder(prefix, torch.zeros(B, P, dtype=torch.long, device=prefix.device), cache)
-        last = hidden[torch.arange(B, device=hidden.device), lengths - 1]  # (B, D)
+        last = hidden.take_along_dim(lengths[:, None, None] - 1, 1)[:, 0]  # (B, D)
         return self.decoder.output(last).float(), cache
 
     def decode_step(self, codes, cache):
@@ -544,9 +537,9 @@ def init_weights(model):
 
     projector, decoder   N(0, 0.02), as LlamaGen; output head zero, so that the first loss is ln(V)
     text encoder         T5's: 1 / sqrt(fan in); queries also / sqrt(head_width), as scores are not scaled
-    vision, connector    PyTorch's. The short contrastive training must not erase place and pixels: positions
-                         are N(0, 1), as large as the patches, and the norm before the blocks scales by 4,
-                         well above what the blocks add
+    vision, connector    PyTorch's, but patches have to keep place and pixels through the short pretraining:
+                         positions are N(0, 1), as large as the patches, and the norm before the blocks
+                         scales by 4, well above what the blocks add
     """
     for module in (*model.projector.modules(), *model.decoder.modules()):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -565,7 +558,7 @@ def init_weights(model):
 
 @torch.no_grad()
 def start_from_codebook(decoder, codebook):
-    """Initialise code embeddings and output head from the tokenizer's codebook (V, C), rows of length 1: codes
-    that look alike start alike, so what is learnt about one holds for its neighbours."""
+    """Initialise code embeddings and output head from the tokenizer's codebook (V, C): codes that look alike
+    start alike, so what is learnt about one holds for its neighbours."""
     for weight, std in ((decoder.code_embedding.weight, 0.1), (decoder.output.weight, 0.05)):
         weight.copy_(std * codebook @ torch.randn(codebook.shape[1], weight.shape[1], device=codebook.device))

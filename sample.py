@@ -2,8 +2,8 @@ r"""Draw with a trained model, and score it.
 
     python sample.py out/tiny "The star in <image>.\nA big star at the top on a red background" --images=a.png
 
-Read in order: choosing a code; `generate` (prefill, then one cached step per code); Pipeline, a trained model
-with its tokenizers; the judge, which reads a drawing back into a scene, and the scores; the command line.
+Read in order: choosing a code, `generate`, Pipeline (a trained model with its tokenizers), the judge and the
+scores, the command line.
 """
 
 import argparse
@@ -65,8 +65,8 @@ def choose(logits, sampling, generators):
 def generate(model, batch, sampling, generators):
     """Draw the codes (B, N) int64 of every prompt in a data.Batch.
 
-    model: Mentor in eval mode; generators: one per prompt, so that a picture does not depend on those beside
-    it. With guidance the batch is doubled: first conditional, then unconditional prefixes of the same lengths.
+    generators: one per prompt, so that a picture does not depend on those beside it. With guidance the batch
+    is doubled: conditional prefixes, then unconditional ones of the same lengths.
     """
     guided, lengths = sampling.cfg_scale != 1, batch.lengths
     hidden, keep = model.encoder(batch), torch.zeros_like(lengths, dtype=torch.bool)
@@ -117,12 +117,13 @@ class Pipeline:
         if self.device.type == "cuda":
             self.model.bfloat16()  # half the bytes to read per step; the rotary table, complex, stays exact
         if compile:
-            self.model.decode_step = torch.compile(self.model.decode_step, mode="reduce-overhead", fullgraph=True)
+            step = torch.compile(self.model.decode_step, mode="reduce-overhead", fullgraph=True)
+            self.model.decode_step = step
         self.size = self.vqgan.config.image_size
         self.collate = Collate(self.text_tokenizer, self.model.config, self.size)
 
     def draw(self, samples, sampling=None, seed=0, batch_size=128):
-        """Draw the samples' prompts, number i with seed + i: pictures, uint8 (S, S, 3) each."""
+        """Pictures, uint8 (S, S, 3) each, for the samples' prompts; number i is drawn with seed + i."""
         sampling, codes = sampling or self.model.config.sampling, []
         for first in range(0, len(samples), batch_size):
             part = samples[first : first + batch_size]
@@ -131,7 +132,7 @@ class Pipeline:
         return [to_picture(image) for image in self.vqgan.decode(torch.cat(codes))]
 
     def rebuild(self, pictures):
-        """Pictures of any size, made by the tokenizer alone: the best that the model could draw."""
+        """The pictures as the tokenizer alone makes them: the best that the model could draw."""
         return through_codes(self.vqgan, pictures)
 
 
@@ -215,34 +216,36 @@ def segmentation_iou(pictures, samples):
 
 
 def score(pipeline, out, prompts=512):
-    """Score a model of the world of shapes on held-out subjects: print the table, write scores.json and
-    sheet.png into `out`."""
+    """Score a model on held-out subjects: print the table, write scores.json and sheet.png into `out`."""
     require(pipeline.record.get("data") == Shapes.digest,
-            "only the world of shapes has scores; this model was trained on other pictures")
+            "only the world of shapes has scores, not this model's data")
     world = Shapes(pipeline.size)
 
     def samples(task, count):
         dataset = world.dataset({task: 1.0}, "scores", held_out=True)
         return [dataset[i] for i in range(count)]
 
-    asked, whole, cut = (samples(task, count) for task, count in (
-        ("subject_driven", prompts), ("reconstruction", prompts // 4), ("segmentation", prompts // 4)))
-    # and three bounds: true renders test the judge, no model beats its tokenizer, copies of the reference have
-    # all CP and little PF
-    ways = {"model": pipeline.draw, "true renders": lambda samples: [s.target for s in samples],
-            "tokenizer": lambda samples: pipeline.rebuild([s.target for s in samples]),
-            "copying": lambda samples: [center_crop(s.images[0], pipeline.size) for s in samples]}
-    judge, drawn = Judge(world), {name: way(asked) for name, way in ways.items()}
-    scores = {name: {**judge_pictures(judge, drawn[name], asked), "reconstruction_l2": pixel_l2(way(whole), whole),
-                     "segmentation_iou": segmentation_iou(way(cut), cut)} for name, way in ways.items()}
-    for name, row in scores.items():
+    subject, whole = samples("subject_driven", prompts), samples("reconstruction", prompts // 4)
+    cut = samples("segmentation", prompts // 4)
+    # three bounds: true renders test the judge, no model is better than its tokenizer, and copies of the
+    # reference have all CP and little PF
+    ways = {"model": pipeline.draw, "true renders": lambda part: [s.target for s in part],
+            "tokenizer": lambda part: pipeline.rebuild([s.target for s in part]),
+            "copying": lambda part: [center_crop(s.images[0], pipeline.size) for s in part]}
+    judge, scores = Judge(world), {}
+    for name, way in ways.items():
+        drawn = way(subject)
+        row = scores[name] = {**judge_pictures(judge, drawn, subject),
+                              "reconstruction_l2": pixel_l2(way(whole), whole),
+                              "segmentation_iou": segmentation_iou(way(cut), cut)}
         print(f"{name:13}", "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
+        if name == "model":
+            save_sheet({"held-out subjects": (subject[:12], drawn)}, out / "sheet.png")
     write_json(out / "scores.json", {**scores.pop("model"), "prompts": prompts, "bounds": scores})
-    save_sheet({"held-out subjects": (asked[:12], drawn["model"])}, out / "sheet.png")
 
 
 def save_sheet(parts, path, side=96, width=330):
-    """A contact sheet of parts {heading: (samples, drawings)}, a row each: reference, prompt, drawing, ideal."""
+    """A contact sheet of parts {heading: (samples, drawings)}: rows of reference, prompt, drawing, ideal."""
     height = sum(20 + side * len(samples) for samples, _ in parts.values())
     sheet, y = Image.new("RGB", (3 * side + width, height), "white"), 0
     pen = ImageDraw.Draw(sheet)
@@ -252,8 +255,8 @@ def save_sheet(parts, path, side=96, width=330):
         for sample, drawn in zip(*part):
             lines = [textwrap.fill(line, 52) for line in sample.prompt.split("\n")]
             pen.multiline_text((side + 4, y), "\n".join(lines), fill="black")
-            references = [(0, picture) for picture in sample.images[:1]]
-            for x, picture in (*references, (side + width, drawn), (2 * side + width, sample.target)):
+            pictures = sample.target, drawn, *sample.images
+            for x, picture in zip((2 * side + width, side + width, 0), pictures):
                 square = ImageOps.fit(Image.fromarray(picture), (side - 4, side - 4), Image.NEAREST)
                 sheet.paste(square, (x, y))
             y += side
@@ -272,36 +275,35 @@ def enlarged(pictures, least=256):
 def parse(arguments):
     """The command line's options."""
     parser = argparse.ArgumentParser(description="Draw with a trained model, or score it.")
-    parser.add_argument("folder", help="of a run or of one of its stages, for example out/tiny")
-    parser.add_argument("prompt", nargs="?", default="",
-                        help=r"text with an <image> for each of --images; \n is a line break")
-    parser.add_argument("--images", action="append", default=[], metavar="FILE", help="once for each <image>")
-    parser.add_argument("--segment", metavar="NAME", help="cut the named object out of the one of --images")
-    parser.add_argument("--reconstruct", metavar="FILE", help="the image | by the tokenizer | by the model")
-    parser.add_argument("--score", action="store_true", help="score the model on held-out subjects")
-    parser.add_argument("--cfg_scale", type=float, help="guidance: 0 unconditional, 1 conditional")
-    parser.add_argument("--temperature", type=float, help="0 is greedy")
-    parser.add_argument("--top_k", type=int, help="keep this many codes, 0 all")
-    parser.add_argument("--top_p", type=float, help="keep the best codes up to this probability")
-    parser.add_argument("--n", type=int, default=1, help="how many to draw (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first one (default: %(default)s)")
-    parser.add_argument("--out", default="sample.png", help="file to write (default: %(default)s)")
-    parser.add_argument("--device", default=best_device(), help="cuda, mps or cpu (default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="on a GPU: after a minute's wait, draw faster")
+    add = parser.add_argument
+    add("folder", help="of a run or of one of its stages, for example out/tiny")
+    add("prompt", nargs="?", default="", help=r"with an <image> for each of --images; \n is a line break")
+    add("--images", action="append", default=[], metavar="FILE", help="once for each <image>")
+    add("--segment", metavar="NAME", help="cut the named object out of the one of --images")
+    add("--reconstruct", metavar="FILE", help="the image | by the tokenizer | by the model")
+    add("--score", action="store_true", help="score the model on held-out subjects")
+    add("--cfg_scale", type=float, help="guidance: 0 unconditional, 1 conditional")
+    add("--temperature", type=float, help="0 is greedy")
+    add("--top_k", type=int, help="keep this many codes, 0 all")
+    add("--top_p", type=float, help="keep the best codes up to this probability")
+    add("--n", type=int, default=1, help="how many to draw (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the first one (default: %(default)s)")
+    add("--out", default="sample.png", help="file to write (default: %(default)s)")
+    add("--device", default=best_device(), help="cuda, mps or cpu (default: %(default)s)")
+    add("--compile", action="store_true", help="draw faster on a GPU, after a minute's wait")
     options, unknown = parser.parse_known_intermixed_args(arguments)
     unknown += [options.prompt] if options.prompt.startswith("--") else []
-    require(not unknown, f"{' '.join(unknown)}: no such option (the prompt is the second argument); see --help")
+    require(not unknown, f"{' '.join(unknown)}: no such option; the prompt is the second argument")
     require(options.n > 0, f"--n={options.n}: must be at least 1")
     require(Path(options.out).suffix.lower() in Image.registered_extensions(),
             f"--out={options.out}: must end as a picture does, for example .png")
     require(not options.prompt or not options.segment and not options.reconstruct,
-            "--segment and --reconstruct have prompts of their own: leave out yours")
+            "--segment and --reconstruct have their own prompts")
     return options
 
 
 def check_words(pipeline, prompt):
-    """The prompt without the punctuation that the model has never met, which is printed. Raises ValueError
-    naming unknown words."""
+    """The prompt without punctuation that the model has never met. Raises ValueError naming unknown words."""
     unknown = pipeline.text_tokenizer.unknown_words(prompt)
     words = [word for word in unknown if word.isalnum()]
     known = f"it knows {' '.join(pipeline.text_tokenizer.known_words()[:400])}"
@@ -365,7 +367,7 @@ def cli(main, program):
     try:
         return main(sys.argv[1:])
     except (torch.OutOfMemoryError, MemoryError) as error:
-        problem = f"out of memory ({str(error)[:150]}): halve --micro_batch, which keeps the global batch"
+        problem = f"out of memory ({str(error)[:150]}): halve --micro_batch, or set --checkpoint"
     except (ValueError, OSError) as error:
         problem = error
     print(f"{program}: {problem}", file=sys.stderr)

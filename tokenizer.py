@@ -2,10 +2,10 @@
 
     image (B, 3, S, S) in [-1, 1] --Encoder--> z --VectorQuantizer--> codes (B, N) --PixelDecoder--> image
 
-It is LlamaGen's VQ-16 (arXiv 2406.06525, section 2.1): the convolutional encoder and decoder of
-taming-transformers (arXiv 2012.09841) around a codebook of many vectors with few dimensions. Parameters have
-their released names, so `vq_ds16_t2i.pt` loads name for name. The text tokenizer turns words into ids. Last
-comes what all files share: user errors, configurations as flat keys, a model as a folder.
+It is LlamaGen's VQ-16 (arXiv 2406.06525, section 2.1), whose `vq_ds16_t2i.pt` loads name for name: encoder
+and decoder of taming-transformers (arXiv 2012.09841) around a codebook of many vectors with few dimensions.
+The text tokenizer turns words into ids. Last comes what all files share: user errors, configurations as flat
+keys, a model as a folder.
 """
 
 import hashlib
@@ -14,7 +14,6 @@ import json
 import os
 import random
 import re
-import struct
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +21,6 @@ from textwrap import shorten
 
 import sentencepiece
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -35,11 +33,11 @@ class TokenizerConfig:
 
     image_size: int = 512       # pixels per side
     ch: int = 128               # channels at full resolution
-    ch_mult: tuple = (1, 1, 2, 2, 4)  # channels of each level, in units of ch; each level halves the image
+    ch_mult: tuple = (1, 1, 2, 2, 4)  # channels of each level, in units of ch; all but one halve the image
     num_res_blocks: int = 2     # ResNet blocks per level (the decoder has one more)
     norm_groups: int = 32       # groups of every GroupNorm
     z_channels: int = 256       # channels at the grid, before the codebook's projection
-    codebook_size: int = 16384  # codes
+    codebook_size: int = 16384
     codebook_dim: int = 8       # few dimensions keep every code in use (LlamaGen, table 2)
     beta: float = 0.25          # weight of the commitment loss, the pull of z towards its code
 
@@ -51,7 +49,7 @@ class TokenizerConfig:
 
     @property
     def cell(self):
-        """Pixels per side of a code's cell: every level but the last halves the image."""
+        """Pixels per side of a code's cell."""
         return 2 ** (len(self.ch_mult) - 1)
 
     @property
@@ -61,19 +59,19 @@ class TokenizerConfig:
 
 
 def group_norm(channels, groups):
-    """The VQGAN's GroupNorm (eps 1e-6, not PyTorch's 1e-5)."""
+    """GroupNorm with VQGAN's eps."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 def start_silent(conv):
-    """Zero the last layer of a residual branch. A new VQGAN is then purely local, and a code says more about
-    its own cell: norms over the image and attention come in only where training wants them."""
+    """Zero the last layer of a residual branch. A new VQGAN is then purely local: attention and norms over
+    the image come in only where training wants them, so a code says more about its own cell."""
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions with GroupNorm and swish, and a residual path. (B, C, H, W) -> (B, C', H, W)."""
+    """Two convolutions with GroupNorm and swish, and a residual path. (B, C, H, W) -> (B, C', H, W)."""
 
     def __init__(self, in_channels, out_channels, groups):
         super().__init__()
@@ -92,8 +90,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head self-attention over all positions, (B, C, H, W) -> (B, C, H, W). Its cost grows with the
-    square of their number, so it stands only where the grid is smallest."""
+    """Single-head self-attention over all positions, for the lowest resolution. (B, C, H, W) -> same."""
 
     def __init__(self, channels, groups):
         super().__init__()
@@ -109,7 +106,7 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the image with a strided convolution, padded on the right and below only."""
+    """Halve the image by a strided convolution, padded on the right and below only."""
 
     def __init__(self, channels):
         super().__init__()
@@ -120,7 +117,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the image: nearest neighbour, then a convolution."""
+    """Double the image by nearest neighbour, then a convolution."""
 
     def __init__(self, channels):
         super().__init__()
@@ -131,15 +128,15 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The ResNet blocks of one resolution, at the lowest one each followed by attention, then resampling."""
+    """ResNet blocks of one resolution, at the lowest one each followed by attention; then resampling."""
 
-    def __init__(self, in_channels, out_channels, blocks, groups, attention):
+    def __init__(self, in_channels, out_channels, blocks, groups, attention=nn.Identity,
+                 downsample=nn.Identity, upsample=nn.Identity):
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
         self.res = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in pairwise(widths))
-        self.attn = nn.ModuleList(
-            AttnBlock(out_channels, groups) if attention else nn.Identity() for _ in self.res)
-        self.downsample = self.upsample = nn.Identity()  # encoder and decoder replace theirs
+        self.attn = nn.ModuleList(attention(out_channels, groups) for _ in self.res)
+        self.downsample, self.upsample = downsample(out_channels), upsample(out_channels)
 
     def forward(self, x):
         for block, attention in zip(self.res, self.attn):
@@ -148,7 +145,7 @@ class Level(nn.Module):
 
 
 def middle(channels, groups):
-    """ResNet block, attention, ResNet block: more depth at the lowest resolution."""
+    """ResNet block, attention, ResNet block, at the lowest resolution."""
     return nn.ModuleList([ResnetBlock(channels, channels, groups), AttnBlock(channels, groups),
                           ResnetBlock(channels, channels, groups)])
 
@@ -162,10 +159,8 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
         self.conv_blocks = nn.ModuleList()
         for level, (before, width) in enumerate(pairwise([config.ch, *widths]), 1):
-            lowest = level == len(widths)
-            self.conv_blocks.append(Level(before, width, config.num_res_blocks, groups, attention=lowest))
-            if not lowest:
-                self.conv_blocks[-1].downsample = Downsample(width)
+            kind = dict(attention=AttnBlock) if level == len(widths) else dict(downsample=Downsample)
+            self.conv_blocks.append(Level(before, width, config.num_res_blocks, groups, **kind))
         self.mid = middle(width, groups)
         self.norm_out = group_norm(width, groups)
         self.conv_out = nn.Conv2d(width, config.z_channels, 3, padding=1)
@@ -178,9 +173,8 @@ class Encoder(nn.Module):
 
 
 class VectorQuantizer(nn.Module):
-    """Replace every vector by the nearest of `codebook_size` learned ones, both of length 1 (LlamaGen 2.1).
-    "Nearest" is then "largest cosine": no code wins by being long, and 8 dimensions keep 16,384 codes in
-    use."""
+    """Replace every vector by the nearest of the codebook, all of length 1 (LlamaGen 2.1), so that no code
+    wins by being long, and 8 dimensions keep 16,384 codes in use."""
 
     def __init__(self, config):
         super().__init__()
@@ -193,13 +187,12 @@ class VectorQuantizer(nn.Module):
         return F.normalize(self.embedding.weight.float(), dim=-1)
 
     def forward(self, z):
-        """z (B, C, h, w) of any dtype -> the codes' vectors (B, C, h, w) float32 with a straight-through
-        gradient, the loss (scalar), and codes (B, h, w) int64."""
+        """z (B, C, h, w) -> the codes' vectors (B, C, h, w) float32 with a straight-through gradient, the
+        loss (scalar), and codes (B, h, w) int64."""
         with torch.autocast(z.device.type, enabled=False):          # half precision merges close codes
             z = F.normalize(z.float().permute(0, 2, 3, 1), dim=-1)  # (B, h, w, C)
-            codebook = self.codebook()
-            codes = nearest(z.detach().flatten(0, 2), codebook).view(z.shape[:3])
-            z_q = F.embedding(codes, codebook)                      # (B, h, w, C)
+            codes = nearest(z.detach().flatten(0, 2), self.codebook()).view(z.shape[:3])
+            z_q = F.embedding(codes, self.codebook())               # (B, h, w, C)
             # the codebook loss moves codes to outputs of the encoder, the commitment loss outputs to codes
             loss = F.mse_loss(z_q, z.detach()) + self.beta * F.mse_loss(z, z_q.detach())
             z_q = z + (z_q - z).detach()                            # the gradient skips the argmax
@@ -211,7 +204,7 @@ class VectorQuantizer(nn.Module):
 
 
 def nearest(z, codebook):
-    """Index of the nearest code for each row of z (M, C): (M,) int64."""
+    """Each row's nearest code: z (M, C), codebook (V, C) -> (M,) int64."""
     return torch.cat([(rows @ codebook.T).argmax(1) for rows in z.split(65536)])  # in parts, to save memory
 
 
@@ -225,10 +218,10 @@ class PixelDecoder(nn.Module):
         self.mid = middle(widths[0], groups)
         self.conv_blocks = nn.ModuleList()
         for level, (before, width) in enumerate(pairwise([widths[0], *widths]), 1):
-            lowest, blocks = level == 1, config.num_res_blocks + 1
-            self.conv_blocks.append(Level(before, width, blocks, groups, attention=lowest))
-            if level < len(widths):
-                self.conv_blocks[-1].upsample = Upsample(width)
+            attention = AttnBlock if level == 1 else nn.Identity
+            upsample = Upsample if level < len(widths) else nn.Identity
+            blocks = config.num_res_blocks + 1
+            self.conv_blocks.append(Level(before, width, blocks, groups, attention, upsample=upsample))
         self.norm_out = group_norm(width, groups)
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
 
@@ -250,7 +243,7 @@ class VQGAN(nn.Module):
         self.quantize = VectorQuantizer(config)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
         self.decoder = PixelDecoder(config)
-        self.at_once = max(1, 2**21 // config.image_size**2)  # images; one of 512 pixels takes 0.6 GiB
+        self.at_once = max(1, 2**21 // config.image_size**2)  # images; 512 pixels take 0.6 GiB
 
     @torch.no_grad()
     def encode(self, images):
@@ -260,7 +253,7 @@ class VQGAN(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes):
-        """codes (B, N) int64 of a square grid -> images (B, 3, S, S), about in [-1, 1] (not clamped)."""
+        """codes (B, N) int64 -> images (B, 3, S, S), about in [-1, 1] (not clamped)."""
         side = round(codes.shape[1] ** 0.5)
         parts = self.quantize.lookup(codes.view(-1, side, side)).split(self.at_once)
         return torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts])
@@ -270,15 +263,24 @@ class VQGAN(nn.Module):
 
 
 @dataclass(frozen=True)
-class TokenizerStageConfig:
-    """Training of the tokenizer."""
+class StageConfig:
+    """Training of any stage."""
 
-    steps: int = 100000           # optimizer steps, before --train_scale
-    global_batch: int = 128       # images per step, over all processes and micro-batches
-    lr: float = 1e-4              # AdamW's peak learning rate
-    muon_lr: float = 0.0          # Muon's; 0: AdamW for all
+    steps: int = 20000            # optimizer steps, before --train_scale
+    global_batch: int = 128       # samples per step, over all processes and micro-batches
+    lr: float = 5e-4              # AdamW's peak learning rate
+    muon_lr: float = 0.0          # Muon's peak, for the matrices of hidden layers; 0: AdamW for all
     final_lr: float = 0.1         # final learning rate, as a fraction of the peak
-    mix: str = "text_to_image:3,segmentation:2"  # tasks whose targets are the images: scenes and cut-outs
+    mix: str = "text_to_image:1"  # tasks and their shares; of your own pictures the tasks alone count
+
+
+@dataclass(frozen=True)
+class TokenizerStageConfig(StageConfig):
+    """Training of the tokenizer, on the targets of its tasks."""
+
+    steps: int = 100000
+    lr: float = 1e-4
+    mix: str = "text_to_image:3,segmentation:2"  # scenes and cut-outs
     codebook_weight: float = 1.0  # of the quantizer's loss, relative to the reconstruction's
     codebook_start: float = 0.0   # fraction of the steps after which features are rounded to codes
     consistency: float = 0.0      # weight of the loss that makes a code independent of its surroundings
@@ -288,37 +290,32 @@ class TokenizerStageConfig:
 
 
 def collages(images, cells, step):
-    """Turn every second of the images (B, 3, S, S) into a collage: the cells in `kept` (cells, cells) bool
-    show the image before it, the others its own content. `kept` is a window or all around one, chosen by
-    `step`. Returns images and `kept`."""
+    """Turn every second image (B, 3, S, S) into a collage: the cells in `kept`, a window or all around one,
+    show the image before it. Returns images and `kept` (cells, cells) bool, which depends on `step` alone."""
     rng = random.Random(step)
     top, bottom = sorted(rng.sample(range(cells + 1), 2))
     left, right = sorted(rng.sample(range(cells + 1), 2))
     kept = torch.full((cells, cells), rng.random() < 0.5, device=images.device)
     kept[top:bottom, left:right] ^= True
-    cell, paired = images.shape[-1] // cells, len(images) // 2 * 2       # all but an odd last one
+    cell = images.shape[-1] // cells
     pixels = kept.repeat_interleave(cell, 0).repeat_interleave(cell, 1)  # (S, S)
     images = images.clone()
-    images[1:paired:2] = torch.where(pixels, images[:paired:2], images[1:paired:2])
+    before, own = images[::2], images[1::2]
+    own.copy_(torch.where(pixels, before[: len(own)], own))
     return images, kept
 
 
 def consistency_loss(z, kept):
-    """Mean squared change of the kept cells' features, z (B, C, h, w), between an image and the collage with
-    other surroundings."""
+    """Mean squared change of kept cells' features z (B, C, h, w) between images and their collages."""
     z = F.normalize(z.float(), dim=1)
     before, after = z[: len(z) // 2 * 2 : 2], z[1::2]
     return ((before - after).square().mean(1) * kept).sum() / (kept.sum() * len(after)).clamp(min=1)
 
 
 def spread_codes(z, size, generator):
-    """`size` codes (size, C) for encoder outputs z (M, C): k-means++ (Arthur and Vassilvitskii, 2007), then
-    one step of k-means.
-
-    Each next centre is drawn from z, rather far from all before. The 16th power of the distance, not the
-    square, prefers rare content to one more shade of common content: between two codes with one meaning the
-    decoder would have to guess.
-    """
+    """Codes (size, C) for features z (M, C): k-means++ (Arthur and Vassilvitskii, 2007), which draws each
+    centre far from those before, then one step of k-means. The 16th power of the distance, not the square,
+    prefers rare content to a second code for common content: between the two, a model could only guess."""
     z = F.normalize(z.float(), dim=-1)
     centers, distance = z[:1], torch.full_like(z[:, 0], torch.inf)
     while len(centers) < size:
@@ -330,8 +327,8 @@ def spread_codes(z, size, generator):
 
 
 class PatchDiscriminator(nn.Module):
-    """Says of each patch whether it looks real (PatchGAN, arXiv 1611.07004): (B, 3, S, S) -> (B, 1, h, w)
-    logits. With GroupNorm, not BatchNorm, an image's score does not depend on its batch."""
+    """Says of each patch whether it looks real: (B, 3, S, S) -> logits (B, 1, h, w). PatchGAN (arXiv
+    1611.07004) with GroupNorm, so that images do not depend on each other."""
 
     def __init__(self, ch=64):
         super().__init__()
@@ -346,43 +343,42 @@ class PatchDiscriminator(nn.Module):
 
 
 def hinge_d_loss(real, fake):
-    """The discriminator's hinge loss on its logits for real and made images: scalar."""
+    """The discriminator's hinge loss, of its logits for real and made images."""
     return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
 
 
 def adaptive_weight(reconstruction, adversarial, last_layer, average):
-    """VQGAN's balance of two losses (arXiv 2012.09841, eq. 7): the ratio of their gradients at the decoder's
-    last layer, at most 10,000. average: turns a process's gradient into the mean of all."""
+    """VQGAN's balance of two losses (arXiv 2012.09841, eq. 7): the ratio of their gradients' lengths at the
+    last layer. average: over all processes."""
     norms = [average(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]).norm()
              for loss in (reconstruction, adversarial)]
     return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach()
 
 
 class TokenizerStage(nn.Module):
-    """A VQGAN with its losses: reconstruction, quantizer, consistency, discriminator. From time to time all
-    codes are placed anew on the encoder's outputs. (extras/photos.py adds LPIPS.)"""
+    """A VQGAN with its losses (extras/photos.py adds LPIPS)."""
 
     def __init__(self, run, machine, image):
-        """image: a function from an index to an image (3, S, S); the first ones place the codes."""
+        """image(i): the training image i, (3, S, S); the first ones place the codes."""
         super().__init__()
         self.config, self.machine, self.image = run.tokenizer, machine, image
         self.model = VQGAN(run.vqgan)
         self.register_buffer("counts", torch.zeros(run.vqgan.codebook_size).long())  # uses of each code
         self.codebook_start = round(self.config.codebook_start * self.config.steps)
         self.disc_start = round(self.config.disc_start * self.config.steps)
-        self.own_optimizers, self.seen = [], []  # seen: a step's pictures and images, for the discriminator
+        self.own_optimizers, self.seen = [], []  # seen: a step's pictures made, and images
         if self.config.disc_start < 1:
             self.disc = PatchDiscriminator().requires_grad_(False)  # but in its own step
             optimizer = torch.optim.AdamW(self.disc.parameters(), self.config.lr, betas=(0.5, 0.9))
-            self.own_optimizers = [optimizer]
+            self.own_optimizers.append(optimizer)
 
     def reconstruction_loss(self, made, images):
         """How far the made pictures are from the images, both (B, 3, S, S): scalar."""
         return F.mse_loss(made, images)
 
     def reconstruct(self, images, step):
-        """The pictures made of the images, the losses of reconstruction and quantizer, features z and codes.
-        Before codebook_start nothing is rounded: the encoder first learns what to tell apart."""
+        """(made pictures, reconstruction loss, quantizer's loss, features z, codes) of images. Before
+        codebook_start z is not rounded to codes: the encoder first learns what to tell apart."""
         z = self.model.quant_conv(self.model.encoder(images))
         z_q, quantizer_loss, codes = self.model.quantize(z)
         if step < self.codebook_start:
@@ -391,7 +387,7 @@ class TokenizerStage(nn.Module):
         return made, self.reconstruction_loss(made, images), quantizer_loss, z, codes
 
     def validation_loss(self, batch):
-        """The loss of a batch without collages and discriminator: scalar."""
+        """The loss without collages and discriminator: scalar."""
         _, reconstruction, quantizer_loss, _, _ = self.reconstruct(batch.targets, self.config.steps)
         return reconstruction + self.config.codebook_weight * quantizer_loss
 
@@ -406,7 +402,7 @@ class TokenizerStage(nn.Module):
         if config.consistency:
             change = consistency_loss(z, kept)
             loss, logs["consistency"] = loss + config.consistency * change, change.detach()
-        # the discriminator learns a little before it is asked
+        # the discriminator learns a little before it judges
         if step >= self.disc_start:
             self.seen.append((made.detach(), images))
         if step >= 1.05 * self.disc_start:
@@ -418,22 +414,21 @@ class TokenizerStage(nn.Module):
         return loss, logs
 
     def after_step(self, step):
-        """The discriminator's own step; and after each window of steps, print how many codes were in use and
-        place all anew."""
+        """The discriminator's own step. After each window of steps, place all codes anew, to stay in use."""
         if self.seen:
             self.discriminator_step()
         done = step + 1 - self.codebook_start
         if done < 0 or done % self.config.restart_every:
             return
         share = self.counts / self.counts.sum()
-        used, perplexity = (share > 0).float().mean(), torch.exp(-torch.xlogy(share, share).sum())
+        used, perplexity = (share > 0).float().mean(), torch.special.entr(share).sum().exp()
         self.machine.say(f"tokenizer: {used:.0%} of the codes in use, perplexity {perplexity:.0f}")
         self.counts.zero_()
-        if not done or step + 1 <= 0.8 * self.config.steps:  # codes placed later would have no time to settle
+        if not done or step + 1 <= 0.8 * self.config.steps:  # later ones would have no time to settle
             self.place_codes(step)
 
     def discriminator_step(self):
-        """Train the discriminator to tell the step's made pictures from the images."""
+        """Train the discriminator to tell the step's pictures from the images."""
         self.disc.requires_grad_(True)
         for made, images in self.seen:
             with self.machine.autocast():
@@ -449,7 +444,7 @@ class TokenizerStage(nn.Module):
 
     @torch.no_grad()
     def place_codes(self, step):
-        """Place all codes on the encoder's current outputs for the first images, 64 outputs per code."""
+        """Place all codes on features of the first images, 64 features per code."""
         model, weight = self.model, self.model.quantize.embedding.weight
         few = max(1, 64 * len(weight) // model.config.grid_size**2)
         images = torch.stack([self.image(i) for i in range(few)]).to(weight.device)
@@ -457,7 +452,7 @@ class TokenizerStage(nn.Module):
         z = z.permute(0, 2, 3, 1).flatten(0, 2)  # (few * N, C)
         weight.copy_(spread_codes(z, len(weight), torch.Generator(weight.device).manual_seed(step)))
         if self.machine.world_size > 1:
-            dist.broadcast(weight, 0)
+            torch.distributed.broadcast(weight, 0)
 
 
 # --- The text tokenizer ---
@@ -473,9 +468,8 @@ def words_apart(text):
 
 
 class TextTokenizer:
-    """SentencePiece with T5's ids: 0 pad, 1 </s>, 2 unknown, then the pieces, then <extra_id_99> ..
-    <extra_id_0> and last <image> (32100 with T5's own pieces). After an added token the text gets a leading
-    space again, as in transformers: `in <image>.` is `▁in`, `<image>`, `▁`, `.`."""
+    """SentencePiece with T5's ids: 0 pad, 1 </s>, 2 unknown, the pieces, <extra_id_99> .. <extra_id_0>,
+    <image>. The text after such a token starts with a space again, as in transformers' T5."""
 
     PAD, EOS, UNKNOWN = 0, 1, 2
 
@@ -485,7 +479,7 @@ class TextTokenizer:
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
         except RuntimeError as error:
-            raise ValueError(f"spiece.model is no SentencePiece model: {error}") from None
+            raise ValueError(f"spiece.model cannot be read: {error}") from None
         self.whole_words = len(self.pieces.encode("a.b")) == 1  # our own; T5 has parts of words
         first = self.pieces.vocab_size()
         self.added = {"<pad>": self.PAD, "</s>": self.EOS, "<unk>": self.UNKNOWN}
@@ -495,7 +489,7 @@ class TextTokenizer:
         self.split = re.compile("(" + "|".join(map(re.escape, self.added)) + ")")
 
     def encode(self, text, image_tokens=1):
-        """The text's ids and </s>, a list of int; each <image> becomes `image_tokens` ids."""
+        """The text's ids and </s>; each <image> becomes `image_tokens` ids."""
         ids = []
         for part in self.split.split(text):
             if part in self.added:
@@ -515,7 +509,7 @@ class TextTokenizer:
 
     @classmethod
     def train(cls, sentences):
-        """A new one, of the sentences' 32,000 most frequent words and punctuation marks, case-folded."""
+        """A new one of the sentences' 32,000 most frequent words and punctuation marks, in lower case."""
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=map(words_apart, sentences), model_writer=model, model_type="word",
@@ -524,23 +518,12 @@ class TextTokenizer:
             pad_id=cls.PAD, eos_id=cls.EOS, unk_id=cls.UNKNOWN, bos_id=-1)
         return cls(model.getvalue())
 
-    def extended(self, text):
-        """This tokenizer and the words of a text that it lacks; its own pieces keep their ids. The model is a
-        protobuf message, whose list of pieces goes on with those that are written after its end."""
-        pieces = dict.fromkeys(self.pieces.normalize(word).encode() for word in self.unknown_words(text))
-        proto = self.proto
-        for piece in pieces:
-            require(len(piece) < 100, f"{piece.decode()!r}: a word must have less than 100 bytes")
-            entry = b"\x0a" + bytes([len(piece)]) + piece + b"\x15" + struct.pack("<f", -20)  # and score
-            proto += b"\x0a" + bytes([len(entry)]) + entry
-        return TextTokenizer(proto)
-
 
 # --- Shared by all files: user errors, configurations as flat keys, a model as a folder ---
 
 
 def require(right, message):
-    """A user's mistake, unless `right`: raise ValueError, which the command line prints as one line."""
+    """Unless `right`, raise a ValueError: a user's mistake, which the command line prints as one line."""
     if not right:
         raise ValueError(message)
 
@@ -555,7 +538,7 @@ def flatten(config, prefix=""):
 
 
 def rebuild(config, flat, prefix=""):
-    """The nested config with a flat dictionary's values, all at once, so that it is checked as a whole."""
+    """The nested config with flat's values, all at once, so that it is checked as a whole."""
     values = {}
     for f in fields(config):
         value, key = getattr(config, f.name), prefix + f.name
@@ -565,17 +548,17 @@ def rebuild(config, flat, prefix=""):
 
 
 def write_atomically(path, write):
-    """Call write(temporary path), then give that file its name: a kill leaves the old file or the new one."""
+    """Call write(temporary path), then rename that file: a kill leaves the old file or the new one."""
     temporary = Path(f"{path}.tmp")
     try:
         temporary.touch()
-        mode = temporary.stat().st_mode  # by the user's umask; safetensors lets only the owner read
+        mode = temporary.stat().st_mode  # by the user's umask, which safetensors ignores
         write(temporary)
         temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # on disk before it gets its name
         os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, by Python, torch or safetensors
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, for Python, torch, safetensors
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written ({error})") from error
 
@@ -585,11 +568,12 @@ def write_json(path, values):
     write_atomically(path, lambda file: file.write_text(json.dumps(values, indent=2) + "\n"))
 
 
-def save_model(model, folder, name="model.safetensors"):
-    """Write config.json and then the weights, which complete the folder."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    write_json(Path(folder) / "config.json", flatten(model.config))
-    write_atomically(Path(folder) / name, lambda file: save_file(model.state_dict(), file))
+def save_model(model, folder):
+    """Write config.json, then model.safetensors, which completes the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", flatten(model.config))
+    write_atomically(folder / "model.safetensors", lambda file: save_file(model.state_dict(), file))
 
 
 def load_model(cls, config, folder):
@@ -597,11 +581,11 @@ def load_model(cls, config, folder):
     file, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
     require(weights.is_file(), f"{weights} is missing: train the stage {weights.parent.name} first")
     with open(weights, "rb") as start:
-        require(start.read(20) != b"version https://git-", f"{weights} is a Git LFS pointer: run `git lfs pull`")
+        require(start.read(7) != b"version", f"{weights} is a Git LFS pointer: run `git lfs pull`")
     try:
         flat = json.loads(file.read_text())
-        unknown = set(flat) - set(flatten(config))
-        require(not unknown, f"unknown keys: {', '.join(unknown)}")
+        wrong = set(flat) ^ set(flatten(config))
+        require(not wrong, f"unknown or missing keys {', '.join(wrong)}")
         with torch.device("meta"):  # the weights are read, not initialised
             model = cls(rebuild(config, flat))
         tensors = {name: tensor.float() for name, tensor in load_file(weights).items()}
@@ -610,7 +594,7 @@ def load_model(cls, config, folder):
         error = shorten(str(error), 300)
         raise ValueError(f"{folder} holds no {cls.__name__} that can be read: {error}") from None
     for name, tensor in tensors.items():
-        require(tensor.isfinite().all(), f"{weights}: {name} holds numbers that are not finite")
+        require(tensor.isfinite().all(), f"{weights}: {name} is not finite")
     return model.eval()
 
 

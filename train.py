@@ -3,7 +3,6 @@
     python train.py tiny                                    # everything, into out/tiny
     python train.py tiny --stage=align --align.lr=0.001     # one stage, one key changed
     python train.py tiny --data=pets                        # a folder of your own pictures
-    python train.py tiny --data=cats --start_from=out/pets  # go on from a trained run
     torchrun --nproc_per_node=8 train.py full               # on eight GPUs
 
 Four stages, each starting from the weights of an earlier one:
@@ -22,7 +21,6 @@ Read in order: keys and presets; processes and devices; losses; optimizers; trai
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -48,22 +46,16 @@ import sample
 from data import CLIP_MEAN, CLIP_STD, TASKS, Collate, Folder, Shapes, tokenizer_pixels
 from mentor import (DecoderConfig, Mentor, MentorConfig, SamplingConfig, TextConfig, VisionConfig,
                     length_mask, splice, start_from_codebook)
-from tokenizer import (VQGAN, TextTokenizer, TokenizerConfig, TokenizerStage, TokenizerStageConfig, file_hash,
-                       flatten, load_model, rebuild, require, save_model, write_atomically, write_json)
+from tokenizer import (VQGAN, StageConfig, TextTokenizer, TokenizerConfig, TokenizerStage, TokenizerStageConfig,
+                       file_hash, flatten, load_model, rebuild, require, save_model, write_atomically, write_json)
 
 # --- Keys and presets -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class StageConfig:
+class MentorStageConfig(StageConfig):
     """Training of one of Mentor's stages."""
 
-    steps: int = 20000              # optimizer steps, before --train_scale
-    global_batch: int = 128         # samples per step, over all processes and micro-batches
-    lr: float = 5e-4                # AdamW's peak learning rate
-    muon_lr: float = 0.0            # Muon's peak, for the matrices of hidden layers; 0: AdamW for all
-    final_lr: float = 0.1           # final learning rate, as a fraction of the peak
-    mix: str = "text_to_image:1"    # tasks and their shares; of your own pictures the tasks alone count
     trains: str = "connector,text,projector,decoder"  # parts that train; all others are frozen
 
 
@@ -79,7 +71,6 @@ class RunConfig:
     out: str = ""                   # folder to write
     stage: str = "all"              # all, tokenizer, pretrain, align or instruct
     data: str = ""                  # a folder of your own pictures; empty: the built-in world of shapes
-    start_from: str = ""            # a trained run, whose last weights `instruct` then starts from
     seed: int = 0                   # of everything random in training
     train_scale: float = 1.0        # multiplies the steps of every stage
     micro_batch: int = 0            # samples in one pass of one process; 0: its whole share of global_batch
@@ -96,9 +87,9 @@ class RunConfig:
     vqgan: TokenizerConfig = TokenizerConfig()
     model: MentorConfig = MentorConfig()
     tokenizer: TokenizerStageConfig = TokenizerStageConfig()
-    pretrain: StageConfig = StageConfig(trains="encoder,projector,decoder")
-    align: StageConfig = StageConfig(19375, mix=ALIGN_MIX)
-    instruct: StageConfig = StageConfig(20312, lr=1e-4, mix=INSTRUCT_MIX)
+    pretrain: MentorStageConfig = MentorStageConfig(trains="encoder,projector,decoder")
+    align: MentorStageConfig = MentorStageConfig(19375, mix=ALIGN_MIX)
+    instruct: MentorStageConfig = MentorStageConfig(20312, lr=1e-4, mix=INSTRUCT_MIX)
 
 
 STAGES = {"tokenizer": (), "pretrain": ("tokenizer",), "align": ("tokenizer", "pretrain"),
@@ -118,9 +109,9 @@ PRESETS = {
             sampling=SamplingConfig(cfg_scale=2.0, temperature=0.6), context=96),
         tokenizer=TokenizerStageConfig(2000, 8, 1.5e-3, final_lr=0.0, codebook_weight=0.2, codebook_start=0.4,
                                        consistency=0.2, restart_every=400, disc_start=1.0),
-        pretrain=StageConfig(850, 24, 1e-2, 0.02, 0.3, trains="encoder,projector,decoder"),
-        align=StageConfig(850, 24, 4e-3, 0.01, 0.6, ALIGN_MIX),
-        instruct=StageConfig(1200, 24, 3e-3, 0.008, 0.0, TINY_MIX)),
+        pretrain=MentorStageConfig(850, 24, 1e-2, 0.02, 0.3, trains="encoder,projector,decoder"),
+        align=MentorStageConfig(850, 24, 4e-3, 0.01, 0.6, ALIGN_MIX),
+        instruct=MentorStageConfig(1200, 24, 3e-3, 0.008, 0.0, TINY_MIX)),
     # 64 pixels, shapes or your own pictures: for one GPU
     "small": RunConfig(
         weight_decay=0.01, workers=4,
@@ -132,16 +123,16 @@ PRESETS = {
             sampling=SamplingConfig(cfg_scale=3.0), context=192),
         tokenizer=TokenizerStageConfig(8000, 32, 5e-4, codebook_start=0.2, consistency=0.2,
                                        restart_every=1600),
-        pretrain=StageConfig(8000, 64, 1e-3, 0.02, trains="encoder,projector,decoder"),
-        align=StageConfig(8000, 64, 1e-3, 0.02, mix=ALIGN_MIX),
-        instruct=StageConfig(16000, 64, 1e-3, 0.02, mix=INSTRUCT_MIX)),
+        pretrain=MentorStageConfig(8000, 64, 1e-3, 0.02, trains="encoder,projector,decoder"),
+        align=MentorStageConfig(8000, 64, 1e-3, 0.02, mix=ALIGN_MIX),
+        instruct=MentorStageConfig(16000, 64, 1e-3, 0.02, mix=INSTRUCT_MIX)),
     # 256 pixels, photographs: for a few GPUs
     "base": RunConfig(
         workers=8, vqgan=TokenizerConfig(image_size=256, codebook_size=8192),
         model=MentorConfig(text=TextConfig(width=768, n_layer=12, n_head=12, mlp_width=2048),
                            decoder=DecoderConfig(width=768, n_layer=12, n_head=12))),
     # the published model, whose stage 1 trains projector and decoder alone
-    "full": RunConfig(workers=8, align=StageConfig(19375, mix=ALIGN_MIX, trains="projector,decoder")),
+    "full": RunConfig(workers=8, align=MentorStageConfig(19375, mix=ALIGN_MIX, trains="projector,decoder")),
 }
 
 # --- Processes and devices ------------------------------------------------------------------------------
@@ -412,7 +403,7 @@ def micro_batches(config, run, machine):
     share = config.global_batch // machine.world_size
     micro = run.micro_batch or share
     require(micro and config.global_batch % (machine.world_size * micro) == 0,
-            f"global_batch={config.global_batch}: no multiple of {machine.world_size} processes x micro_batch={micro}")
+            f"global_batch={config.global_batch}: no multiple of {machine.world_size} x micro_batch={micro}")
     return micro, share // micro
 
 
@@ -443,9 +434,9 @@ def make_batches(dataset, collate, config, run, machine, start):
     """This process's micro-batches from step `start` on. A sample depends on its index alone, so the step is
     all that a checkpoint must know about the data."""
     micro, accumulate = micro_batches(config, run, machine)
-    share = range(machine.rank * accumulate * micro, (machine.rank + 1) * accumulate * micro, micro)
-    indices = (range(first, first + micro) for step in range(start, config.steps)
-               for first in (step * config.global_batch + i for i in share))
+    firsts = (step * config.global_batch + (machine.rank * accumulate + m) * micro
+              for step in range(start, config.steps) for m in range(accumulate))
+    indices = (range(first, first + micro) for first in firsts)
     loader = DataLoader(dataset, batch_sampler=indices, collate_fn=collate, num_workers=run.workers,
                         pin_memory=machine.device.type == "cuda", worker_init_fn=leave_signals)
     try:
@@ -474,9 +465,8 @@ def train_stage(name, run, machine, source, text_tokenizer):
     micro, accumulate = micro_batches(config, run, machine)
     validate = partial(held_out_loss, stage, held_out, collate, micro, machine)
     for part, module in stage.model.named_children():
-        sizes = {trains: sum(p.numel() for p in module.parameters() if p.requires_grad == trains)
-                 for trains in (True, False)}
-        machine.say(f"{name}: {part} has {sizes[True]:,} parameters that train, {sizes[False]:,} frozen ones")
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        machine.say(f"{name}: {trained:,} of {sum(p.numel() for p in module.parameters()):,} in {part} train")
     machine.say(f"{name}: {config.steps} steps of {config.global_batch} = {machine.world_size} processes x "
                 f"{accumulate} x {micro}, from step {start}")
 
@@ -647,8 +637,8 @@ def load_checkpoint(folder, stage, optimizers):
 
 
 # Keys that may change between runs in one folder: they change speed or place, not results.
-FREE = ("out", "stage", "data", "start_from", "device", "dtype", "workers", "save_every", "micro_batch",
-        "train_scale", "checkpoint", "compile", "model.sampling.")
+FREE = ("out", "stage", "data", "device", "dtype", "workers", "save_every", "micro_batch", "train_scale",
+        "checkpoint", "compile", "model.sampling.")
 
 
 def stage_record(name, run, source, text_tokenizer):
@@ -708,7 +698,7 @@ def parse(arguments):
     require(run.stage in ("all", *STAGES), f"--stage={run.stage}: must be all, {', '.join(STAGES)}")
     require(run.dtype in ("", "float32", "bfloat16"), f"--dtype={run.dtype}: must be float32 or bfloat16")
     values = {f"{s}.steps": max(1, round(getattr(run, s).steps * run.train_scale)) for s in STAGES}
-    values |= {key: os.path.expanduser(getattr(run, key)) for key in ("out", "data", "start_from")}
+    values |= {key: os.path.expanduser(getattr(run, key)) for key in ("out", "data")}
     return rebuild(run, flatten(run) | values)
 
 
@@ -729,8 +719,8 @@ def read_value(key, text, default):
 def print_help():
     """Print how to call this file, and the source of the keys' classes, with defaults and meanings."""
     print(__doc__, f"\npython train.py PRESET [--key=value ...]   PRESET: {', '.join(PRESETS)}\n")
-    for config in (RunConfig, StageConfig, TokenizerStageConfig, TokenizerConfig, MentorConfig, VisionConfig,
-                   TextConfig, DecoderConfig, SamplingConfig):
+    for config in (RunConfig, StageConfig, MentorStageConfig, TokenizerStageConfig, TokenizerConfig,
+                   MentorConfig, VisionConfig, TextConfig, DecoderConfig, SamplingConfig):
         print(getsource(config).partition("    @property")[0].partition("    def ")[0])
 
 
@@ -750,43 +740,27 @@ def check_mixes(run, defaults, source, machine):
         machine.say(f"data: has nothing for {missing}, left out of the mixes")
 
 
-def take_over(run, source):
-    """Copy a trained run's tokenizer, its last weights as this run's stage `align`, and its text tokenizer,
-    with the words that it lacks."""
-    start, out = sample.newest_stage(run.start_from), Path(run.out)
-    origin = {"imported from": file_hash(start / "model.safetensors")}
-    if not (out / "align" / "stage.json").is_file():
-        for stage, folder in (("tokenizer", start.parent / "tokenizer"), ("align", start)):
-            shutil.copytree(folder, out / stage, dirs_exist_ok=True)
-            write_json(out / stage / "stage.json", origin)
-        old, new = TextTokenizer((start.parent / "spiece.model").read_bytes()), source.text_tokenizer()
-        words = old.extended(" ".join(new.known_words())) if old.whole_words else old
-        (out / "spiece.model").write_bytes(words.proto)
-    require(json.loads((out / "align" / "stage.json").read_text()) == origin,
-            f"{out}/align is not what --start_from={run.start_from} holds: choose another --out")
+def find_words(run, source):
+    """The text tokenizer in the run's folder, or a new one."""
+    spiece, size = Path(run.out) / "spiece.model", run.model.text.vocab_size
+    words = TextTokenizer(spiece.read_bytes()) if spiece.is_file() else source.text_tokenizer()
+    require(words.vocab_size <= size, f"--model.text.vocab_size={size}: the data needs {words.vocab_size}")
+    return words
 
 
 def start_run(run, machine, source):
     """Write what all stages share, and print what is known about the data. Returns the text tokenizer."""
-    out, contents, size = Path(run.out), getattr(source, "contents", {}), run.model.text.vocab_size
-    spiece, data = out / "spiece.model", out / "data.json"
-    if machine.rank == 0 and run.start_from:
-        take_over(run, source)
-    machine.barrier()
-    words = TextTokenizer(spiece.read_bytes()) if spiece.is_file() else source.text_tokenizer()
-    require(words.vocab_size <= size, f"--model.text.vocab_size={size}: the data needs {words.vocab_size}")
+    out, contents, data = Path(run.out), getattr(source, "contents", {}), Path(run.out) / "data.json"
+    words = find_words(run, source)
     if contents:
-        collate, prompts = Collate(words, run.model, run.vqgan.image_size), source.prompts()
-        for prompt in prompts:
-            collate.encode(prompt, 1)  # one that is too long is named now, not after minutes
         before = json.loads(data.read_text()) if data.is_file() else contents
         changed = [name for name in contents if before.get(name) != contents[name]]
-        for what, names in (("found", [source.notes]), ("changed since the last start:", changed),
-                            ("words that are not learnt:", words.unknown_words(" ".join(prompts)))):
-            machine.say(f"data: {what} {', '.join(names)}") if names else None
+        machine.say(f"data: {source.notes}; changed since the last start: {', '.join(changed) or 'nothing'}")
+        unknown = words.unknown_words(" ".join(source.prompts()))
+        require(not unknown, f"{out}/spiece.model lacks {', '.join(unknown)}: choose another --out")
     if machine.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(spiece, lambda path: path.write_bytes(words.proto))
+        write_atomically(out / "spiece.model", lambda path: path.write_bytes(words.proto))
         write_json(out / "run.json", flatten(run))
         write_json(data, contents)
     return words
@@ -803,8 +777,7 @@ def main(arguments, open_source=open_source):
     source = open_source(run)
     check_mixes(run, PRESETS[arguments[0]], source, machine)
     text_tokenizer = start_run(run, machine, source)
-    everything = ["instruct"] if run.start_from else STAGES
-    for stage in everything if run.stage == "all" else [run.stage]:
+    for stage in STAGES if run.stage == "all" else [run.stage]:
         train_stage(stage, run, machine, source, text_tokenizer)
         machine.say(f"{stage}: finished after {time.perf_counter() - started:.0f} s in all")
     if machine.world_size > 1:
@@ -846,15 +819,16 @@ def draw_curves(out, width=340, height=220):
         losses, dots = ([(x["step"], x[key]) for x in lines if key in x] for key in ("loss", "held_out"))
         last, shown = lines[-1]["step"], [y for x, y in losses + dots if 20 * x > lines[-1]["step"]]
         low, high = min(shown), max(*shown, min(shown) + 1e-9)  # without the first fall
-        place = lambda x, y: (np.interp(x, (0, last), (left, right)), np.interp(y, (low, high), (bottom, top)))
+        across, down = (partial(np.interp, xp=xp, fp=fp) for xp, fp in (((0, last), (left, right)),
+                                                                        ((low, high), (bottom, top))))
         pen.rectangle((left, top, right, bottom), outline="#bbbbbb")
-        pen.line([place(x, y) for x, y in losses], fill="#2060c0", width=2)
+        pen.line([(across(x), down(y)) for x, y in losses], fill="#2060c0", width=2)
         for x, y in dots:
-            pen.circle(place(x, y), 3, fill="#c03020")
+            pen.circle((across(x), down(y)), 3, fill="#c03020")
         pen.text((left, 6), f"{file.parent.name}: loss (line), held-out loss (dots)", fill="black")
-        for k in (0, 1, 2, 3):
-            pen.text((left - 40, top + (bottom - top) * k / 3 - 6), f"{high - (high - low) * k / 3:.3g}", fill="black")
-            pen.text((left + (right - left) * k / 3 - 9 * k, bottom + 6), f"{last * k // 3}", fill="black")
+        for x, y in zip(np.linspace(0, last, 4), np.linspace(low, high, 4)):
+            pen.text((left - 40, down(y) - 6), f"{y:.3g}", fill="black")
+            pen.text((across(x) - 20 * x / last, bottom + 6), f"{x:.0f}", fill="black")
     sheet.save(out / "curves.png")
 
 

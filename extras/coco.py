@@ -74,7 +74,7 @@ def choose_objects(annotations, pictures, names):
     chosen, left_out = defaultdict(list), Counter()
     whats = [(item["image_id"], names.get(item["category_id"], "").lower()) for item in annotations]
     counts = Counter(whats)
-    for item, what in zip(tqdm(annotations, "objects"), whats):
+    for item, what in zip(tqdm(annotations, "objects", disable=None), whats):
         picture, polygons, file = pictures.get(what[0]), item.get("segmentation"), io.BytesIO()
         reason = ("of unknown pictures" if not picture else "of unknown categories" if not what[1] else
                   "crowds" if item.get("iscrowd") else "not alone with their name" if counts[what] > 1 else
@@ -97,9 +97,9 @@ def choose_objects(annotations, pictures, names):
 
 
 def convert(instances, captions, folder, out):
-    """Write a manifest and its masks. Raises ValueError naming what is wrong, before anything is written."""
+    """Write a manifest and its masks. Before that, raises ValueError naming what is wrong."""
     out, texts, others, lines = Path(out).resolve(), defaultdict(list), Counter(), []
-    require(not out.exists() or not any(out.iterdir()), f"{out} is not empty: delete it, or choose another")
+    require(not out.exists() or not any(out.iterdir()), f"{out} is not empty: choose another")
     images, categories, annotations = read_coco(
         instances, images=["id", "file_name"], categories=["id", "name"],
         annotations=["id", "image_id", "category_id"])
@@ -109,7 +109,7 @@ def convert(instances, captions, folder, out):
             texts[caption["image_id"]].append(caption["caption"])
         else:
             others["of unknown pictures" if caption["caption"] else "empty"] += 1
-    for p in tqdm(images, "pictures"):
+    for p in tqdm(images, "pictures", disable=None):
         p["path"], said = Path(folder).resolve() / p["file_name"], (p.get("width"), p.get("height"))
         require(p["path"].is_file(), f"{p['path']}: there is no such picture, but {instances} names it")
         p["size"], p["turn"] = read_image(p["path"], lambda image: (image.size, exif_turn(image)))

@@ -70,7 +70,7 @@ def draw(pipeline, subjects, out, n):
         for text in texts[-1]:
             pipeline.collate.encode(text, 1)
         load_image(file)
-    for (name, file, _, prompts), asked in zip(tqdm(subjects), texts):
+    for (name, file, _, prompts), asked in zip(tqdm(subjects, disable=None), texts):
         source, jpeg = load_image(file), io.BytesIO()
         Image.fromarray(source).save(jpeg, "JPEG", quality=95)
         samples = [Sample("subject_driven", text, [source]) for text in asked for _ in range(n)]

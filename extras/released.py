@@ -37,13 +37,14 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import extras.multi  # noqa: F401  (for its task multi_image and its connector)
+import extras.multi  # noqa: F401  (for its task and its connector)
 import sample
 import train
-from data import (PICTURES, TASKS, Collate, EntryDataset, Sample, TextTokenizer, center_crop, load_image,
-                  load_mask, object_line, paste_distorted, square_of_object, walk)
+from data import (PICTURES, TASKS, Collate, EntryDataset, Sample, center_crop, load_image, load_mask,
+                  object_line, paste_distorted, square_of_object, walk)
 from mentor import Mentor
-from tokenizer import VQGAN, file_hash, flatten, rebuild, require, save_model, write_atomically, write_json
+from tokenizer import (VQGAN, TextTokenizer, file_hash, flatten, rebuild, require, save_model,
+                       write_atomically, write_json)
 
 # --- Names: ours, and those in MENTOR's checkpoints, which are CLIP's, T5's and LlamaGen's own
 
@@ -96,8 +97,8 @@ def check_file(path):
 
 
 def read_pickle(path):
-    """What torch.save wrote: a zip archive, whose checksums torch ignores, or before torch 1.6 none. Runs no
-    code: of classes it may hold argparse's Namespace alone, LlamaGen's options."""
+    """What torch.save wrote: a zip archive, whose checksums torch ignores, or an older pickle. Runs no code:
+    of classes it may hold argparse's Namespace alone, LlamaGen's options."""
     zipped = zipfile.is_zipfile(path)
     if zipped:
         with zipfile.ZipFile(path) as archive:
@@ -129,7 +130,7 @@ def read_weights(path):
 
 
 def released_tensors(source, path):
-    """One of SOURCES, {name in MENTOR's checkpoints: tensor}, all finite. Prints what else its file holds."""
+    """One of SOURCES, {name in MENTOR's checkpoints: tensor}, all finite. Prints what else the file has."""
     (left_out, prefix), own, others = SOURCES[source], {}, []
     for name, tensor in read_weights(path).items():
         if re.search(left_out, name):
@@ -146,7 +147,7 @@ def released_tensors(source, path):
 
 
 def own_options(arguments, names):
-    """Of a command line, the options of these names, {name: value}, and the other arguments."""
+    """A command line's options of these names, {name: value}, and its other arguments."""
     found = {a: re.fullmatch(f"--({'|'.join(names)})=(.+)", a) for a in arguments}
     own = {match[1]: match[2] for match in found.values() if match}
     return own, [argument for argument, match in found.items() if not match]
@@ -192,7 +193,7 @@ def import_weights(arguments):
         require(not twice, f"--{source}={given[source]}: {twice} came from elsewhere already")
         tensors |= part
 
-    # the one change: prefixes use this table's last rows, so rows come and go at its front
+    # the one change: prefixes use this table's last rows, so others come and go at its front
     name, rows, width = "projector.unconditional", run.model.context, run.model.text.width
     table = tensors.get(name, torch.zeros(rows, width))
     if len(table) != rows and table.shape[1:] == (width,):
@@ -215,10 +216,10 @@ def import_weights(arguments):
 
 
 def export_weights(arguments):
-    """Write a run's newest stage, or one stage, and its VQGAN under their released names."""
+    """Write a run's newest stage and its VQGAN under their released names."""
     given, rest = own_options(arguments, ("mentor", "vq"))
     require(len(rest) == 1 and len({*map(os.path.realpath, given.values())}) == 2,
-            "export: needs a run's folder, and two files to write, --mentor=... and --vq=...")
+            "export: needs a run's folder, --mentor=FILE and --vq=OTHER_FILE")
     for path in given.values():
         require(not os.path.exists(path), f"{path} exists already: give another name")
     stage = sample.newest_stage(rest[0])
@@ -240,14 +241,14 @@ Entry = namedtuple("Entry", "task text picture labels files masked")
 
 
 def read_entry(line):
-    """Parse a manifest's line. Raises ValueError naming the field that is wrong."""
+    """Parse a manifest's line, whose fields docs/released.md lists. Raises ValueError naming a wrong one."""
     try:
         record = {**json.loads(line)}
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"not one JSON object ({error})") from None
     record.setdefault("image_path", record.get("input_image"))  # as the released backgrounds have it
     objects, flags = record.get("objects"), {flag: record[flag] for flag in FLAGS if record.get(flag)}
-    require(list(flags.values()) in ([], [True]), f"{flags}: only one of them may be there, and true")
+    require(list(flags.values()) in ([], [True]), f"{flags}: only one of them, and true")
     several = isinstance(objects, list)
     task = (FLAGS[next(iter(flags))] if flags else
             "reconstruction" if objects is None else "multi_image" if several else "subject_driven")
@@ -265,13 +266,13 @@ def read_entry(line):
     picture, = texts("image_path" if alone else "source_image")
     source = record.get("source_image")
     require(task != "reconstruction" or source in (None, picture, [picture]),
-            f"source_image={source!r:.80}: must be null, or as image_path, where there are no objects")
+            f"source_image={source!r:.80}: must be as image_path, where there are no objects")
     labels = [] if alone else texts("objects", max(1, len(objects)) if several else 1)
     files = texts("input_img_list" if several and pictures else "image_path", len(labels)) if labels else []
 
     text, images = record.get("input_text") or "", len(labels) or int(task == "reconstruction")
     require(isinstance(text, str), f"input_text={text!r:.80}: must be a text")
-    if labels:  # the released code, too, has its lines about the objects in place of this
+    if labels:  # the released code has its lines about the objects in place of this
         text = re.sub(r"^The image( 0)? is (<image>)+\s*", "", text)
     if text.count("<image>") > images:  # one for each token of an image
         text = re.sub("(<image>)+", "<image>", text)
@@ -300,10 +301,10 @@ class Manifest:
     picture in 50, but at most 128, is held out."""
 
     def __init__(self, path, size, backgrounds="", bad=None):
-        """size: pixels per side of targets; backgrounds: a folder or manifest. A line that is wrong raises
+        """size: pixels per side of targets; backgrounds: a folder or manifest. A wrong line raises
         ValueError, or is noted in `bad`, {its number: message}."""
         check_file(path)
-        self.path, self.size, self.bad = path, size, bad
+        self.path, self.root, self.size, self.bad = path, os.path.dirname(path), size, bad
         digest, found, start = 0, array("q"), 0
         for number, line in enumerate(tqdm(open(path, "rb"), "checking", disable=not sys.stderr.isatty()), 1):
             digest = zlib.crc32(line, digest)
@@ -334,7 +335,7 @@ class Manifest:
 
     def file(self, name):
         """The path of a file that a line names."""
-        return os.path.abspath(os.path.join(os.path.dirname(self.path), name))
+        return os.path.join(self.root, name)
 
     def entry(self, line):
         """The Entry of a line, counted without the wrong ones."""
@@ -347,7 +348,7 @@ class Manifest:
         return TextTokenizer.train(entry_prompt(self.entry(i)) for i in range(len(self.starts)))
 
     def dataset(self, mix, seed, prefix_drop=0.0, held_out=False):
-        """Samples of the mix's tasks, with the lines' own shares."""
+        """Samples of the mix's tasks, in the lines' shares."""
         return EntryDataset(self, mix, seed, prefix_drop, held_out)
 
     def sample(self, line, rng, collate=None):
@@ -365,7 +366,7 @@ class Manifest:
         for _ in range(1000):
             other = rng.choice(self.backgrounds)
             other = other if isinstance(other, str) else self.file(self.entry(other).picture)
-            if os.path.abspath(other) != self.file(entry.picture):
+            if os.path.abspath(other) != os.path.abspath(self.file(entry.picture)):
                 return other
         raise ValueError("no other picture was found to put behind the object: give --backgrounds")
 
@@ -386,7 +387,7 @@ class Manifest:
             pasted = paste_distorted(cut_out, mask, center_crop(load_image(other), size), rng)
             return Sample(task, prompt, [pasted], whole)
         images = [load_image(self.file(name)) for name in entry.files]
-        for name, image in zip(entry.files, images):  # without a flag a mask would be a reference
+        for name, image in zip(entry.files, images):
             tones = ((image > 32) & (image < 224)).mean() if image.shape == picture.shape else 1
             require(tones > 0.02 or np.ptp(image, axis=-1).max() > 16,
                     f"{name} looks like a mask: is do_mask or do_replace missing?")
@@ -420,7 +421,7 @@ def wrong_lines(manifest, collate, lines):
 def check(arguments):
     """Open every file of a manifest, list the lines that are wrong, and write the others."""
     given, rest = own_options(arguments, ("clean", "run", "workers"))
-    require(len(rest) == 1, "check: needs a manifest, beside --clean=FILE, --run=FOLDER and --workers=N")
+    require(len(rest) == 1, "check: needs one manifest, beside its options")
     path, clean, collate, size, bad = rest[0], given.get("clean"), None, 512, {}
     new = not clean or os.path.dirname(clean) == os.path.dirname(path) and not os.path.exists(clean)
     require(new, f"--clean={clean}: must be a new file in the folder of {path}")

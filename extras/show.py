@@ -1,4 +1,4 @@
-"""One page about a run, to look at and to project; also a picture growing, and what guidance does.
+"""One page about a run, to look at or to project; also a picture growing, and what guidance does.
 
     python -m extras.show out/pets --prompt="A dog on a beach"  # writes out/pets/show.html, all in one file
     python -m extras.show gif out/tiny "A big red star at the top on a pink background"
@@ -20,27 +20,27 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tqdm import tqdm
 
 import sample
 import train
 from data import Sample, Shapes, center_crop, load_image, to_picture, tokenizer_pixels
-from tokenizer import flatten, rebuild
+from tokenizer import flatten, rebuild, require
 
-# --- Curves
+# --- Curves ---
 
 
 def chart(lines):
-    """SVG of {class: [(step, loss)]} with numbers on both axes; the loss's is logarithmic if it can be."""
+    """SVG of {class: [(step, loss)]} with numbers on both axes; the loss's is logarithmic."""
     x, y = np.array(sum(lines.values(), [])).T
-    low, high = y.min(), y.max() + 1e-9
-    scale, ticks = (np.log, np.geomspace) if low > 0 else (np.float64, np.linspace)
+    last, low, high = x.max(), y.min(), 1.001 * y.max()
 
     def at(step, loss):
-        return 44 + 366 * step / x.max(), 206 - 190 * (scale(loss) - scale(low)) / (scale(high) - scale(low))
+        return 44 + 366 * step / last, 206 - 190 * np.log(loss / low) / np.log(high / low)
 
     parts = ['<path d="M44 %.1fH410"/><text x=0 y=%.1f>%.2g</text>' % (at(0, v)[1], at(0, v)[1] + 5, v)
-             for v in ticks(low, high, 6)]
-    parts += ["<text x=%.1f y=228>%.0f</text>" % (at(v, low)[0] - 10, v) for v in np.linspace(0, x.max(), 5)]
+             for v in np.geomspace(low, high, 6)]
+    parts += ["<text x=%.1f y=228>%.0f</text>" % (at(v, low)[0] - 10, v) for v in np.linspace(0, last, 5)]
     for name, line in lines.items():  # the last point twice: a line of one point is a dot
         points = " ".join("%.1f,%.1f" % at(*point) for point in line + line[-1:])
         parts.append(f'<polyline class={name} points="{points}"/>')
@@ -48,21 +48,22 @@ def chart(lines):
 
 
 def curves(root, run):
-    """Each stage's chart. What only helps training is taken off its loss: the held-out loss lacks it too."""
-    helps, charts = {"contrastive": 1, "hidden_words": 1, "consistency": run.tokenizer.consistency}, ""
+    """Each stage's chart, without the losses that only help training: the held-out loss lacks them too."""
+    charts = ""
     for stage in train.STAGES:
         log = root / stage / "log.jsonl"
         lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-        guess = [(x["step"], np.log(run.vqgan.codebook_size)) for x in lines if stage != "tokenizer"]
         if lines:
             charts += f"<figure class=chart>{stage}" + chart({
-                "train": [(x["step"], x["loss"] - sum(helps[k] * x.get(k, 0) for k in helps)) for x in lines],
+                "train": [(x["step"], x.get("reconstruction") or
+                           x["loss"] - x.get("contrastive", 0) - x.get("hidden_words", 0)) for x in lines],
                 "held": [(x["step"], x["held_out"]) for x in lines if "held_out" in x],
-                "guess": guess}) + "</figure>"
+                "guess": [(x["step"], np.log(run.vqgan.codebook_size)) for x in lines if stage != "tokenizer"],
+            }) + "</figure>"
     return charts or "<p><b>This run has no log.jsonl.</b></p>"
 
 
-# --- Does it draw or remember?
+# --- Does it draw or remember? ---
 
 
 def uri(picture):
@@ -103,7 +104,7 @@ def drawings(pipeline, samples, pool):
     return {"ROWS": rows, "POOL": len(pool), "NEAR": f"{near.mean():.2f}", "USUAL": f"{usual.mean():.2f}"}
 
 
-# --- Inside one drawing
+# --- Inside one drawing ---
 
 
 @torch.no_grad()
@@ -130,9 +131,8 @@ def look(pipeline, prompt):
 def swapped(vqgan, codes, others):
     """Each code in turn exchanged and decoded: codes (1, N), others (N, K) -> N rows of K cut-outs, 3 x 3
     cells around the code."""
-    rows, side = [], vqgan.config.grid_size
-    cell = vqgan.config.image_size // side
-    for k, other in enumerate(others):
+    rows, side, cell = [], vqgan.config.grid_size, vqgan.config.cell
+    for k, other in enumerate(tqdm(others, "decoding")):
         changed = codes.repeat(len(other), 1)
         changed[:, k] = other
         images = F.pad(vqgan.decode(changed), (cell,) * 4)[:, :, k // side * cell :, k % side * cell :]
@@ -140,23 +140,34 @@ def swapped(vqgan, codes, others):
     return np.concatenate(rows)
 
 
+def grid(picture, n, words=""):
+    """A picture behind n cells that can hide it."""
+    side = f"repeat({round(n ** 0.5)}, 1fr)"
+    style = f"background-image: url({uri(picture)}); grid: {side} / {side}"
+    return f'<figure><div style="{style}">{"<i></i>" * n}</div><figcaption>{words}</figcaption></figure>'
+
+
 def inside(pipeline, prompt):
-    """What the page's script shows of the drawing of one prompt, a Sample; shares are in thousandths."""
+    """What the page shows of the drawing of one prompt, a Sample. Its script's shares are in thousandths."""
     config, text, vqgan = pipeline.model.config, pipeline.text_tokenizer, pipeline.vqgan
     codes, probabilities, attention = look(pipeline, prompt)
     others = probabilities.scatter(1, codes.T, 2.0).topk(6).indices  # the drawn one first
     maps = torch.cat([attention.mean(0, keepdim=True), attention])
     names = {i: name for name, i in text.added.items()} | {text.image_id: ""}
-    return {"words": [names[i] if i in names else text.pieces.id_to_piece(i).replace("▁", " ")
-                      for i in pipeline.collate.encode(prompt.prompt, len(prompt.images))],
-            "codes": others.tolist(), "p": (1000 * probabilities.gather(1, others)).round().int().tolist(),
-            "attention": (1000 * maps).round().int().tolist(),
-            "picture": uri(to_picture(vqgan.decode(codes)[0])), "sheet": uri(swapped(vqgan, codes, others)),
-            "images": [uri(center_crop(p, pipeline.size)) for p in prompt.images],
-            "patches": 1 if config.n_query else config.image_tokens}
+    words = [names[i] if i in names else text.pieces.id_to_piece(i).replace("▁", " ")
+             for i in pipeline.collate.encode(prompt.prompt, len(prompt.images))]
+    drawn, patches = to_picture(vqgan.decode(codes)[0]), 1 if config.n_query else config.image_tokens
+    seen = [grid(center_crop(p, pipeline.size), patches, "reference ") for p in prompt.images]
+    data = {"codes": others, "p": 1000 * probabilities.gather(1, others), "attention": 1000 * maps}
+    return {"PROMPT": escape(prompt.prompt), "PICTURE": grid(drawn, len(others)),
+            "SHEET": uri(swapped(vqgan, codes, others)), "CARDS": grid(drawn, 0) * 6,
+            "LAYERS": "".join(f"<option>layer {i}" for i in range(1, len(maps))),
+            "WORDS": "".join(f"<span>{escape(word)}</span>" for word in words),
+            "SEEN": grid(drawn, len(others), "codes before ") + "".join(seen),
+            "DATA": json.dumps({name: x.round().int().tolist() for name, x in data.items()})}
 
 
-# --- The page
+# --- The page ---
 
 PAGE = """<!doctype html><meta charset=utf-8><meta name=viewport content="width=device-width">
 <title>TITLE</title><style>
@@ -167,6 +178,7 @@ h2 { font: 34px Georgia, serif; margin: 64px 0 12px }
 figure { display: inline-block; width: 104px; margin: 0 10px 12px 0; vertical-align: top }
 .chart { width: 540px; max-width: 100% }
 figcaption, small { font-size: 13px; opacity: .75 }
+figcaption::after, #words span::after { content: attr(data-p) }
 img { display: block; width: 100% }
 svg { font-size: 13px; fill: currentColor }
 path { stroke: #8884 }
@@ -178,14 +190,15 @@ table, tbody { display: block }
 td, #prompt, pre { white-space: pre-wrap }
 tr, #inside { display: flex; flex-wrap: wrap; gap: 0 32px }
 td:first-child, #inside > div { flex: 1 1 320px; min-width: 0 }
-#best, #images { display: flex }
+#best, #seen { display: flex }
 #inside figure { flex: 1; max-width: 240px }
 #inside #picture figure, #k { width: 100%; max-width: none }
-.grid { display: grid; aspect-ratio: 1; background-size: cover }
-.grid i { background: var(--paper) }
-.grid .on { background: none; outline: 3px solid #d9702e; z-index: 1 }
-#words span { display: inline-block; padding: 2px 6px; background: rgb(217 112 46 / var(--a)) }
-#words span::after { content: attr(data-p); display: block; font-size: 11px }
+figure div { display: grid; aspect-ratio: 1; background-size: cover }
+#best div { background: url(SHEET) 0 / 600% }
+i { background: var(--paper) }
+.on { background: none; outline: 3px solid #d9702e; z-index: 1 }
+#words span { display: inline-block; padding: 2px 6px }
+#words span::after { display: block; font-size: 11px }
 #words span:empty { display: none }
 </style><h2>TITLE: how it learned</h2><p>Loss by step: <b class=train>training</b>,
 <b class=held>held out</b>, and guessing (dotted), in nats per code; the tokenizer's is a squared error.</p>
@@ -193,55 +206,48 @@ CURVES<h2>What it draws</h2><p>Beside each drawing is the nearest of POOL traini
 cosine of the codes' vectors, cell by cell. Drawings are on average <b>NEAR</b> near to theirs, what was asked
 for <b>USUAL</b>; one that is much nearer is remembered. Last, what the tokenizer makes of the picture asked
 for, the best that the model could draw.</p><table>ROWS</table><h2>Inside one drawing</h2>
-<b id=prompt>PROMPT</b><p>Point at a code, or move the slider: what comes after it is not drawn yet.
+<b id=prompt>PROMPT</b><p>Click a code, or move the slider: what comes after it is not drawn yet.
 Probabilities are the model's, before guidance and temperature; attention is that with which the code was
-chosen, averaged over heads.</p>
-<div id=inside><div><div id=picture></div><button id=play>play</button><input id=k type=range></div>
-<div>Drawn code, and the best others<div id=best></div>Attention in <select id=layer></select><p id=words></p>
-<div id=images></div></div></div><h2>How it was made</h2><pre>COMMAND</pre><script>
-const D = DATA, N = D.p.length, K = D.p[0].length, P = D.words.length, $ = id => document.getElementById(id)
-const make = (parent, tag, textContent) =>
-  Object.assign(parent.appendChild(document.createElement(tag)), {textContent})
-const percent = w => (w / 10).toFixed(1) + '%'
-function grid(parent, picture, n) {  // a picture below n cells that can hide it
-  const figure = make($(parent), 'figure'), box = make(figure, 'div'), side = `repeat(${Math.sqrt(n)}, 1fr)`
-  box.className = 'grid'
-  box.style = `background-image: url(${picture}); grid: ${side} / ${side}`
-  return {box, label: make(figure, 'figcaption'), cells: Array.from({length: n}, () => make(box, 'i'))}
+chosen, averaged over heads.</p><div id=inside>
+<div><div id=picture>PICTURE</div><button id=play>play</button><input id=k type=range></div>
+<div>Drawn code, and the best others<div id=best>CARDS</div>
+Attention in <select id=layer><option>all layersLAYERS</select><p id=words>WORDS</p><div id=seen>SEEN</div></div>
+</div><h2>How it was made</h2><pre>COMMAND</pre><script>
+const D = DATA, N = D.p.length, $ = id => document.getElementById(id)
+const all = (selector, part = document) => [...part.querySelectorAll(selector)]
+const words = all('#words span'), P = words.length, percent = w => (w / 10).toFixed(1) + '%'
+function shine(figure, weights) {
+  all('i', figure).forEach((c, i) => c.style.opacity = .85 * (1 - (weights[i] || 0) / Math.max(...weights, 1)))
+  figure.lastChild.dataset.p = percent(weights.reduce((x, y) => x + y, 0))
 }
-function shine({cells, label}, name, weights) {
-  cells.forEach((c, i) => c.style.opacity = .85 * (1 - (weights[i] || 0) / Math.max(...weights, 1)))
-  label.textContent = name + percent(weights.reduce((x, y) => x + y, 0))
-}
-const picture = grid('picture', D.picture, N), before = grid('images', D.picture, N)
-const images = D.images.map(uri => grid('images', uri, D.patches))
-const cards = D.p[0].map(() => grid('best', D.sheet, 0))
-const words = D.words.map(w => make($('words'), 'span', w))
-D.attention.forEach((_, l) => make($('layer'), 'option', l ? 'layer ' + l : 'all layers'))
-function show(k) {
-  const a = D.attention[$('layer').selectedIndex][k], most = Math.max(...a.slice(0, P))
-  const patches = a.filter((_, p) => D.words[p] == '')
-  picture.cells.forEach((c, i) => {
+function show() {
+  const k = +$('k').value, a = D.attention[$('layer').selectedIndex][k]
+  const [before, ...references] = all('#seen figure')
+  const patches = a.filter((_, p) => words[p]?.textContent == '')
+  all('#picture i').forEach((c, i) => {
     c.style.opacity = i < k ? 0 : i > k ? .85 : 1
     c.className = i == k ? 'on' : ''
   })
-  cards.forEach(({box, label}, j) => {
-    box.style.background = `${100 * j / (K - 1)}% ${100 * k / (N - 1)}% / ${100 * K}% url(${D.sheet})`
-    label.textContent = `${D.codes[k][j]}: ${percent(D.p[k][j])}`
+  all('#best figure').forEach((f, j) => {
+    f.firstChild.style.backgroundPosition = `${20 * j}% ${100 * k / (N - 1)}%`
+    f.lastChild.dataset.p = `${D.codes[k][j]}: ${percent(D.p[k][j])}`
   })
-  shine(before, 'codes before ', a.slice(P))
-  images.forEach((x, i) => shine(x, 'reference ', patches.splice(0, patches.length / (images.length - i))))
   words.forEach((w, p) => {
-    w.style.setProperty('--a', a[p] / most)
+    w.style.background = `rgb(217 112 46 / ${a[p] / Math.max(...a.slice(0, P), 1)})`
     w.dataset.p = percent(a[p])
   })
+  shine(before, a.slice(P))
+  references.forEach((f, i) => shine(f, patches.splice(0, patches.length / (references.length - i))))
 }
-const pin = k => show(+($('k').value = k))
+function go(k) {
+  $('k').value = k
+  show()
+}
 $('k').max = N - 1
-$('k').oninput = $('layer').onchange = picture.box.onmouseleave = () => pin($('k').value)
-$('play').onclick = () => D.p.forEach((_, k) => setTimeout(pin, 9000 / N * k, k))
-picture.cells.forEach((c, k) => Object.assign(c, {onmouseenter: () => show(k), onclick: () => pin(k)}))
-pin(N / 2 + Math.sqrt(N) / 2)
+$('k').oninput = $('layer').onchange = show
+$('play').onclick = () => D.p.forEach((_, k) => setTimeout(go, 9000 / N * k, k))
+all('#picture i').forEach((c, k) => c.onclick = () => go(k))
+go(N / 2 + Math.sqrt(N) / 2)
 </script>"""
 
 
@@ -256,31 +262,27 @@ def made_by(run):
     return min(commands, key=len)
 
 
-def growing(pipeline, codes):
-    """A picture appearing code by code, codes (1, N), in 32 frames: cells not yet drawn are grey."""
-    frames, side = [], pipeline.vqgan.config.grid_size
+def growing(picture, side):
+    """A picture appearing code by code, side x side of them, in 32 frames: cells not yet drawn are grey."""
+    frames, cell = [], len(picture) // side
     for last in np.linspace(0, side**2 - 1, 32).astype(int):
-        so_far, cell, (row, column) = codes.clone(), pipeline.size // side, divmod(last, side)
-        so_far[:, last:] = codes[:, last]
-        picture = to_picture(pipeline.vqgan.decode(so_far)[0])
-        picture[(row + 1) * cell :] = picture[row * cell :, (column + 1) * cell :] = 200
-        frames.append(sample.enlarged([picture]))
-    return frames + frames[-1:] * 15
+        frame, row, column = picture.copy(), last // side * cell, last % side * cell
+        frame[row + cell :] = frame[row:, column + cell :] = 200
+        frames.append(sample.enlarged([frame]))
+    return frames
 
 
-def guidance(pipeline, source, tasks):
+def guidance(pipeline, world):
     """Rows of pictures: the references, then the same held-out prompts at four scales; prints CP and PF."""
-    judge = sample.Judge(source) if type(source) is Shapes else None
-    samples = held_out_samples(source, "subject_driven" if judge else tasks[0], 128 if judge else 8)
-    rows = [[center_crop([*s.images, s.target][0], pipeline.size) for s in samples]]
+    require(isinstance(world, Shapes), "guidance is scored in the world of shapes alone")
+    judge, samples = sample.Judge(world), held_out_samples(world, "subject_driven", 128)
+    rows = [[s.images[0] for s in samples]]
     for scale in (1.0, 2.0, 4.0, 7.5):
         rows.append(pipeline.draw(samples, replace(pipeline.model.config.sampling, cfg_scale=scale)))
-        if judge:
-            scores = sample.judge_pictures(judge, rows[-1], samples)
-            print(f"guidance {scale:g}: CP {scores['cp']:.3f}, PF {scores['pf']:.3f}")
-    gap = ((0, 2), (0, 2), (0, 0))
-    rows = [np.concatenate([np.pad(p, gap, constant_values=255) for p in row[:8]], 1) for row in rows]
-    return sample.enlarged([np.concatenate(rows)], 640)
+        scores = sample.judge_pictures(judge, rows[-1], samples)
+        print(f"guidance {scale:g}: CP {scores['cp']:.3f}, PF {scores['pf']:.3f}")
+    rows = [np.pad(row[:8], ((0, 0), (0, 2), (0, 2), (0, 0)), constant_values=255) for row in rows]
+    return sample.enlarged([np.concatenate([np.concatenate(row, 1) for row in rows])], 640)
 
 
 def main(arguments, open_source=train.open_source):
@@ -292,31 +294,30 @@ def main(arguments, open_source=train.open_source):
     parser.add_argument("--images", action="append", default=[], metavar="FILE", help="once for each <image>")
     parser.add_argument("--out", help="file to write (default: in the folder)")
     options = parser.parse_args(arguments)
-    pipeline = sample.Pipeline(options.folder, sample.best_device())
+    pipeline, stage = sample.Pipeline(options.folder, sample.best_device()), sample.newest_stage(options.folder)
     prompt = sample.check_words(pipeline, options.prompt.replace("\\n", "\n"))
     prompt = Sample("prompt", prompt, [load_image(file) for file in options.images])
     name = {"page": "show.html", "gif": "show.gif", "guidance": "guidance.png"}[what]
-    out, stage = Path(options.out or options.folder / name), sample.newest_stage(options.folder)
+    out, root = Path(options.out or options.folder / name), stage.parent
     if what == "gif":
-        first, *frames = growing(pipeline, look(pipeline, prompt)[0])
-        first.save(out, save_all=True, append_images=frames, duration=80, loop=0)
+        first, *frames = growing(pipeline.draw([prompt])[0], pipeline.vqgan.config.grid_size)
+        first.save(out, save_all=True, append_images=frames, duration=[80] * 31 + [1500], loop=0)
         return print(f"wrote {out}")
-    keys = flatten(train.PRESETS["tiny"]) | json.loads((stage.parent / "run.json").read_text())
-    run = rebuild(train.PRESETS["tiny"], keys)
+    run = train.PRESETS["tiny"]
+    run = rebuild(run, flatten(run) | json.loads((root / "run.json").read_text()))
     source = open_source(run)
-    tasks = [task for task in train.parse_mix(pipeline.mix) if task in source.tasks][::-1]
     if what == "guidance":
-        guidance(pipeline, source, tasks).save(out)
+        guidance(pipeline, source).save(out)
         return print(f"wrote {out}")
+    tasks = [task for task in train.parse_mix(pipeline.mix) if task in source.tasks][::-1]
     samples = [s for task in tasks for s in held_out_samples(source, task, 3)]
     if not prompt.prompt and not prompt.images:
         prompt = next((s for s in samples if s.images), samples[0])
     seen = train.make_dataset(stage.name, run, source)
     pool = [seen[i].target for i in range(min(2000, seen.count))]
-    values = {"TITLE": escape(stage.parent.name), "CURVES": curves(stage.parent, run),
-              "PROMPT": escape(prompt.prompt), **drawings(pipeline, samples, pool),
+    values = {"TITLE": escape(root.name), "CURVES": curves(root, run), **drawings(pipeline, samples, pool),
               "COMMAND": escape(f"{made_by(run)}\npython -m extras.show {shlex.join(arguments)}"),
-              "DATA": json.dumps(inside(pipeline, prompt)).replace("</", "<\\/")}
+              **inside(pipeline, prompt)}
     out.write_text(re.sub("|".join(values), lambda key: str(values[key[0]]), PAGE), encoding="utf-8")
     print(f"wrote {out}")
 

@@ -1,8 +1,7 @@
-"""A folder of your own pictures: what is used and what is not, masks, the tasks, and a whole run on it."""
+"""A folder of your own pictures: what is used and what is not, masks, the tasks, and whole runs on it."""
 
 import os
 import random
-import shutil
 import unicodedata
 
 import numpy as np
@@ -14,7 +13,6 @@ import data
 import train
 from conftest import SMALL, few_steps, same_weights
 from data import Folder, load_mask
-from tokenizer import TextTokenizer
 
 GREEN, RED, WHITE, BLACK = (0, 160, 0), (200, 0, 0), (255, 255, 255), (0, 0, 0)
 
@@ -38,7 +36,7 @@ def add(folder, name, words="a box on green\nobject: box", mask=True, **look):
     if words is not None:
         file.with_suffix(".txt").write_text(words)
     if mask:
-        save(file.with_suffix(".mask.png"), draw(BLACK, WHITE)[..., 0])
+        save(file.with_suffix(".mask.png"), draw(**look | {"ground": BLACK, "color": WHITE}))
 
 
 def make_pets(folder, subjects=4, each=3):
@@ -46,7 +44,7 @@ def make_pets(folder, subjects=4, each=3):
     for s in range(subjects):
         for i in range(each):
             color, ground = (12 * s, 20, 200), (90, 40 * i, 10 * s)
-            add(folder / f"pet_{s}", str(i), f"a box on ground {i}", color=color, ground=ground)
+            add(folder / f"pet_{s}", i, f"a box on ground {i}", color=color, ground=ground)
     return folder
 
 
@@ -112,17 +110,14 @@ def test_folders_that_cannot_be_used_are_named(tmp_path, monkeypatch):
     add(tmp_path / "deep", "dog")
     scandir = os.scandir
 
-    def forbidden(path):
+    def forbidden(path):  # as root may list all
         if os.fspath(path).endswith("deep"):
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
 
-    with monkeypatch.context() as patch:  # root may list all
+    with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", forbidden)
         refused(tmp_path, "deep: .*cannot be listed .*Permission denied")
-    (tmp_path / "link").symlink_to(tmp_path / "deep")  # as other programs do
-    assert len(names(tmp_path)) == 2
-    (tmp_path / "link").unlink()
     (tmp_path / "deep" / "up").symlink_to(tmp_path)
     try:  # a way in circles must not make forty copies of all
         assert names(tmp_path) == ["deep/dog"]
@@ -135,7 +130,6 @@ def test_all_captions_of_a_file_are_used(tmp_path):
     add(tmp_path, "dog", "\ufeffa dog on grass\n\n  a dog that runs \nOBJECT:  big dog\na third one\n")
     folder = Folder(tmp_path, 32)
     assert folder.pictures[0].captions == ["a dog on grass", "a dog that runs", "a third one"]
-    assert folder.pictures[0].label == "big dog"
     captions = [s.prompt for s in samples_of(folder, "text_to_image", 60)]
     assert {captions.count(c) > 9 for c in folder.pictures[0].captions} == {True}
     assert samples_of(folder, "segmentation", 1)[0].prompt == "The big dog in <image>."
@@ -145,9 +139,11 @@ def test_all_captions_of_a_file_are_used(tmp_path):
 
 def test_without_words_the_folders_name_is_used(tmp_path):
     for name in ("red_dog2", "cat", "007"):
-        add(tmp_path / name, "x", None if name != "cat" else "object: tom", mask=name == "cat")
+        add(tmp_path / name, "x", "object: tom" if name == "cat" else None)
     assert [(p.captions, p.label) for p in Folder(tmp_path, 32).pictures] == [
         (["007"], "007"), (["tom"], "tom"), (["red dog"], "red dog")]
+    add(tmp_path / "cat", "y", "a dog\na brown dog")  # the folder's name, or the second line?
+    refused(tmp_path, "y.mask.png.*object: NAME")
 
 
 @pytest.mark.parametrize("words, message", [
@@ -161,83 +157,67 @@ def test_unclear_words_are_refused_by_name(words, message, tmp_path):
     refused(tmp_path, message)
 
 
-def test_a_mask_whose_name_could_be_either_is_refused(tmp_path):
-    add(tmp_path / "rex", "1", "a dog\na brown dog")  # the folder's name, or the second line?
-    refused(tmp_path, "1.mask.png.*object: NAME")
-    add(tmp_path / "rex", "1", "a brown dog")
-    assert Folder(tmp_path, 32).pictures[0].label == "rex"
-
-
 # --- Masks
-@pytest.mark.parametrize("mask", ["dog_mask.png", "dog-mask.jpg", "mask_dog.png", "dog_mask1.png", "Dog.MASK.jpg",
-                                  "dog_seg.png", "dog segmentation.webp", "masks/dog.png"])
+@pytest.mark.parametrize("mask", ["dog_mask.png", "dog-mask.jpg", "mask_dog.png", "dog_mask1.png",
+                                  "masks/dog.png", "Dog.MASK.jpg", "dog_seg.png", "dog segmentation.webp"])
 def test_what_looks_like_a_mask_is_not_trained_on(mask, tmp_path):
-    add(tmp_path, "dog", mask=False), add(tmp_path, "cat", mask=False)
+    for name in ("dog", "masked ball", "damask", "unmasked dog", "segway"):
+        add(tmp_path, name, mask=False)
+    assert len(names(tmp_path)) == 5
     save(tmp_path / mask, draw(BLACK, WHITE))
     refused(tmp_path, f"{mask}.* mask")
-
-
-def test_masks_and_pictures_belong_together(tmp_path):
-    for name in ("masked ball", "damask", "unmasked dog", "segway"):  # no masks
-        add(tmp_path, name, mask=False)
-    assert len(names(tmp_path)) == 4
-    save(tmp_path / "dgo.mask.png", draw(BLACK, WHITE))
+    os.rename(tmp_path / mask, tmp_path / "dgo.mask.png")
     refused(tmp_path, "dgo.mask.png")
 
 
-def shape(low=0, high=255, dtype=np.uint8):
-    mask = np.full((40, 40), low, dtype)
+def shape(low=0, high=255):
+    mask = np.full((40, 40), low, np.uint8)
     mask[10:30, 4:20] = high
     return mask
 
 
-CLEAR = {"black and white": shape(), "grey": shape(0, 90), "0 and 1": shape(0, 1), "1 and 2": shape(1, 2),
-         "bits": shape() > 0, "10 and 255": shape(10, 255),
-         "smooth": np.asarray(Image.fromarray(shape()).resize((160, 160)).resize((40, 40))),
-         "cut-out": np.dstack([draw(), shape()]), "dark cut-out": np.dstack([draw(color=(9, 9, 9)), shape()]),
-         "colours": draw(BLACK, WHITE)}
-CLASSES, MANY = shape(0, 15), shape(0, 15)
-CLASSES[9], CLASSES[35:] = 255, 3   # with a border of 255 that is no object
-MANY[9], MANY[35:] = 255, np.arange(40) % 21
+SMOOTH = np.asarray(Image.fromarray(shape()).resize((160, 160)).resize((40, 40)))
+CLEAR = {"black and white": shape(), "grey": shape(0, 90), "0, 1": shape(0, 1), "10, 255": shape(10, 255),
+         "bits": shape() > 0, "smooth": SMOOTH, "cut-out": np.dstack([draw(), shape()]),
+         "dark cut-out": np.dstack([draw(color=(9, 9, 9)), shape()]), "colours": draw(BLACK, WHITE)}
+FEW, MANY = shape(0, 15), shape(0, 15)  # class numbers, with a border of 255 that is no object
+FEW[9], FEW[35:], MANY[9], MANY[35:] = 255, 3, 255, np.arange(40) % 21
+NOISE = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
 RAMP = np.arange(1600).reshape(40, 40) // 7
 
 
 @pytest.mark.parametrize("kind", CLEAR)
 def test_clear_masks_are_read(kind, tmp_path):
-    picture = save(tmp_path / "a.png", draw())
-    mask = load_mask(save(tmp_path / "a.mask.png", CLEAR[kind]), picture)
-    wrong = mask != (shape() > 0)
-    assert mask.dtype == bool and wrong.sum() <= (24 if kind == "smooth" else 0)
+    mask = load_mask(save(tmp_path / "a.mask.png", CLEAR[kind]), save(tmp_path / "a.png", draw()))
+    assert mask.dtype == bool and (mask != (shape() > 0)).sum() <= (24 if kind == "smooth" else 0)
 
 
 @pytest.mark.parametrize("mask, message", [
-    (shape(0, 0), "0"), (shape(255, 255), "255"), (CLASSES, "255"), (MANY, "255"), (RAMP.astype(np.uint8), "255"),
-    (shape()[:, :39], r"\(39, 40\).*\(40, 40\)"), (np.dstack([draw(), shape(128, 128)]), "128"),
-    (draw(), "mask"), (None, "not a readable image")])
+    (shape(0, 0), "0"), (shape(255, 255), "255"), (FEW, "255"), (MANY, "255"), (RAMP.astype(np.uint8), "255"),
+    (NOISE, "clear"), (shape()[:, :39], r"\(39, 40\).*\(40, 40\)"), (np.dstack([draw(), shape(9, 9)]), "9"),
+    (None, "not a readable image")])
 def test_unclear_masks_are_refused_by_name(mask, message, tmp_path):
     add(tmp_path, "dog")
     (tmp_path / "dog.mask.png").write_bytes(b"PNG") if mask is None else save(tmp_path / "dog.mask.png", mask)
-    if mask is not None and mask.shape == (40, 40, 3):  # a photograph
-        save(tmp_path / "dog.mask.png", np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
     assert "dog.mask.png" in refused(tmp_path, message)
 
 
 @pytest.mark.parametrize("tag", range(1, 9))
 def test_masks_turn_with_their_pictures(tag, tmp_path):
-    """A mask in stored pixels is turned, one in seen pixels is not; where both have one size it is unclear."""
+    """One in stored pixels is turned, one in seen pixels is not; where both have one size it is unclear."""
     exif = Image.Exif()
     exif[0x0112] = tag
     sides = np.random.default_rng(0).integers(0, 2, (5, 8)).repeat(4, 0).repeat(4, 1).astype(bool)
     for stored in (sides, sides[:, :20]):
-        picture = save(tmp_path / "a.png", np.where(stored[..., None], np.uint8(RED), np.uint8(GREEN)), exif=exif)
-        seen = data.load_image(picture)[..., 0] == RED[0]
+        pixels = np.where(stored[..., None], np.uint8(RED), np.uint8(GREEN))
+        seen = data.load_image(save(tmp_path / "a.png", pixels, exif=exif))[..., 0] == RED[0]
         for mask in (stored, seen):
             save(tmp_path / "a.mask.png", mask)
             if tag == 1 or tag > 4 and stored.shape[0] != stored.shape[1]:
-                assert (load_mask(tmp_path / "a.mask.png", picture) == seen).all()
+                assert (load_mask(tmp_path / "a.mask.png", tmp_path / "a.png") == seen).all()
             else:
                 with pytest.raises(ValueError, match="a.png.* EXIF .*a.mask.png"):
-                    load_mask(tmp_path / "a.mask.png", picture)
+                    load_mask(tmp_path / "a.mask.png", tmp_path / "a.png")
 
 
 # --- Samples
@@ -249,26 +229,22 @@ def test_samples_of_every_task(tmp_path):
         add(tmp_path / name[:3], name[-1], f"a box {name[-1]}", color=color, ground=ground)
     folder = Folder(tmp_path, 40)
     folder.held_out[:] = True
-    seen = {name: draw(ground, color) for name, (color, ground) in looks.items()}
+    whole = {name: draw(ground, color) for name, (color, ground) in looks.items()}
     cut = {name: draw(BLACK, color) for name, (color, _) in looks.items()}
     for task in folder.tasks:
         for s in samples_of(folder, task, 40, held_out=True):
-            name, = (n for n in looks if (s.target == (cut if task == "segmentation" else seen)[n]).all())
-            color, ground = looks[name]
-            line, caption = f"The {name[:3]} in <image>.", f"a box {name[-1]}"
-            assert s.prompt in {"text_to_image": [caption], "segmentation": [line],
-                                "reconstruction": ["The image is <image>", f"The image is <image>\n{caption}"]
-                                }.get(task, [f"{line}\n{caption}"])
-            if task == "text_to_image":
-                assert s.images == []
-                continue
-            image, = s.images
+            name, = (n for n in looks if (s.target == (cut if task == "segmentation" else whole)[n]).all())
+            line, caption, (color, ground) = f"The {name[:3]} in <image>.", f"a box {name[-1]}", looks[name]
+            image_line = "The image is <image>"
+            assert s.prompt in {"text_to_image": [caption], "segmentation": [line], "reconstruction": [
+                image_line, f"{image_line}\n{caption}"]}.get(task, [f"{line}\n{caption}"])
+            assert len(s.images) == (task != "text_to_image")
             if task in ("reconstruction", "segmentation"):
-                assert (image == seen[name]).all()
+                assert (s.images[0] == whole[name]).all()
             elif task == "subject_driven":  # another picture of the same subject
-                assert (image == seen[name[:4] + {"1": "2", "2": "1"}[name[-1]]]).all()
-            else:  # recovery: its object on another picture, never its own
-                assert (image == color).all(-1).any() and not (image == ground).all(-1).any()
+                assert (s.images[0] == whole[name[:4] + {"1": "2", "2": "1"}[name[-1]]]).all()
+            elif task == "recovery":  # its object on another picture, never its own
+                assert (s.images[0] == color).all(-1).any() and not (s.images[0] == ground).all(-1).any()
     assert folder.tasks == set(train.TASKS)
 
 
@@ -281,28 +257,23 @@ def test_a_subject_is_a_folder_of_several_pictures_beside_others(tmp_path):
 
 
 def test_a_tenth_is_held_out_subjects_as_a_whole(tmp_path):
-    folder = Folder(make_pets(tmp_path, 20, 3), 32)
-    held = {folder.pictures[i].name: bool(h) for i, h in zip(folder.of, folder.held_out)}
-    assert sum(held.values()) == 6
-    assert len({(folder.pictures[i].subject, bool(h)) for i, h in zip(folder.of, folder.held_out)}) == 20
-    seen = {h: set() for h in (False, True)}
-    look = folder.look
+    folder = Folder(make_pets(tmp_path / "many", 20, 3), 32)
+    seen, look = {h: set() for h in (False, True)}, folder.look
     for held_out in (False, True):
-        for task in folder.tasks - {"recovery"}:  # whose grounds are of all pictures
-            folder.look = lambda i, *how, h=held_out: seen[h].add(folder.pictures[i].name) or look(i, *how)
-            samples_of(folder, task, 120, held_out=held_out)
-    assert not seen[True] & seen[False] and sorted(seen[True]) == sorted(n for n in held if held[n])
-    two = tmp_path / "two"
-    add(two, "a", mask=False), add(two, "b", mask=False)
-    assert sum(Folder(two, 32).held_out) == 2  # one of two, with both of its tasks
-    (two / "b.png").unlink()
-    assert not any(Folder(two, 32).held_out)  # training needs the only one
+        for task in folder.tasks - {"recovery"} if held_out else folder.tasks:  # on a ground from all others
+            folder.look = lambda i, *how, h=held_out: seen[h].add(tuple(folder.pictures[i][1:6:4])) or look(i, *how)
+            samples_of(folder, task, 200, held_out=held_out)
+    assert not seen[True] & seen[False] and len(seen[True]) == 6 and len(seen[False]) == 54
+    assert not {subject for _, subject in seen[True]} & {subject for _, subject in seen[False]}
+    add(tmp_path / "two", "a", mask=False), add(tmp_path / "two", "b", mask=False)
+    assert sum(Folder(tmp_path / "two", 32).held_out) == 2  # one of two, with both of its tasks
+    (tmp_path / "two" / "b.png").unlink()
+    assert not any(Folder(tmp_path / "two", 32).held_out)  # training needs the only one
 
 
 def test_training_crops_and_mirrors_at_random_unless_words_say_left_or_right(tmp_path):
     for name, words in (("a", "a box"), ("b", "a box on the LEFT"), ("c", "the right, bright box"), ("d", "box")):
         add(tmp_path, name, f"{words}\nobject: box", size=(40, 64))
-        save(tmp_path / f"{name}.mask.png", draw(BLACK, WHITE, size=(40, 64))[..., 0])
     folder = Folder(tmp_path, 32)
     folder.held_out[:] = folder.of == 3
     sides = {i: set() for i in range(4)}
@@ -327,35 +298,29 @@ def test_pictures_are_kept_as_small_as_they_can_be(tmp_path):
 def test_tiny_objects_are_named_at_the_start_not_in_training(tmp_path):
     for edge in range(1, 9):
         for i, size in enumerate(range(40, 130, 13)):
-            dot = np.s_[7 + i : 7 + i + edge, 11 : 11 + edge]
-            save(tmp_path / f"{edge}{i}.png", draw(size=(size, size)))
-            save(tmp_path / f"{edge}{i}.mask.png", draw(BLACK, WHITE, dot, (size, size)))
-            (tmp_path / f"{edge}{i}.txt").write_text("object: dot")
+            box = np.s_[7 + i : 7 + i + edge, 11 : 11 + edge]
+            add(tmp_path, f"{edge}{i}", "object: dot", size=(size, size), box=box)
     for line in refused(tmp_path, "files cannot be used:").splitlines()[1:]:
-        mask = line.strip().partition(".mask.png")[0]
-        for file in (f"{mask}.png", f"{mask}.mask.png", f"{mask}.txt"):
-            os.unlink(file)
+        for suffix in (".png", ".mask.png", ".txt"):
+            os.unlink(line.strip().partition(".mask.png")[0] + suffix)
     folder = Folder(tmp_path, 32)
     assert len(folder.pictures) > 20
-    for sample in samples_of(folder, "segmentation", 8 * len(folder.pictures)):
-        assert sample.target.any()
+    assert all(s.target.any() for s in samples_of(folder, "segmentation", 8 * len(folder.pictures)))
 
 
 def test_all_bad_files_are_named_at_once(tmp_path):
     for name in "abcde":
         add(tmp_path, name)
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
-    save(tmp_path / "b.mask.png", shape()[:20])
     (tmp_path / "d.png").unlink()
     (tmp_path / "d.png").symlink_to("nowhere.png")
-    save(tmp_path / "e.mask.png", CLASSES)
+    save(tmp_path / "b.mask.png", shape()[:20]), save(tmp_path / "e.mask.png", FEW)
     message = refused(tmp_path, "^4 files")
     assert all(f in message for f in ("a.png", "b.mask.png", "d.png", "e.mask.png")) and "c." not in message
 
 
 def test_a_large_set_is_read_when_it_is_needed_and_gives_the_same(tmp_path, monkeypatch):
-    make_pets(tmp_path)
-    whole = Folder(tmp_path, 32)
+    whole = Folder(make_pets(tmp_path), 32)
     monkeypatch.setattr(data, "KEEP", 5000)
     lazy = Folder(tmp_path, 32)
     assert len(lazy.kept) < len(whole.kept) == 12 and lazy.digest == whole.digest and lazy.tasks == whole.tasks
@@ -366,33 +331,31 @@ def test_a_large_set_is_read_when_it_is_needed_and_gives_the_same(tmp_path, monk
 
 
 # --- Runs
-SHORT = ["tiny", *SMALL, *few_steps(steps=2, global_batch=4)]
-
-
 def run(folder, out, *arguments):
-    train.main([*SHORT, f"--data={folder}", f"--out={out}", *arguments])
+    train.main(["tiny", *SMALL, *few_steps(steps=2, global_batch=4), f"--data={folder}", f"--out={out}", *arguments])
 
 
 def test_a_run_ends_with_pictures_and_what_to_try(tmp_path, capsys):
     """With what a first folder has: a few pictures, some with captions, nothing else."""
     for i in range(6):
-        add(tmp_path / "my pets", f"p{i}", [f"a box on ground {i}", None][i % 2], mask=False, ground=(0, 40 * i, 9))
+        words = f"a box on ground {i}" if i % 2 else None
+        add(tmp_path / "my pets", i, words, mask=False, ground=(0, 40 * i, 9))
     run(tmp_path / "my pets", tmp_path / "out")
     said = capsys.readouterr()
     lines = [line for line in said.out.splitlines() if line.startswith("data: ")]
-    assert "6 pictures, 3 with captions" in lines[0] + lines[1]
     left_out, = (line for line in lines if "left out" in line)  # one line for all stages
     assert all(task in left_out for task in ("recovery", "segmentation", "subject_driven"))
+    assert any("6 pictures, 3 with captions" in line for line in lines)
     assert "python sample.py" in said.out and "\r" not in said.out + said.err
-    assert all((tmp_path / "out" / f).is_file() for f in ("sheet.png", "curves.png"))
+    assert all((tmp_path / "out" / file).is_file() for file in ("sheet.png", "curves.png"))
     run(tmp_path / "my pets", tmp_path / "alone", "--stage=tokenizer")
     assert (tmp_path / "alone" / "tokenizer.png").is_file()
 
 
 @pytest.mark.parametrize("keys, message", [
     (["--align.mix=recovery:1,text_to_image:1"], "recovery.*--align.mix"),
-    (["--align.mix=segmentation:1", "--instruct.mix=subject_driven:1"], "segmentation.*subject_driven.*--instruct.mix"),
-    (["--model.context=20"], "tokens.*--model.context"), (["--model.text.vocab_size=100"], r"vocab_size=100: .*\d\d\d")])
+    (["--align.mix=segmentation:1", "--instruct.mix=recovery:1"], "recovery, segmentation.*--instruct.mix"),
+    (["--model.context=20"], "tokens.*--model.context"), (["--model.text.vocab_size=99"], r"size=99: .*\d\d\d")])
 def test_what_cannot_work_is_refused_before_training(keys, message, tmp_path):
     add(tmp_path / "pets", "dog", "a dog and many words more than there is room for", mask=False)
     with pytest.raises(ValueError, match=message):
@@ -409,87 +372,31 @@ def test_the_same_pictures_are_the_same_data_wherever_they_are(tmp_path, monkeyp
     os.rename("pets", "moved")
     for spelling in ("moved/", "./moved", tmp_path / "moved", "out/../moved"):
         run(spelling, "out", "--stage=tokenizer")
-        assert "changed" not in capsys.readouterr().out
+        assert "pet_" not in capsys.readouterr().out
     assert same_weights(load_file("out/tokenizer/model.safetensors"), weights)
-    add(tmp_path / "moved" / "pet_1", "2", "a mended caption", ground=GREEN)  # mended: it goes on, and is named
+    add(tmp_path / "moved" / "pet_1", "2", "a box on ground 0", ground=GREEN)  # mended: it goes on, and is named
     run("moved", "out", "--stage=tokenizer")
     said = capsys.readouterr().out
-    assert "changed" in said and "pet_1/2" in said and "pet_1/1" not in said and "already" in said
-    add(tmp_path / "moved" / "pet_1", "3", "a new one")
-    with pytest.raises(ValueError, match="data=13 pictures|data=12 pictures.*13 pictures"):
+    assert "changed" in said and "pet_1/2" in said and said.count("pet_") == 1 and "already" in said
+    add(tmp_path / "moved" / "pet_1", "3", "a box on ground 0")
+    with pytest.raises(ValueError, match="data=12 pictures.*13 pictures"):
         run("moved", "out", "--stage=tokenizer")
+    add(tmp_path / "moved" / "pet_1", "2", "a zebra")  # without its row in the word table it would be unknown
+    with pytest.raises(ValueError, match="spiece.model.*zebra"):
+        run("moved", "out")
 
 
 def test_what_is_learnt_by_heart_is_said_and_the_best_weights_are_kept(tmp_path, monkeypatch, capsys):
     """The held-out loss is best at step 2 of 4, while the training loss falls."""
     seen, note_best = [], train.note_best
 
-    def falls_then_rises(best, held_out, step, stage, log, *rest):
-        note_best(best, abs(step - 2) + 1.0, step, stage, log, *rest)
+    def falls_then_rises(best, held_out, step, stage, log):
+        note_best(best, abs(step - 2) + 1.0, step, stage, log)
         seen.append({name: tensor.clone() for name, tensor in stage.model.state_dict().items()})
 
     monkeypatch.setattr(train, "note_best", falls_then_rises)
     make_pets(tmp_path / "pets")
-    run(tmp_path / "pets", tmp_path / "out", "--stage=tokenizer", "--tokenizer.steps=4", "--tokenizer.lr=1e-4",
-        "--tokenizer.codebook_start=0")
-    said, kept = capsys.readouterr().out, load_file(tmp_path / "out" / "tokenizer" / "model.safetensors")
-    assert same_weights(kept, seen[1]) and not same_weights(kept, seen[3])
-    assert "weights of step 2" in said and ("warning" in said) == ("at step 2: " in said)
-
-
-@pytest.fixture(scope="module")
-def pets(tmp_path_factory):
-    """A run on four subjects, to start others from."""
-    folder = tmp_path_factory.mktemp("pets")
-    run(make_pets(folder / "pets"), folder / "run")
-    return folder / "run"
-
-
-def test_a_run_starts_from_another_with_new_words(pets, tmp_path, monkeypatch, capsys):
-    for i in range(4):
-        add(tmp_path / "new", f"z{i}", f"a zebra on ground {i}\nobject: zebra")
-    started, build_stage = [], train.build_stage
-    monkeypatch.setattr(train, "build_stage", lambda *given: started.append(build_stage(*given)) or started[-1])
-    monkeypatch.setattr(train, "train_steps", lambda stage, *rest: started.append(
-        {n: t.clone() for n, t in stage.model.state_dict().items()}))
-    monkeypatch.setattr(train, "show_result", lambda *arguments: None)
-    run(tmp_path / "new", tmp_path / "out", f"--start_from={pets}", "--instruct.mix=text_to_image:1,recovery:1")
-    assert same_weights(started[1], load_file(pets / "instruct" / "model.safetensors"))
-    old, new = (TextTokenizer((folder / "spiece.model").read_bytes()) for folder in (pets, tmp_path / "out"))
-    assert new.unknown_words("a zebra on ground 3") == [] and old.unknown_words("a zebra") == ["zebra"]
-    assert new.encode("a box on ground 1")[:-1] == old.encode("a box on ground 1")[:-1]
-    assert same_weights(*(load_file(f / "tokenizer/model.safetensors") for f in (pets, tmp_path / "out")))
-    run(tmp_path / "new", tmp_path / "out", f"--start_from={pets}", "--instruct.mix=text_to_image:1,recovery:1")
-    assert "already" in capsys.readouterr().out
-
-
-def test_other_sizes_and_tokenizers_are_refused(pets, tmp_path):
-    new = tmp_path / "new"
-    add(new, "z", mask=False), add(new, "y", mask=False)
-    for keys, message in ((["--model.decoder.width=64"], "model.decoder.width=32.*64"),
-                          (["--vqgan.ch=16"], "vqgan.ch=8.*16"), (["--start_from=nowhere"], "nowhere")):
-        with pytest.raises(ValueError, match=message):
-            run(new, tmp_path / "out", f"--start_from={pets}", *keys)
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    run(new, tmp_path / "own", "--stage=tokenizer")
-    before = (tmp_path / "own" / "tokenizer" / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="another --out"):
-        run(new, tmp_path / "own", f"--start_from={pets}")
-    assert before == (tmp_path / "own" / "tokenizer" / "model.safetensors").read_bytes()
-
-
-def test_stopped_while_it_takes_over_a_run_it_takes_all_of_it(pets, tmp_path, monkeypatch):
-    add(tmp_path / "new", "z", mask=False), add(tmp_path / "new", "y", "a zebra", mask=False)
-    write_json, count = train.write_json, iter(range(99))
-
-    def killed(path, values):
-        write_json(path, values)
-        if next(count) == 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "write_json", killed)
-        run(tmp_path / "new", tmp_path / "out", f"--start_from={pets}")
-    run(tmp_path / "new", tmp_path / "out", f"--start_from={pets}")
-    old, new = (TextTokenizer((folder / "spiece.model").read_bytes()) for folder in (pets, tmp_path / "out"))
-    assert new.encode("a box on ground 1")[:-1] == old.encode("a box on ground 1")[:-1]
+    run(tmp_path / "pets", tmp_path / "out", "--tokenizer.steps=1", "--pretrain.steps=4", "--align.steps=1", "--instruct.steps=1")
+    said, kept = capsys.readouterr().out, load_file(tmp_path / "out" / "pretrain" / "model.safetensors")
+    assert same_weights(kept, seen[2]) and not same_weights(kept, seen[4])
+    assert "pretrain: " in said and "weights of step 2" in said and "heart" in said

@@ -1,5 +1,5 @@
-"""Vectors that the released MENTOR and LlamaGen code produced, each met within its stated tolerance. The small
-ones are in tests/golden; the large ones are looked for beside the checkout, and skipped where they are not."""
+"""Vectors that the released MENTOR and LlamaGen code produced, each met within its stated tolerance. The
+small ones are in tests/golden; the large ones lie beside the checkout, and are skipped where they do not."""
 
 import json
 from pathlib import Path

@@ -27,7 +27,7 @@ def write(path):
 def bench(tmp_path):
     """A folder as DreamBench++'s data, with a star and a ring."""
     for name, text in WORDS.items():
-        write(tmp_path / f"bench/images/{name}.jpg")
+        write(tmp_path / f"bench/images/{name}.{'JPG' if name == STAR else 'jpg'}")
         (tmp_path / f"bench/captions/{name}.txt").parent.mkdir(parents=True)
         (tmp_path / f"bench/captions/{name}.txt").write_text(text)
     return tmp_path / "bench"

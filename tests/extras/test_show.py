@@ -22,7 +22,6 @@ from extras import show
 from tokenizer import flatten
 
 TINY = str(ROOT / "trained" / "tiny")
-STAR = "A big red star at the top left on a green background"
 
 
 def decoded(uri):
@@ -30,7 +29,6 @@ def decoded(uri):
 
 
 def values_of(page):
-    """What the page's script shows."""
     return json.loads(re.search(r"const D = (.*), N = D\.p", page)[1])
 
 
@@ -41,7 +39,6 @@ def prompt(world):
 
 @pytest.fixture(scope="module")
 def tiny_page(tmp_path_factory):
-    """The page about the trained model of the repository, which has no logs."""
     out = tmp_path_factory.mktemp("page") / "page.html"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ShapesDataset, "count", 50)  # the training pictures among which the nearest is sought
@@ -55,16 +52,15 @@ def test_the_page_needs_nothing_else(tiny_page):
     assert "This run has no log.jsonl" in page and "<svg" not in page and "the nearest of 50 training" in page
     assert not re.search(r"https?:|//\w|<link|@import|src=[^\"]", bare)
     assert len(sources) == 4 * 3 * 5 - 3 and all(decoded(uri).shape == (32, 32, 3) for uri in sources)
-    for tag in ("figure", "table", "script", "div"):
-        assert bare.count(f"<{tag}") == bare.count(f"</{tag}>"), tag
+    assert all(bare.count(f"<{t}") == bare.count(f"</{t}>") for t in ("figure", "table", "script", "div"))
     assert not re.search("TITLE|CURVES|POOL|NEAR|USUAL|ROWS|PROMPT|COMMAND|DATA", bare)
 
 
-def test_inside_shows_the_drawing_of_sample_py(pipeline, prompt, tiny_page):
+def test_inside_shows_the_drawing_of_sample_py(pipeline, prompt):
     values, layers = show.inside(pipeline, prompt), pipeline.model.config.decoder.n_layer
-    codes = torch.tensor(values["codes"])[:, :1].T
+    drawn = to_picture(pipeline.vqgan.decode(torch.tensor(values["codes"])[:, :1].T)[0])
+    assert np.array_equal(decoded(values["picture"]), drawn)
     assert np.array_equal(decoded(values["picture"]), pipeline.draw([prompt])[0])
-    assert np.array_equal(decoded(values["picture"]), to_picture(pipeline.vqgan.decode(codes)[0]))
     assert values["words"].count("") == values["patches"] == 16 and values["words"][-1] == "</s>"
     assert "".join(values["words"]).split()[:2] == prompt.prompt.lower().split()[:2]
     attention, others = np.array(values["attention"]), np.array(values["p"])[:, 1:]      # in thousandths
@@ -72,12 +68,10 @@ def test_inside_shows_the_drawing_of_sample_py(pipeline, prompt, tiny_page):
     assert np.abs(attention.sum(-1) - 1000).max() <= attention.shape[-1] / 2
     assert np.abs(attention[1:].mean(0) - attention[0]).max() <= 1
     assert (np.diff(others) <= 0).all() and all(len(set(codes)) == 6 for codes in values["codes"])
-    assert np.shape(values_of(tiny_page.read_text())["p"]) == (64, 6)
 
 
 def test_attention_and_probabilities_are_those_of_drawing(pipeline, prompt, monkeypatch):
-    """Against the cached steps that drew the codes."""
-    codes, probabilities, attention = show.look(pipeline, prompt)
+    _, probabilities, attention = show.look(pipeline, prompt)  # to be those of the cached steps
     attend, maps, logits, guide = F.scaled_dot_product_attention, [], [], sample.guide
 
     def cached(q, k, v, attn_mask=None, is_causal=False, **options):
@@ -91,7 +85,7 @@ def test_attention_and_probabilities_are_those_of_drawing(pipeline, prompt, monk
     sample.generate(pipeline.model, pipeline.collate([prompt]), pipeline.model.config.sampling,
                     [torch.Generator().manual_seed(0)])
     torch.testing.assert_close(probabilities, torch.stack(logits).softmax(-1), atol=1e-4, rtol=0)
-    steps = torch.stack(maps).unflatten(0, (63, -1)).transpose(0, 1)            # (layers, 63, size of the cache)
+    steps = torch.stack(maps).unflatten(0, (63, -1)).transpose(0, 1)            # (layers, 63, cache)
     torch.testing.assert_close(attention[:, 1:], steps[..., : attention.shape[-1]], atol=1e-5, rtol=0)
     assert attention[:, 0, -63:].max() == 0                                     # no code was before the first
 
@@ -99,10 +93,9 @@ def test_attention_and_probabilities_are_those_of_drawing(pipeline, prompt, monk
 def test_a_swapped_code_is_decoded_in_its_place(pipeline):
     codes = torch.randint(256, (1, 64), generator=torch.Generator().manual_seed(0))
     others = torch.stack([codes[0], (codes[0] + 1) % 256], 1)
-    sheet = show.swapped(pipeline.vqgan, codes, others)
-    assert sheet.shape == (64 * 12, 2 * 12, 3)
-    whole, changed = to_picture(pipeline.vqgan.decode(codes)[0]), codes.clone()
+    sheet, changed = show.swapped(pipeline.vqgan, codes, others), codes.clone()
     changed[0, 19] = others[19, 1]                                                       # row 2, column 3
+    whole = to_picture(pipeline.vqgan.decode(codes)[0])
     new = to_picture(pipeline.vqgan.decode(changed)[0])
     assert np.array_equal(sheet[19 * 12 : 20 * 12, :12], whole[4:16, 8:20])
     assert np.array_equal(sheet[19 * 12 : 20 * 12, 12:], new[4:16, 8:20]) and (new != whole).any()
@@ -112,13 +105,11 @@ def test_a_swapped_code_is_decoded_in_its_place(pipeline):
 def test_the_nearest_training_picture_is_found(pipeline, world, monkeypatch):
     dataset = ShapesDataset(world, {"text_to_image": 1.0}, 0)
     pool = [dataset[i].target for i in range(20)]
-    monkeypatch.setattr(pipeline, "draw", lambda samples: [pool[7], pool[3]])
-    result = show.drawings(pipeline, [dataset[30], dataset[31]], pool)
+    monkeypatch.setattr(pipeline, "draw", lambda samples: [pool[7]])
+    result = show.drawings(pipeline, [dataset[30]], pool)
+    (drawn, _), (nearest, words) = re.findall(r'src="([^"]*)"><figcaption>(.*?)<', result["ROWS"])[:2]
+    assert drawn == nearest and words == "nearest 1.00" and np.array_equal(decoded(nearest), pool[7])
     assert result["NEAR"] == "1.00" > result["USUAL"]
-    for i, row in zip((7, 3), result["ROWS"].split("<tr>")[1:]):
-        drawn, nearest, *_ = re.findall(r'src="([^"]*)"><figcaption>(\w+)', row)
-        assert drawn == (nearest[0], "drawn") and nearest[1] == "nearest"
-        assert np.array_equal(decoded(nearest[0]), pool[i])
 
 
 def test_curves_compare_what_can_be_compared(tmp_path):
@@ -152,18 +143,16 @@ def test_own_pictures_and_the_logs_that_training_writes(monkeypatch, tmp_path):
     assert "subject_driven" in page and values_of(page)["images"]
     command = shlex.split(re.search("<pre>(.*)", page)[1].replace("&#x27;", "'"))
     assert command[:3] == ["python", "train.py", "tiny"] and train.parse(command[2:]) == run
-
-
-def test_the_command_makes_the_same_run():
     keys = ["small", "--vqgan.ch_mult=1,2,4", "--compile=true", "--align.lr=0.002", "--train_scale=0.013"]
     made = train.parse(shlex.split(show.made_by(train.parse(keys)))[2:])
     assert flatten(made) | {"train_scale": 0.013} == flatten(train.parse(keys))
 
 
-def test_a_growing_picture(pipeline, tmp_path):
-    show.main(["gif", TINY, STAR, f"--out={tmp_path}/star.gif"])
+def test_gif(pipeline, tmp_path):
+    words = "A big red star at the top left on a green background"
+    show.main(["gif", TINY, words, f"--out={tmp_path}/star.gif"])
     frames = [np.asarray(f.convert("RGB")) for f in ImageSequence.Iterator(Image.open(tmp_path / "star.gif"))]
-    first, last = frames[0], pipeline.draw([Sample("", STAR, [])])[0]
+    first, last = frames[0], pipeline.draw([Sample("", words, [])])[0]
     assert len(frames) == 32 and (first[32:] == 200).all() and (first[:32, 32:] == 200).all()
     assert not (first[:32, :32] == 200).all() and np.abs(frames[-1][4::8, 4::8].astype(int) - last).mean() < 8
 
@@ -180,15 +169,15 @@ def test_guidance_strip(monkeypatch, tmp_path, capsys):
 def test_user_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(show, "drawings", lambda *arguments: {})
     monkeypatch.setattr(ShapesDataset, "count", 5)
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     for arguments, words in (([TINY, "--prompt=A big red zebra"], "zebra"), ([str(ROOT)], "no trained model"),
-                             ([TINY, f"--images={ROOT}/assets/guidance.png"], "0 <image>, but 1 images")):
+                             ([TINY, f"--images={tmp_path}/a.png"], "0 <image>, but 1 images")):
         with pytest.raises(ValueError, match=words):
             show.main([*arguments, f"--out={tmp_path}/page.html"])
 
 
 def test_the_script_in_a_browser(tiny_page):
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if not browser:
+    if not (browser := shutil.which("chromium") or shutil.which("google-chrome")):
         pytest.skip("no chromium or google-chrome: the page's script was not run")
     script = """<script>
         const covered = () => picture.cells.filter(c => c.style.opacity == .85).length
@@ -202,8 +191,8 @@ def test_the_script_in_a_browser(tiny_page):
     page, acted = tiny_page.read_text(), tiny_page.with_name("acted.html")
     acted.write_text(page + script)
     command = f"{browser} --headless --no-sandbox --disable-gpu --virtual-time-budget=30000 --dump-dom"
-    dom = subprocess.run([*command.split(), acted.as_uri()], capture_output=True, text=True, timeout=60).stdout
-    states, values = json.loads(re.search("<title>(.*)</title>", dom)[1]), values_of(page)
+    dom = subprocess.run([*command.split(), acted.as_uri()], capture_output=True, text=True, timeout=60)
+    states, values = json.loads(re.search("<title>(.*)</title>", dom.stdout)[1]), values_of(page)
     assert [s[:2] for s in states[:4]] == [["36", 27], ["36", 53], ["36", 27], ["20", 43]]
     for k, (_, _, label) in zip((36, 10, 36, 20), states):
         assert label == f"{values['codes'][k][0]}: {values['p'][k][0] / 10:.1f}%"
