@@ -277,7 +277,7 @@ class TextEncoder(nn.Module):
     def forward(self, embeddings, mask):
         """embeddings (B, L, D), mask (B, L) bool, False at padding -> hidden states (B, L, D)."""
         x, bias, device = self.dropout(embeddings), self.attention_bias(mask), embeddings.device.type
-        if torch.is_autocast_enabled(device):  # once: each block would keep a copy for the backward pass
+        if torch.is_autocast_enabled(device):  # else each block keeps a converted copy for the backward pass
             bias = bias.to(torch.get_autocast_dtype(device))
         for block in self.blocks:
             x = block(x, bias)
@@ -297,7 +297,7 @@ class MultimodalEncoder(nn.Module):
     def forward(self, batch):
         """batch: a data.Batch (text_ids, lengths, pixels, image_slots) -> (B, L, D)."""
         words, mask = self.text.embedding(batch.text_ids), length_mask(batch.lengths, batch.text_ids.shape[1])
-        owner = batch.image_slots[:: self.image_tokens] // mask.shape[1]               # (M,): whose it is
+        owner = batch.image_slots[:: self.image_tokens] // mask.shape[1]               # (M,): their samples
         tokens = self.connector(self.vision(batch.pixels), words[owner], mask[owner])  # (M, image_tokens, D)
         return self.text(splice(words, batch.image_slots, tokens), mask)
 
@@ -371,7 +371,7 @@ class KVCache:
 
     def __init__(self, config, lengths, n_prefix, dtype):
         """lengths (B,): of the prefixes; n_prefix: what they are padded to."""
-        size, device = -(-(n_prefix + config.n_code) // 64) * 64, lengths.device  # few sizes, aligned rows
+        size, device = -(-(n_prefix + config.n_code) // 64) * 64, lengths.device  # rounded up: few sizes
         shape = (len(lengths), config.n_head, size, config.width // config.n_head)
         # a tensor per layer: of one for all, a compiled step would copy the whole to write one layer
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
@@ -412,9 +412,9 @@ class DecoderAttention(nn.Module):
     def forward(self, x, rotations, layer, cache):
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).transpose(1, 3).unbind(2)  # (B, H, T, hd)
         q, k, mask = rotate(q, rotations), rotate(k, rotations), None
-        if cache is not None and x.shape[1] > 1:
+        if cache is not None and x.shape[1] > 1:  # a prefix
             cache.prefill(layer, k, v)
-        elif cache is not None:
+        elif cache is not None:                   # one more code
             k, v, mask = cache.append(layer, k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.wo(y.transpose(1, 2).flatten(2))
@@ -537,9 +537,9 @@ def init_weights(model):
 
     projector, decoder   N(0, 0.02), as LlamaGen; output head zero, so that the first loss is ln(V)
     text encoder         T5's: 1 / sqrt(fan in); queries also / sqrt(head_width), as scores are not scaled
-    vision, connector    PyTorch's, but patches have to keep place and pixels through the short pretraining:
-                         positions are N(0, 1), as large as the patches, and the norm before the blocks
-                         scales by 4, well above what the blocks add
+    vision, connector    PyTorch's, but positions are N(0, 1), as large as patches, and the norm before the
+                         blocks scales by 4, well above what they add: short pretraining then leaves place
+                         and pixels in the features
     """
     for module in (*model.projector.modules(), *model.decoder.modules()):
         if isinstance(module, (nn.Linear, nn.Embedding)):

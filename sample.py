@@ -42,7 +42,7 @@ def filter_logits(logits, temperature, top_k, top_p):
     if top_p < 1.0:
         ordered, order = logits.sort(descending=True)
         probability = ordered.softmax(-1)
-        out = probability.cumsum(-1) - probability > top_p  # better codes have more than top_p
+        out = probability.cumsum(-1) - probability > top_p  # the better ones have more than top_p
         logits = logits.masked_fill(out.scatter(1, order, out), -torch.inf)
     return logits
 
@@ -89,15 +89,21 @@ def best_device():
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def usable(device):
+    """A torch.device by its name. Raises ValueError if this machine has none."""
+    try:
+        return torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        raise ValueError(f"--device={device}: {str(error).splitlines()[0]}") from None
+
+
 def newest_stage(folder):
     """The folder of a run's last finished stage, or `folder` itself if it is a stage's."""
-    folder = Path(folder)
-    require(folder.is_dir(), f"{folder}: there is no such folder (first a run's folder, then the prompt)")
-    for stage in (folder / "instruct", folder / "align", folder / "pretrain", folder):
+    for stage in (Path(folder, name) for name in ("instruct", "align", "pretrain", "")):
         finished = (stage / "stage.json").is_file() and (stage / "model.safetensors").is_file()
         if finished and stage.name != "tokenizer":
             return stage
-    raise ValueError(f"{folder} holds no trained model: train on, with `python train.py tiny --out={folder}`")
+    raise ValueError(f"{folder} holds no trained model (a tokenizer is none): run `python train.py tiny`")
 
 
 class Pipeline:
@@ -105,14 +111,14 @@ class Pipeline:
 
     def __init__(self, folder, device, compile=False):
         """folder: a run's, for its last finished stage, or a stage's."""
-        stage, self.device = newest_stage(folder), torch.device(device)
+        stage, self.device = newest_stage(folder), usable(device)
         root, self.record = stage.parent, json.loads((stage / "stage.json").read_text())
         self.mix = self.record.get(f"{stage.name}.mix", "")
         self.model = load_model(Mentor, MentorConfig(), stage).to(self.device)
         self.vqgan = load_model(VQGAN, TokenizerConfig(), root / "tokenizer").to(self.device)
         self.text_tokenizer = TextTokenizer((root / "spiece.model").read_bytes())
         hashes = self.text_tokenizer.digest, file_hash(root / "tokenizer" / "model.safetensors")
-        require(hashes == (self.record["text tokenizer"], self.record["weights of tokenizer"]),
+        require(hashes == (self.record.get("text tokenizer"), self.record.get("weights of tokenizer")),
                 f"{stage} was trained with another spiece.model or tokenizer than {root} holds")
         if self.device.type == "cuda":
             self.model.bfloat16()  # half the bytes to read per step; the rotary table, complex, stays exact
@@ -165,7 +171,7 @@ class Judge:
             placed = [Placed(subject, place, size) for subject in self.subjects]
             masks = torch.from_numpy(np.stack([world.subject_mask(p) for p in placed]))[window]
             colors = torch.from_numpy(np.stack([world.draw_subject(p) for p in placed]))[window] / 255 * masks
-            self.candidates.append((place, size, window, colors, 1 - masks))  # (subjects, h, w, 3) and 1
+            self.candidates.append((place, size, window, colors, 1 - masks))  # (subjects, h, w, 3 or 1)
 
     def read(self, pictures):
         """The nearest scene of one subject to each picture, uint8 (S, S, 3)."""
@@ -176,7 +182,7 @@ class Judge:
         outside = distance[ground, torch.arange(len(x))]                                    # (K, S, S)
         best, scenes = torch.full((len(x),), torch.inf), [None] * len(x)
         for place, size, window, colors, through in self.candidates:
-            # |seen - colors - through * back|^2 for all subjects and pictures, (subjects, K), multiplied out
+            # |seen - colors - through * back|^2, multiplied out, and the rest of the picture: (subjects, K)
             seen, back = x[window], behind[window]
             error = (colors.square().sum((1, 2, 3))[:, None] - 2 * products(colors, seen)
                      + 2 * products(colors * through, back) - 2 * products(through, (seen * back).sum(-1))
@@ -215,11 +221,10 @@ def segmentation_iou(pictures, samples):
     return float(np.mean([(a & b).sum() / max((a | b).sum(), 1) for a, b in masks]))
 
 
-def score(pipeline, out, prompts=512):
-    """Score a model on held-out subjects: print the table, write scores.json and sheet.png into `out`."""
-    require(pipeline.record.get("data") == Shapes.digest,
-            "only the world of shapes has scores, not this model's data")
-    world = Shapes(pipeline.size)
+def score(pipeline, out, world=None, prompts=512):
+    """Score a model on a world's held-out subjects: print the table, write scores.json and sheet.png into `out`."""
+    world = world or Shapes(pipeline.size)
+    require(pipeline.record.get("data") == world.digest, "this model was trained on other data than the world's")
 
     def samples(task, count):
         dataset = world.dataset({task: 1.0}, "scores", held_out=True)
@@ -279,7 +284,6 @@ def parse(arguments):
     add("folder", help="of a run or of one of its stages, for example out/tiny")
     add("prompt", nargs="?", default="", help=r"with an <image> for each of --images; \n is a line break")
     add("--images", action="append", default=[], metavar="FILE", help="once for each <image>")
-    add("--segment", metavar="NAME", help="cut the named object out of the one of --images")
     add("--reconstruct", metavar="FILE", help="the image | by the tokenizer | by the model")
     add("--score", action="store_true", help="score the model on held-out subjects")
     add("--cfg_scale", type=float, help="guidance: 0 unconditional, 1 conditional")
@@ -287,18 +291,18 @@ def parse(arguments):
     add("--top_k", type=int, help="keep this many codes, 0 all")
     add("--top_p", type=float, help="keep the best codes up to this probability")
     add("--n", type=int, default=1, help="how many to draw (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the first one (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the first drawing (default: %(default)s)")
     add("--out", default="sample.png", help="file to write (default: %(default)s)")
     add("--device", default=best_device(), help="cuda, mps or cpu (default: %(default)s)")
     add("--compile", action="store_true", help="draw faster on a GPU, after a minute's wait")
     options, unknown = parser.parse_known_intermixed_args(arguments)
-    unknown += [options.prompt] if options.prompt.startswith("--") else []
+    if options.prompt.startswith("--"):  # so argparse sees an unknown option with spaces
+        unknown.append(options.prompt)
     require(not unknown, f"{' '.join(unknown)}: no such option; the prompt is the second argument")
     require(options.n > 0, f"--n={options.n}: must be at least 1")
     require(Path(options.out).suffix.lower() in Image.registered_extensions(),
             f"--out={options.out}: must end as a picture does, for example .png")
-    require(not options.prompt or not options.segment and not options.reconstruct,
-            "--segment and --reconstruct have their own prompts")
+    require(not options.prompt or not options.reconstruct, "--reconstruct has a prompt of its own")
     return options
 
 
@@ -306,10 +310,11 @@ def check_words(pipeline, prompt):
     """The prompt without punctuation that the model has never met. Raises ValueError naming unknown words."""
     unknown = pipeline.text_tokenizer.unknown_words(prompt)
     words = [word for word in unknown if word.isalnum()]
-    known = f"it knows {' '.join(pipeline.text_tokenizer.known_words()[:400])}"
-    if pipeline.record.get("data") == Shapes.digest:
-        known = f"its sentences are like `{Shapes.template}`"
-    require(not words, f"the model does not know {', '.join(words)}; {known}")
+    if words:
+        known = f"it knows {' '.join(pipeline.text_tokenizer.known_words()[:400])}"
+        if pipeline.record.get("data") == Shapes.digest:
+            known = f"its sentences are like `{Shapes.template}`"
+        raise ValueError(f"the model does not know {', '.join(words)}; {known}")
     for mark in unknown:
         prompt = prompt.replace(mark, " ")
         print(f"note: left out {mark!r}, which the model has never met")
@@ -325,9 +330,7 @@ def main(arguments):
 
     # what to draw
     prompt, files, row = options.prompt.replace("\\n", "\n"), options.images, []
-    task = "subject_driven" if files else "text_to_image"
-    if options.segment:
-        task, prompt = "segmentation", object_line(options.segment)
+    task = "text_to_image" if not files else "subject_driven" if "\n" in prompt else "segmentation"
     if options.reconstruct:
         task, prompt, files = "reconstruction", "The image is <image>", [*files, options.reconstruct]
         row = [center_crop(load_image(options.reconstruct), pipeline.size)]
@@ -360,7 +363,7 @@ class PatientFile(io.FileIO):
 
 
 def cli(main, program):
-    """Run a command line, with errors that a user can mend as one line and exit code 2."""
+    """Run a command line. Errors that a user can mend become one line and exit code 2."""
     sys.stdout, sys.stderr = (
         io.TextIOWrapper(io.BufferedWriter(PatientFile(stream.fileno(), "w", closefd=False)), stream.encoding,
                          "backslashreplace", line_buffering=True) for stream in (sys.stdout, sys.stderr))

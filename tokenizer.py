@@ -54,7 +54,7 @@ class TokenizerConfig:
 
     @property
     def grid_size(self):
-        """Codes per side: an image is grid_size**2 codes in raster order."""
+        """Codes per side: an image is N = grid_size**2 codes in raster order."""
         return self.image_size // self.cell
 
 
@@ -64,8 +64,8 @@ def group_norm(channels, groups):
 
 
 def start_silent(conv):
-    """Zero the last layer of a residual branch. A new VQGAN is then purely local: attention and norms over
-    the image come in only where training wants them, so a code says more about its own cell."""
+    """Zero the last layer of a residual branch. A new VQGAN is then purely local, and a code says more about
+    its own cell: attention and norms over the image come in only where training wants them."""
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)
 
@@ -135,6 +135,7 @@ class Level(nn.Module):
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
         self.res = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in pairwise(widths))
+        # nn.Identity takes any arguments
         self.attn = nn.ModuleList(attention(out_channels, groups) for _ in self.res)
         self.downsample, self.upsample = downsample(out_channels), upsample(out_channels)
 
@@ -243,7 +244,7 @@ class VQGAN(nn.Module):
         self.quantize = VectorQuantizer(config)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
         self.decoder = PixelDecoder(config)
-        self.at_once = max(1, 2**21 // config.image_size**2)  # images; 512 pixels take 0.6 GiB
+        self.at_once = max(1, 2**21 // config.image_size**2)  # images; one of 512 pixels takes 0.6 GiB
 
     @torch.no_grad()
     def encode(self, images):
@@ -308,8 +309,9 @@ def collages(images, cells, step):
 def consistency_loss(z, kept):
     """Mean squared change of kept cells' features z (B, C, h, w) between images and their collages."""
     z = F.normalize(z.float(), dim=1)
-    before, after = z[: len(z) // 2 * 2 : 2], z[1::2]
-    return ((before - after).square().mean(1) * kept).sum() / (kept.sum() * len(after)).clamp(min=1)
+    before, after = z[::2], z[1::2]
+    change = (before[: len(after)] - after).square().mean(1)
+    return (change * kept).sum() / (kept.sum() * len(after)).clamp(min=1)
 
 
 def spread_codes(z, size, generator):
@@ -359,14 +361,15 @@ class TokenizerStage(nn.Module):
     """A VQGAN with its losses (extras/photos.py adds LPIPS)."""
 
     def __init__(self, run, machine, image):
-        """image(i): the training image i, (3, S, S); the first ones place the codes."""
+        """run, machine: train.py's; image(i): training image i, (3, S, S), of which the first place codes."""
         super().__init__()
         self.config, self.machine, self.image = run.tokenizer, machine, image
         self.model = VQGAN(run.vqgan)
         self.register_buffer("counts", torch.zeros(run.vqgan.codebook_size).long())  # uses of each code
         self.codebook_start = round(self.config.codebook_start * self.config.steps)
         self.disc_start = round(self.config.disc_start * self.config.steps)
-        self.own_optimizers, self.seen = [], []  # seen: a step's pictures made, and images
+        self.own_optimizers = []  # beside those of the training loop
+        self.seen = []  # a step's made pictures and images, for the discriminator
         if self.config.disc_start < 1:
             self.disc = PatchDiscriminator().requires_grad_(False)  # but in its own step
             optimizer = torch.optim.AdamW(self.disc.parameters(), self.config.lr, betas=(0.5, 0.9))
@@ -382,7 +385,7 @@ class TokenizerStage(nn.Module):
         z = self.model.quant_conv(self.model.encoder(images))
         z_q, quantizer_loss, codes = self.model.quantize(z)
         if step < self.codebook_start:
-            z_q, quantizer_loss = F.normalize(z.float(), dim=1), 0 * quantizer_loss
+            z_q, quantizer_loss = F.normalize(z.float(), dim=1), 0 * quantizer_loss  # 0, not no gradient
         made = self.model.decoder(self.model.post_quant_conv(z_q.to(z.dtype))).float()
         return made, self.reconstruction_loss(made, images), quantizer_loss, z, codes
 

@@ -1,21 +1,16 @@
-"""Train Mentor, all stages or one, on the built-in world of shapes or on your own pictures.
+"""Train Mentor on the built-in world of shapes or on your own pictures.
 
-    python train.py tiny                                    # everything, into out/tiny
-    python train.py tiny --stage=align --align.lr=0.001     # one stage, one key changed
-    python train.py tiny --data=pets                        # a folder of your own pictures
-    torchrun --nproc_per_node=8 train.py full               # on eight GPUs
+    python train.py tiny                                 # all stages, into out/tiny
+    python train.py tiny --stage=align --align.lr=0.001  # one stage, one key changed
+    python train.py tiny --data=pets                     # a folder of your own pictures
+    torchrun --nproc_per_node=8 train.py full            # on eight GPUs
 
 Four stages, each starting from the weights of an earlier one:
 
     tokenizer   the VQGAN: pixels to codes and back
-    pretrain    in place of the paper's downloads: the next code from captions, CLIP's contrastive loss, and
-                hidden words of a caption
-    align       the paper's stage 1: reconstruction, segmentation and text-to-image teach what an image in
-                the prompt means
-    instruct    the paper's stage 2: subject-driven generation and recovery teach what to keep, what to change
-
-Read in order: keys and presets; processes and devices; losses; optimizers; training one stage, whose loop is
-`train_steps`; the log; checkpoints and records; the command line.
+    pretrain    in place of the paper's downloads: captions to codes, CLIP's loss, hidden words of a caption
+    align       the paper's stage 1 teaches what an image in the prompt means
+    instruct    the paper's stage 2 teaches what to keep of it, and what to change
 """
 
 import json
@@ -24,12 +19,14 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from collections import defaultdict
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from inspect import getsource
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -45,55 +42,57 @@ from tqdm import tqdm
 import sample
 from data import CLIP_MEAN, CLIP_STD, TASKS, Collate, Folder, Shapes, tokenizer_pixels
 from mentor import (DecoderConfig, Mentor, MentorConfig, SamplingConfig, TextConfig, VisionConfig,
-                    length_mask, splice, start_from_codebook)
-from tokenizer import (VQGAN, StageConfig, TextTokenizer, TokenizerConfig, TokenizerStage, TokenizerStageConfig,
-                       file_hash, flatten, load_model, rebuild, require, save_model, write_atomically, write_json)
+                    length_mask, start_from_codebook)
+from tokenizer import (VQGAN, StageConfig, TextTokenizer, TokenizerConfig, TokenizerStage,
+                       TokenizerStageConfig, file_hash, flatten, load_model, rebuild, require, save_model,
+                       write_atomically, write_json)
 
-# --- Keys and presets -----------------------------------------------------------------------------------
+# --- Keys and presets ---
 
 
 @dataclass(frozen=True)
 class MentorStageConfig(StageConfig):
-    """Training of one of Mentor's stages."""
+    """Training of Mentor's stages."""
 
     trains: str = "connector,text,projector,decoder"  # parts that train; all others are frozen
 
 
-ALIGN_MIX = "text_to_image:700,reconstruction:180,segmentation:1600"    # thousands, as published
+ALIGN_MIX = "text_to_image:700,reconstruction:180,segmentation:1600"  # thousands of samples, as published
 INSTRUCT_MIX = "text_to_image:600,segmentation:150,recovery:150,subject_driven:400"
-TINY_MIX = "text_to_image:300,segmentation:100,recovery:100,subject_driven:800"  # of 29 thousand samples
+TINY_MIX = "text_to_image:300,segmentation:100,recovery:100,subject_driven:800"
+ALL_PARTS = "encoder,projector,decoder"
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run. Nested keys are written with dots: --align.lr=0.001 --model.decoder.n_layer=6."""
+    """A whole run. Nested keys have dots: --align.lr=0.001 --model.decoder.n_layer=6."""
 
-    out: str = ""                   # folder to write
-    stage: str = "all"              # all, tokenizer, pretrain, align or instruct
-    data: str = ""                  # a folder of your own pictures; empty: the built-in world of shapes
-    seed: int = 0                   # of everything random in training
-    train_scale: float = 1.0        # multiplies the steps of every stage
-    micro_batch: int = 0            # samples in one pass of one process; 0: its whole share of global_batch
-    weight_decay: float = 0.05      # on matrices
-    grad_clip: float = 1.0          # larger gradients are scaled down to this norm
-    warmup: float = 0.05            # fraction of a stage's steps with a rising learning rate
-    prefix_drop: float = 0.1        # share of samples trained without their prompt, for guidance
-    device: str = ""                # a torch device; empty: cuda, mps or cpu, the first that is there
-    dtype: str = ""                 # of autocast: bfloat16 or float32; empty: bfloat16 on CUDA
-    compile: bool = False           # torch.compile the blocks of text encoder and decoder
-    checkpoint: bool = False        # compute activations again in the backward pass: less memory, slower
-    workers: int = 0                # processes that prepare samples; 0: the training process does
-    save_every: int = 1000          # steps between checkpoints
+    out: str = ""               # folder to write
+    stage: str = "all"          # all, tokenizer, pretrain, align or instruct
+    data: str = ""              # a folder of your own pictures; empty: the world of shapes
+    seed: int = 0               # of all that is random
+    train_scale: float = 1.0    # multiplies the steps of every stage
+    micro_batch: int = 0        # samples in one pass of one process; 0: its share of global_batch
+    weight_decay: float = 0.05  # on matrices
+    grad_clip: float = 1.0      # larger gradients are scaled down to this norm
+    warmup: float = 0.05        # fraction of the steps with a rising learning rate
+    prefix_drop: float = 0.1    # share of samples without their prompt, for guidance
+    device: str = ""            # a torch device; empty: the first of cuda, mps and cpu
+    dtype: str = ""             # of autocast: bfloat16 or float32; empty: bfloat16 on CUDA
+    compile: bool = False       # torch.compile the blocks of text encoder and decoder
+    checkpoint: bool = False    # compute activations again when needed: less memory, slower
+    workers: int = 0            # processes that prepare samples; 0: the training process does
+    save_every: int = 1000      # steps between checkpoints
     vqgan: TokenizerConfig = TokenizerConfig()
     model: MentorConfig = MentorConfig()
     tokenizer: TokenizerStageConfig = TokenizerStageConfig()
-    pretrain: MentorStageConfig = MentorStageConfig(trains="encoder,projector,decoder")
+    pretrain: MentorStageConfig = MentorStageConfig(trains=ALL_PARTS)
     align: MentorStageConfig = MentorStageConfig(19375, mix=ALIGN_MIX)
     instruct: MentorStageConfig = MentorStageConfig(20312, lr=1e-4, mix=INSTRUCT_MIX)
 
 
 STAGES = {"tokenizer": (), "pretrain": ("tokenizer",), "align": ("tokenizer", "pretrain"),
-          "instruct": ("tokenizer", "align")}  # and the stages whose weights they start from
+          "instruct": ("tokenizer", "align")}  # and the stages that they start from
 
 PRESETS = {
     # the shapes at 32 pixels: minutes on two CPU cores
@@ -109,7 +108,7 @@ PRESETS = {
             sampling=SamplingConfig(cfg_scale=2.0, temperature=0.6), context=96),
         tokenizer=TokenizerStageConfig(2000, 8, 1.5e-3, final_lr=0.0, codebook_weight=0.2, codebook_start=0.4,
                                        consistency=0.2, restart_every=400, disc_start=1.0),
-        pretrain=MentorStageConfig(850, 24, 1e-2, 0.02, 0.3, trains="encoder,projector,decoder"),
+        pretrain=MentorStageConfig(850, 24, 1e-2, 0.02, 0.3, trains=ALL_PARTS),
         align=MentorStageConfig(850, 24, 4e-3, 0.01, 0.6, ALIGN_MIX),
         instruct=MentorStageConfig(1200, 24, 3e-3, 0.008, 0.0, TINY_MIX)),
     # 64 pixels, shapes or your own pictures: for one GPU
@@ -123,7 +122,7 @@ PRESETS = {
             sampling=SamplingConfig(cfg_scale=3.0), context=192),
         tokenizer=TokenizerStageConfig(8000, 32, 5e-4, codebook_start=0.2, consistency=0.2,
                                        restart_every=1600),
-        pretrain=MentorStageConfig(8000, 64, 1e-3, 0.02, trains="encoder,projector,decoder"),
+        pretrain=MentorStageConfig(8000, 64, 1e-3, 0.02, trains=ALL_PARTS),
         align=MentorStageConfig(8000, 64, 1e-3, 0.02, mix=ALIGN_MIX),
         instruct=MentorStageConfig(16000, 64, 1e-3, 0.02, mix=INSTRUCT_MIX)),
     # 256 pixels, photographs: for a few GPUs
@@ -135,24 +134,23 @@ PRESETS = {
     "full": RunConfig(workers=8, align=MentorStageConfig(19375, mix=ALIGN_MIX, trains="projector,decoder")),
 }
 
-# --- Processes and devices ------------------------------------------------------------------------------
+# --- Processes and devices ---
 
 
 @dataclass(frozen=True)
 class Machine:
-    """This process's place in a run: its device, and its exchange with the others."""
+    """This process's place in a run, and its exchange with the others."""
 
-    rank: int
+    rank: int  # of this process among world_size
     world_size: int
     device: torch.device
     dtype: torch.dtype
 
     def autocast(self):
-        """Autocast to the run's dtype; off for float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def average(self, tensor):
-        """Turn a tensor into the mean of all processes' ones, in place, and return it."""
+        """The mean of all processes' tensors, in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor.div_(self.world_size)
@@ -163,24 +161,19 @@ class Machine:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(parts, tensor.contiguous())
-        # all processes compute one loss from it, and DDP divides the sum of their gradients by their number
+        # all processes compute the same loss, and DDP divides the sum of their gradients by their number
         parts[self.rank] = tensor + (self.world_size - 1) * (tensor - tensor.detach())
         return torch.cat(parts)
 
-    def barrier(self):
-        """Wait for all processes."""
-        if self.world_size > 1:
-            dist.barrier()
-
     def say(self, words):
-        """Print, in the first process only."""
+        """Print, in the first process alone."""
         if self.rank == 0:
             tqdm.write(words, file=sys.stdout)
             sys.stdout.flush()
 
 
 def start_machine(run):
-    """Read torchrun's environment, choose device and dtype, and print them."""
+    """This process's Machine, from torchrun's environment."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(run.device or sample.best_device())
     if device.type == "cuda":
@@ -196,12 +189,12 @@ def start_machine(run):
     return machine
 
 
-# --- The losses -----------------------------------------------------------------------------------------
+# --- The losses ---
 
 
 class ContrastiveHead(nn.Module):
-    """CLIP's loss (arXiv 2103.00020): each image should be nearest to its own caption, and each caption to
-    its image, among those of a micro-batch on all processes."""
+    """CLIP's loss (arXiv 2103.00020): in a micro-batch of all processes, an image should be nearest to its
+    caption, and a caption to its image."""
 
     def __init__(self, config, machine, width=128):
         super().__init__()
@@ -211,7 +204,7 @@ class ContrastiveHead(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, image, text):
-        """Pooled features (B, Dv) and (B, Dt) -> scalar loss."""
+        """(B, Dv), (B, Dt) -> scalar."""
         image, text = (self.machine.gather(F.normalize(x.float(), dim=-1))
                        for x in (self.image(image), self.text(text)))
         with torch.autocast(image.device.type, enabled=False):  # bfloat16 rounds scores up to 100 to halves
@@ -221,40 +214,37 @@ class ContrastiveHead(nn.Module):
 
 
 def losses_of(logits, targets):
-    """Cross entropy of logits (B, N, V) with targets (B, N): (B, N). Flattened, the logits are not copied."""
+    """Cross entropy of logits (B, N, V) with targets (B, N) -> (B, N)."""
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
 def hidden_words_loss(model, batch, patches):
-    """Masked language modelling (BERT, arXiv 1810.04805) with a picture: half of the words of
-    `<image>{caption}` are hidden and predicted from the others and the picture's features, patches (B,
-    n_patch, Dv). Stands in for T5's pretraining and LLaVA's of the connector."""
-    encoder, n, (B, L) = model.encoder, model.config.image_tokens, batch.text_ids.shape
-    ids = F.pad(batch.text_ids.masked_fill(batch.masked, TextTokenizer.UNKNOWN), (n, 0))   # (B, n + L)
-    first = torch.arange(B, device=ids.device)[:, None] * (n + L)
-    slots = (first + torch.arange(n, device=ids.device)).flatten()
-    words, mask = encoder.text.embedding(ids), length_mask(batch.lengths + n, n + L)
-    embeddings = splice(words, slots, encoder.connector(patches, words, mask))             # (B, n + L, Dt)
-    states = encoder.text(embeddings, mask)[:, n:]                                         # (B, L, Dt)
-    logits = F.linear(states * states.shape[-1] ** -0.5, encoder.text.embedding.weight)   # (B, L, vocab_size)
+    """Predict the hidden half of a caption's words from the others and the picture, in place of T5's
+    pretraining (BERT's task, arXiv 1810.04805). patches (B, n_patch, Dv) -> scalar."""
+    text, n = model.encoder.text, model.config.image_tokens
+    ids = batch.text_ids.masked_fill(batch.masked, TextTokenizer.UNKNOWN)
+    words, real = text.embedding(ids), length_mask(batch.lengths, ids.shape[1])  # (B, L, Dt), (B, L)
+    image = model.encoder.connector(patches, words, real)                        # (B, n, Dt)
+    states = text(torch.cat([image, words], 1), F.pad(real, (n, 0), value=True))[:, n:]
+    logits = F.linear(states * states.shape[-1] ** -0.5, text.embedding.weight)  # (B, L, vocab_size)
     losses = losses_of(logits, batch.text_ids) * batch.masked
-    return (losses.sum(1) / batch.masked.sum(1).clamp(min=1)).mean()                  # samples count the same
+    return (losses.sum(1) / batch.masked.sum(1).clamp(min=1)).mean()  # samples count the same
 
 
 class MentorStage(nn.Module):
-    """Pretraining, alignment and instruction tuning: the next-code loss (equation 3) on a mix of tasks."""
+    """Mentor with the next-code loss (equation 3) on a mix of tasks."""
 
     def __init__(self, name, run, machine, model, vqgan):
         super().__init__()
-        self.machine, self.model, self.own_optimizers = machine, model, []
-        self.vqgan = [vqgan.requires_grad_(False)]      # in a list: no part of what is trained and saved
-        parts, found = getattr(run, name).trains.split(","), set()
-        for path, parameter in model.named_parameters():
-            names = path, path.removeprefix("encoder.")
-            named = [part for part in parts if any(n.startswith(part) for n in names)]
-            parameter.requires_grad_(bool(named))
-            found |= set(named)
-        require(found == set(parts), f"--{name}.trains: the model has no {', '.join(set(parts) - found)}")
+        self.machine, self.model, self.own_optimizers = machine, model, []  # beside make_optimizers' ones
+        self.vqgan = [vqgan.requires_grad_(False)]  # in a list: not trained, not saved
+        trains = getattr(run, name).trains
+        model.requires_grad_(False)
+        for part in trains.split(","):
+            chosen = [p for path, p in model.named_parameters() if path.startswith((part, f"encoder.{part}"))]
+            require(part and chosen, f"--{name}.trains={trains}: the model has no part {part!r}")
+            for p in chosen:
+                p.requires_grad_(True)
         self.contrastive = ContrastiveHead(model.config, machine) if name == "pretrain" else None
         for block in (*model.decoder.blocks, *model.encoder.text.blocks):
             if run.compile:
@@ -263,29 +253,28 @@ class MentorStage(nn.Module):
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     def code_losses(self, batch):
-        """Each sample's mean next-code loss (B,), and the text encoder's states (B, P, Dt)."""
+        """Each sample's mean next-code loss (B,), and the text encoder's states."""
         with torch.no_grad(), torch.autocast(batch.targets.device.type, enabled=False):
-            codes = self.vqgan[0].encode(batch.targets)                                   # (B, N)
-        states = self.model.encoder(batch)
+            codes = self.vqgan[0].encode(batch.targets)                     # (B, N)
+        states = self.model.encoder(batch)                                  # (B, P, Dt)
         prefix = self.model.projector(states, batch.lengths, batch.drop)
-        hidden = self.model.next_code_hidden(prefix, batch.lengths, codes)                # (B, N, D)
+        hidden = self.model.next_code_hidden(prefix, batch.lengths, codes)  # (B, N, D)
         return losses_of(self.model.decoder.output(hidden), codes).mean(1), states
 
     def validation_loss(self, batch):
-        """Mean next-code loss of a batch's samples."""
         return self.code_losses(batch)[0].mean()
 
     def forward(self, batch, step):
-        """(loss, logs) of a batch: the loss of each task, and in pretraining two more."""
+        """(loss, logs) of a batch. Logs: the loss of each task, and pretraining's two more."""
         losses, states = self.code_losses(batch)
         loss, model = losses.mean(), self.model
         logs = {task: torch.stack([loss for loss, t in zip(losses.detach(), batch.tasks) if t == task]).mean()
                 for task in set(batch.tasks)}
         if self.contrastive:
             pixels = as_vision_pixels(batch.targets, model.config.vision.image_size)
-            features = model.encoder.vision.before_last(pixels)                         # (B, 1 + n_patch, Dv)
+            features = model.encoder.vision.before_last(pixels)     # (B, 1 + n_patch, Dv)
             real = length_mask(batch.lengths, states.shape[1])[..., None]
-            text = (states * real).sum(1) / batch.lengths[:, None]                        # (B, Dt), mean
+            text = (states * real).sum(1) / batch.lengths[:, None]  # (B, Dt), the mean of the real ones
             contrastive = self.contrastive(model.encoder.vision.pool(features), text)
             hidden_words = hidden_words_loss(model, batch, features[:, 1:])
             loss = loss + contrastive + hidden_words
@@ -293,35 +282,34 @@ class MentorStage(nn.Module):
         return loss, logs
 
     def after_step(self, step):
-        """Nothing; the tokenizer's stage places its codes anew."""
+        """Nothing; TokenizerStage has more to do."""
 
 
 def as_vision_pixels(targets, size):
-    """Targets (B, 3, S, S) in [-1, 1] as the vision encoder's input: (B, 3, size, size), CLIP-normalised."""
+    """Targets (B, 3, S, S) in [-1, 1] as the vision encoder's input (B, 3, size, size)."""
     targets = F.interpolate(targets, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
     mean, std = (torch.from_numpy(x).to(targets.device, non_blocking=True)[:, None, None]
                  for x in (CLIP_MEAN, CLIP_STD))
     return ((targets + 1) / 2 - mean) / std
 
 
-# --- The optimizers -------------------------------------------------------------------------------------
+# --- The optimizers ---
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum with an orthogonalised update, so that all directions of a matrix learn at one rate (Keller
-    Jordan, 2024). As torch.optim.Muon, but float32 on a CPU, where bfloat16 may be 50 times slower."""
+    Jordan, 2024). torch.optim.Muon is the same in bfloat16, slow on a CPU."""
 
     def __init__(self, params, lr, weight_decay):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self):
-        """One step, from the gradients that are there."""
         for group in self.param_groups:
             for p in group["params"]:
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 0.05)
-                update = p.grad.lerp(momentum, 0.95)                                      # Nesterov's
+                update = p.grad.lerp(momentum, 0.95)  # Nesterov's
                 tall = len(p) > p.shape[1]
                 x = update.T if tall else update
                 x = x.bfloat16() if x.is_cuda else x
@@ -334,20 +322,18 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(stage, config, run):
-    """AdamW for everything; or with muon_lr Muon for hidden layers' matrices, AdamW for the rest."""
-    tables = ("embedding", "relative_bias", "unconditional", "queries", "decoder.output", "contrastive")
+    """AdamW for everything, or with muon_lr Muon for the matrices of hidden layers."""
+    others = ("embedding", "relative_bias", "unconditional", "queries", "decoder.output", "contrastive")
     matrices, rest = [], []
     for name, p in stage.named_parameters():
         if p.requires_grad:
-            hidden = config.muon_lr and p.ndim == 2 and not any(table in name for table in tables)
+            hidden = config.muon_lr and p.ndim == 2 and not any(other in name for other in others)
             (matrices if hidden else rest).append(p)
     groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": run.weight_decay},
               {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95), fused=True)]
     if matrices:
         optimizers.append(Muon(matrices, config.muon_lr, run.weight_decay))
-    for group in (g for o in optimizers for g in o.param_groups):
-        group["peak"] = group["lr"]
     return optimizers
 
 
@@ -360,26 +346,31 @@ def schedule(step, config, run):
     return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-# --- Training one stage ---------------------------------------------------------------------------------
+# --- Training one stage ---
 
 
 def make_dataset(name, run, source, held_out=False):
-    """A stage's training samples; or with held_out its validation samples, the same for every seed."""
+    """A stage's samples; the held-out ones are the same for every seed."""
     seed, drop = ("validation", 0.0) if held_out else (f"{run.seed} {name}", run.prefix_drop)
     return source.dataset(parse_mix(getattr(run, name).mix), seed, drop, held_out)
 
 
-def load_as(cls, config, folder, key):
-    """load_model for a run with this config. Raises ValueError naming the first key in which they differ."""
-    model, wanted = load_model(cls, config, folder), flatten(config)
-    for k, value in flatten(model.config).items():
-        require(value == wanted[k] or k.startswith("sampling."),
-                f"{folder} has {key}.{k}={value}, this run has {wanted[k]}: set --{key}.{k}={value}")
+def check_same(folder, old, new):
+    """Refuse a folder that was made with other keys than this run's, naming the first."""
+    for key in sorted(old.keys() | new.keys()):
+        hint = f" or set --{key}={old.get(key)}" if "." in key else ""
+        require(old.get(key) == new.get(key) or key.startswith("model.sampling."),
+                f"{folder} has {key}={old.get(key)}, this run {new.get(key)}: choose another --out{hint}")
+
+
+def load_as(cls, config, folder, prefix):
+    """load_model, but the folder must have this config."""
+    model = load_model(cls, config, folder)
+    check_same(folder, flatten(model.config, prefix), flatten(config, prefix))
     return model
 
 
-STAGE_MODULES = {"tokenizer": TokenizerStage, "pretrain": MentorStage, "align": MentorStage,
-                 "instruct": MentorStage}
+STAGE_MODULES = dict.fromkeys(STAGES, MentorStage) | {"tokenizer": TokenizerStage}
 
 
 def build_stage(name, run, machine, source):
@@ -389,17 +380,17 @@ def build_stage(name, run, machine, source):
     if name == "tokenizer":
         dataset, size = make_dataset(name, run, source), run.vqgan.image_size
         return module(run, machine, lambda i: tokenizer_pixels(dataset[i].target, size)).to(machine.device)
-    vqgan = load_as(VQGAN, run.vqgan, out / "tokenizer", "vqgan").to(machine.device)
+    vqgan = load_as(VQGAN, run.vqgan, out / "tokenizer", "vqgan.")
     if name == "pretrain":
-        model = Mentor(run.model).to(machine.device)
+        model = Mentor(run.model)
         start_from_codebook(model.decoder, vqgan.quantize.codebook())
     else:
-        model = load_as(Mentor, run.model, out / STAGES[name][-1], "model")
-    return module(name, run, machine, model, vqgan).to(machine.device)
+        model = load_as(Mentor, run.model, out / STAGES[name][-1], "model.")
+    return module(name, run, machine, model, vqgan.to(machine.device)).to(machine.device)
 
 
 def micro_batches(config, run, machine):
-    """(samples in a micro-batch, micro-batches per step) of one process."""
+    """(samples in a micro-batch, micro-batches in a step) of one process."""
     share = config.global_batch // machine.world_size
     micro = run.micro_batch or share
     require(micro and config.global_batch % (machine.world_size * micro) == 0,
@@ -407,49 +398,53 @@ def micro_batches(config, run, machine):
     return micro, share // micro
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM)  # SIGINT is Ctrl-C
+
+
 @contextmanager
 def stop_signals():
-    """A list to which Ctrl-C and SIGTERM are added, for the loop to see after its step. A second Ctrl-C stops
-    at once."""
-    received, before = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """A list of those received, for the loop to see after its step. A second Ctrl-C stops at once."""
+    received = []
 
     def note(number, frame):
         received.append(number)
         signal.signal(signal.SIGINT, before[signal.SIGINT])
 
-    for number in before:
-        signal.signal(number, note)
+    before = {number: signal.signal(number, note) for number in STOPS}
     yield received
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 def leave_signals(worker):
-    """A data process leaves Ctrl-C and SIGTERM to the training process."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """A data process leaves them to the training process."""
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def make_batches(dataset, collate, config, run, machine, start):
-    """This process's micro-batches from step `start` on. A sample depends on its index alone, so the step is
-    all that a checkpoint must know about the data."""
+    """This process's micro-batches from step `start` on: all that a checkpoint must know about the data, as a
+    sample depends on its index alone."""
     micro, accumulate = micro_batches(config, run, machine)
     firsts = (step * config.global_batch + (machine.rank * accumulate + m) * micro
               for step in range(start, config.steps) for m in range(accumulate))
     indices = (range(first, first + micro) for first in firsts)
     loader = DataLoader(dataset, batch_sampler=indices, collate_fn=collate, num_workers=run.workers,
-                        pin_memory=machine.device.type == "cuda", worker_init_fn=leave_signals)
+                        pin_memory=machine.device.type == "cuda", worker_init_fn=leave_signals,
+                        generator=torch.Generator())  # it draws a seed, which must not change the dropout
     try:
         yield from loader
-    except (RuntimeError, ValueError) as error:  # from a data process with a whole traceback
+    except (RuntimeError, ValueError) as error:  # of a data process, with a whole traceback
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
 
 
 def train_stage(name, run, machine, source, text_tokenizer):
-    """Train one stage, from its last checkpoint or else from the stage before, and save its weights."""
+    """Train one stage, from its checkpoint or the stages before, and save its weights."""
     folder, config = Path(run.out) / name, getattr(run, name)
-    record = stage_record(name, run, source, text_tokenizer)
-    check_record(folder, record)
+    record, file = stage_record(name, run, source, text_tokenizer), folder / "stage.json"
+    old = json.loads(file.read_text()) if file.is_file() else record
+    if "imported from" not in old:  # by one of the extras
+        check_same(folder, old, record)
     if (folder / "model.safetensors").is_file():
         return machine.say(f"{name}: {folder} holds its weights already")
     stage = build_stage(name, run, machine, source)
@@ -457,20 +452,20 @@ def train_stage(name, run, machine, source, text_tokenizer):
     start, best = load_checkpoint(folder, stage, optimizers)
     if machine.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "stage.json", record)
+        write_json(file, record)
 
     collate = Collate(text_tokenizer, run.model, run.vqgan.image_size)
     dataset, held_out = (make_dataset(name, run, source, held_out=h) for h in (False, True))
     batches = make_batches(dataset, collate, config, run, machine, start)
     micro, accumulate = micro_batches(config, run, machine)
     validate = partial(held_out_loss, stage, held_out, collate, micro, machine)
+    log = Log(name, run, machine, start)
     for part, module in stage.model.named_children():
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        machine.say(f"{name}: {trained:,} of {sum(p.numel() for p in module.parameters()):,} in {part} train")
+        machine.say(f"{name}: {part} trains {trained:,} of {sum(p.numel() for p in module.parameters()):,}")
     machine.say(f"{name}: {config.steps} steps of {config.global_batch} = {machine.world_size} processes x "
                 f"{accumulate} x {micro}, from step {start}")
 
-    log = Log(name, run, machine, start)
     best = best if dataset.count < math.inf else None  # few samples may be learnt by heart
     with stop_signals() as stop:
         train_steps(stage, run, config, machine, batches, optimizers, log, start, best, validate, stop)
@@ -480,12 +475,13 @@ def train_stage(name, run, machine, source, text_tokenizer):
     if machine.rank == 0:
         save_model(stage.model, folder)
         (folder / "state.pt").unlink(missing_ok=True)
-    machine.barrier()
+    if machine.world_size > 1:
+        dist.barrier()  # the next stage reads what the first process has written
 
 
 def train_steps(stage, run, config, machine, batches, optimizers, log, start, best, validate, stop):
-    """The loop. best: where the weights with the smallest held-out loss are kept, or None; validate: returns
-    that loss, or None; stop: the signals received."""
+    """The loop. best: keeps the weights with the smallest held-out loss, or None; validate(): that loss;
+    stop: the signals received."""
     accumulate, wrapped = micro_batches(config, run, machine)[1], stage.train()
     trained = [p for p in stage.parameters() if p.requires_grad]
     if machine.world_size > 1:
@@ -494,7 +490,7 @@ def train_steps(stage, run, config, machine, batches, optimizers, log, start, be
     for step in range(start, config.steps):
         torch.manual_seed(run.seed * 1_000_003 + step * machine.world_size + machine.rank)  # for dropout
 
-        # forward and backward, micro-batch by micro-batch
+        # forward and backward
         for m in range(accumulate):
             batch = next(batches).to(machine.device)
             if machine.world_size > 1:  # gradients are exchanged once per step
@@ -504,18 +500,18 @@ def train_steps(stage, run, config, machine, batches, optimizers, log, start, be
             (loss / accumulate).backward()
             log.add(loss=loss.detach(), **logs)
 
-        # one step of the optimizers
+        # the optimizers
         grad_norm = nn.utils.clip_grad_norm_(trained, run.grad_clip)
         factor = schedule(step, config, run)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * factor
+                group["lr"] = optimizer.defaults["lr"] * factor
             optimizer.step()
             optimizer.zero_grad()
         stage.after_step(step)
         log.add(grad_norm=grad_norm, lr=config.lr * factor)
 
-        # now and then: the held-out loss, a line in the log, a checkpoint
+        # now and then the held-out loss, a line in the log, a checkpoint
         done, last = step + 1, step + 1 == config.steps
         stopped = machine.average(torch.tensor([float(len(stop))])).item() > 0  # some process was told to
         validating = last or done % max(1, config.steps // 15) == 0
@@ -524,7 +520,7 @@ def train_steps(stage, run, config, machine, batches, optimizers, log, start, be
             log.add(held_out=held_out)
             if best:
                 note_best(best, held_out, done, stage, log)
-        if validating or saving or done % max(1, config.steps // 200) == 0:  # on a GPU, reading numbers waits
+        if validating or saving or done % max(1, config.steps // 200) == 0:  # reading a GPU's numbers waits
             log.write(done)
         if saving:
             save_checkpoint(log.path.parent, stage, optimizers, done, best, machine)
@@ -535,31 +531,38 @@ def train_steps(stage, run, config, machine, batches, optimizers, log, start, be
 
 @torch.no_grad()
 def held_out_loss(stage, dataset, collate, micro, machine, most=128):
-    """Mean loss of the first held-out samples, which the processes share; None without any."""
+    """Mean loss of the first held-out samples, shared by the processes; None without any."""
     if not dataset.count:
         return None
-    mine = range(machine.rank, min(most, dataset.count), machine.world_size)
-    total = torch.zeros(2, device=machine.device)
+    count, total = min(most, dataset.count), torch.zeros((), device=machine.device)
+    mine = range(machine.rank, count, machine.world_size)
     stage.eval()
     for first in range(0, len(mine), micro):
         batch = collate([dataset[i] for i in mine[first : first + micro]]).to(machine.device)
         with machine.autocast():
-            loss = stage.validation_loss(batch).float()
-        total += torch.stack([loss, torch.ones_like(loss)]) * len(batch.tasks)
+            total += stage.validation_loss(batch).float() * len(batch.tasks)
     stage.train()
-    total = machine.average(total)
-    return (total[0] / total[1]).item()
+    return machine.average(total).item() * machine.world_size / count
 
 
 def note_best(best, held_out, step, stage, log):
-    """Keep the weights with the smallest held-out loss; warn when it rises while the training loss falls."""
-    loss = torch.stack(log.values["loss"]).mean().item()
+    """Keep the best weights; warn when the held-out loss rises while the training loss falls."""
+    loss = log.mean("loss")
     if held_out < best["loss"]:
         weights = {name: tensor.to("cpu", copy=True) for name, tensor in stage.model.state_dict().items()}
         best |= {"loss": held_out, "step": step, "training loss": loss, "weights": weights}
     elif held_out > 1.05 * best["loss"] and loss < best["training loss"]:
-        log.machine.say(f"warning: the held-out loss is {held_out:.3f}, after {best['loss']:.3f} at step "
+        log.machine.say(f"warning: held-out loss {held_out:.3f}, after {best['loss']:.3f} at step "
                         f"{best['step']}: the model learns its samples by heart")
+
+
+def read_log(file):
+    """The lines of a log.jsonl, if there are any, without those that a full disk has cut."""
+    lines = []
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        with suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
 
 
 class Log:
@@ -567,34 +570,35 @@ class Log:
 
     def __init__(self, name, run, machine, start):
         self.name, self.config, self.machine = name, getattr(run, name), machine
-        self.path, self.values = Path(run.out) / name / "log.jsonl", {}
+        self.path, self.values = Path(run.out) / name / "log.jsonl", defaultdict(list)
         self.written, self.started = start, time.perf_counter()
         hidden = machine.rank > 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=self.config.steps, initial=start, desc=name, disable=hidden)
         if machine.rank == 0:  # what came after the checkpoint happens again
-            lines = self.path.read_text().splitlines(True) if start and self.path.is_file() else []
-            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start]
-            self.path.write_text("".join(kept))
+            lines = [json.dumps(line) + "\n" for line in read_log(self.path) if line["step"] <= start]
+            self.path.write_text("".join(lines))
 
     def add(self, **values):
-        """Note values, numbers or scalar tensors, which are averaged until the next line."""
+        """Note numbers or scalar tensors for the next line's means."""
         for key, value in values.items():
-            self.values.setdefault(key, []).append(value)
+            self.values[key].append(value)
+
+    def mean(self, key):
+        return sum(map(float, self.values[key])) / len(self.values[key])
 
     def write(self, step):
-        """Write the line of `step`. Raises ValueError if loss or gradient are not finite."""
-        means = {key: torch.stack([torch.as_tensor(v, dtype=torch.float32).cpu() for v in values]).mean()
-                 for key, values in self.values.items()}
-        means["loss"] = self.machine.average(means["loss"].to(self.machine.device))
-        means = {key: value.item() for key, value in means.items()}
-        require(math.isfinite(means["loss"] + means["grad_norm"]),
-                f"loss {means['loss']}, gradient norm {means['grad_norm']} by step {step}: delete "
-                f"{self.path.parent} and start again with a lower --{self.name}.lr")
+        """Write the line of `step`; loss and gradient must be finite."""
+        means = {key: self.mean(key) for key in self.values}
+        means["loss"] = self.machine.average(torch.tensor(means["loss"], device=self.machine.device)).item()
+        require(math.isfinite(sum(means.values())),
+                f"{self.name}: loss {means['loss']}, gradient norm {means['grad_norm']} by step {step}: "
+                f"delete {self.path.parent} and start again with a lower --{self.name}.lr")
         rate = (step - self.written) * self.config.global_batch / (time.perf_counter() - self.started)
         words = f"loss {means['loss']:.4f}, {rate:.0f} samples/s"
         self.bar.update(step - self.written)
         self.bar.set_postfix_str(words)
-        self.values, self.written, self.started = {}, step, time.perf_counter()
+        self.values.clear()
+        self.written, self.started = step, time.perf_counter()
         if "held_out" in means:
             self.machine.say(f"{self.name}: step {step}, {words}, held-out loss {means['held_out']:.4f}")
         if self.machine.rank == 0:
@@ -605,11 +609,11 @@ class Log:
                 self.machine.say(f"{self.path}: {error}")
 
 
-# --- Checkpoints and records ----------------------------------------------------------------------------
+# --- Checkpoints and records ---
 
 
 def save_checkpoint(folder, stage, optimizers, step, best, machine):
-    """Write state.pt, with everything to go on from `step`. On a full disk the one before stays."""
+    """Write state.pt, to go on from `step`. On a full disk the one before stays."""
     if machine.rank > 0:
         return
     state = {"step": step, "best": best, "stage": stage.state_dict(),
@@ -617,12 +621,11 @@ def save_checkpoint(folder, stage, optimizers, step, best, machine):
     try:
         write_atomically(folder / "state.pt", lambda path: torch.save(state, path))
     except OSError as error:
-        machine.say(f"{folder.name}: {error}: going on without a checkpoint of step {step}")
+        machine.say(f"{error}: going on without a checkpoint of step {step}")
 
 
 def load_checkpoint(folder, stage, optimizers):
-    """Restore what save_checkpoint wrote. Returns the step to go on from, 0 without a checkpoint, and the
-    best weights so far."""
+    """Restore state.pt. Returns the step to go on from and the best weights so far."""
     file = folder / "state.pt"
     if not file.is_file():
         return 0, {"loss": math.inf, "step": 0}
@@ -633,19 +636,20 @@ def load_checkpoint(folder, stage, optimizers):
             optimizer.load_state_dict(saved)
         return state["step"], state["best"]
     except Exception as error:  # torch.load raises whatever the damage suggests
-        raise ValueError(f"{file} cannot be read ({str(error)[:70]}): delete it to start again") from None
+        error = shorten(str(error), 70)
+        raise ValueError(f"{file} cannot be read ({error}): delete it to start again") from None
 
 
-# Keys that may change between runs in one folder: they change speed or place, not results.
+# keys of speed or place, not of results: they may change between runs in one folder
 FREE = ("out", "stage", "data", "device", "dtype", "workers", "save_every", "micro_batch", "train_scale",
         "checkpoint", "compile", "model.sampling.")
 
 
 def stage_record(name, run, source, text_tokenizer):
-    """All that determines a stage's result: its keys, and hashes of its data and the weights before it."""
-    others = (*FREE, *(f"{stage}." for stage in STAGES if stage != name))
-    others += ("model.", "prefix_drop") if name == "tokenizer" else ("vqgan.",)
-    record = {key: value for key, value in flatten(run).items() if not key.startswith(others)}
+    """All that determines a stage's result."""
+    free = FREE + tuple(f"{stage}." for stage in STAGES if stage != name)
+    free += ("model.", "prefix_drop") if name == "tokenizer" else ("vqgan.",)
+    record = {key: value for key, value in flatten(run).items() if not key.startswith(free)}
     for stage in STAGES[name]:
         weights = Path(run.out) / stage / "model.safetensors"
         require(weights.is_file(), f"{weights} is missing: train the stage {stage} first")
@@ -655,16 +659,7 @@ def stage_record(name, run, source, text_tokenizer):
     return json.loads(json.dumps(record | {"data": source.digest}))
 
 
-def check_record(folder, record):
-    """Raise ValueError naming the first key in which a folder holds the same stage of another run."""
-    file = folder / "stage.json"
-    old = json.loads(file.read_text()) if file.is_file() else record
-    for key in sorted(old.keys() | record.keys()):
-        require("imported from" in old or old.get(key) == record.get(key),
-                f"{folder} has {key}={old.get(key)}, this run {record.get(key)}: choose another --out")
-
-
-# --- The command line -----------------------------------------------------------------------------------
+# --- The command line ---
 
 
 def parse_mix(mix):
@@ -675,14 +670,14 @@ def parse_mix(mix):
         shares = {}
     legal = set(shares) <= set(TASKS) and all(0 <= share < math.inf for share in shares.values())
     require(legal and any(shares.values()),
-            f"mix={mix}: must be like text_to_image:3,segmentation:1; the tasks are {', '.join(TASKS)}")
+            f"mix={mix}: must be like text_to_image:3,segmentation:1, of the tasks {', '.join(TASKS)}")
     return {task: share for task, share in shares.items() if share}
 
 
 def parse(arguments):
-    """Command line -> RunConfig. Raises ValueError naming the argument and the nearest legal one."""
+    """Command line -> RunConfig."""
     preset, *arguments = arguments
-    require(preset in PRESETS, f"{preset}: the first argument must be a preset, one of {', '.join(PRESETS)}")
+    require(preset in PRESETS, f"{preset}: the first argument must be a preset: {', '.join(PRESETS)}")
     known = flatten(PRESETS[preset])
     for argument in arguments:
         key, equals, text = argument.removeprefix("--").partition("=")
@@ -691,19 +686,18 @@ def parse(arguments):
             raise ValueError(f"{argument}: no such key; the nearest is --{near}={known[near]}")
         known[key] = read_value(key, text if equals else "true", known[key])
     run = rebuild(PRESETS[preset], known)
-    decoder = replace(run.model.decoder, grid_size=run.vqgan.grid_size, codebook_size=run.vqgan.codebook_size)
-    run = replace(run, out=run.out or f"out/{preset}", model=replace(run.model, decoder=decoder))
     for stage in STAGES:
         parse_mix(getattr(run, stage).mix)
     require(run.stage in ("all", *STAGES), f"--stage={run.stage}: must be all, {', '.join(STAGES)}")
     require(run.dtype in ("", "float32", "bfloat16"), f"--dtype={run.dtype}: must be float32 or bfloat16")
-    values = {f"{s}.steps": max(1, round(getattr(run, s).steps * run.train_scale)) for s in STAGES}
-    values |= {key: os.path.expanduser(getattr(run, key)) for key in ("out", "data")}
-    return rebuild(run, flatten(run) | values)
+    known |= {f"{s}.steps": max(1, round(getattr(run, s).steps * run.train_scale)) for s in STAGES}
+    known |= {f"model.decoder.{key}": getattr(run.vqgan, key) for key in ("grid_size", "codebook_size")}
+    known |= {"out": os.path.expanduser(run.out or f"out/{preset}"), "data": os.path.expanduser(run.data)}
+    return rebuild(run, known)
 
 
 def read_value(key, text, default):
-    """Parse a key's value, by the type of its default."""
+    """A key's value, of its default's type."""
     try:
         if isinstance(default, tuple):
             return tuple(map(int, text.split(",")))
@@ -717,7 +711,7 @@ def read_value(key, text, default):
 
 
 def print_help():
-    """Print how to call this file, and the source of the keys' classes, with defaults and meanings."""
+    """Print how to call this file, and the keys' source, with defaults and meanings."""
     print(__doc__, f"\npython train.py PRESET [--key=value ...]   PRESET: {', '.join(PRESETS)}\n")
     for config in (RunConfig, StageConfig, MentorStageConfig, TokenizerStageConfig, TokenizerConfig,
                    MentorConfig, VisionConfig, TextConfig, DecoderConfig, SamplingConfig):
@@ -725,17 +719,21 @@ def print_help():
 
 
 def open_source(run):
-    """Where samples come from: your own pictures, or the world of shapes."""
+    """Where samples come from."""
     return Folder(run.data, run.vqgan.image_size) if run.data else Shapes(run.vqgan.image_size)
 
 
 def check_mixes(run, defaults, source, machine):
-    """Print the tasks that the data lacks. Raises ValueError naming mixes by hand that have them."""
-    keys = [f"{stage}.mix" for stage in STAGES]
-    lacks = {key: parse_mix(flatten(run)[key]).keys() - source.tasks for key in keys}
-    wrong = [key for key in keys if lacks[key] and flatten(run)[key] != flatten(defaults)[key]]
-    missing = ", ".join(sorted(set().union(*lacks.values())))
-    require(not wrong, f"the data has nothing for {missing}, in --{', --'.join(wrong)}")
+    """Print the tasks that the data lacks; refuse mixes with them that are not the preset's."""
+    missing, wrong = set(), []
+    for stage in STAGES:
+        mix = getattr(run, stage).mix
+        lacks = parse_mix(mix).keys() - source.tasks
+        missing |= lacks
+        if lacks and mix != getattr(defaults, stage).mix:
+            wrong.append(f"--{stage}.mix")
+    missing = ", ".join(sorted(missing))
+    require(not wrong, f"the data has nothing for {missing}, in {', '.join(wrong)}")
     if missing:
         machine.say(f"data: has nothing for {missing}, left out of the mixes")
 
@@ -749,13 +747,13 @@ def find_words(run, source):
 
 
 def start_run(run, machine, source):
-    """Write what all stages share, and print what is known about the data. Returns the text tokenizer."""
-    out, contents, data = Path(run.out), getattr(source, "contents", {}), Path(run.out) / "data.json"
-    words = find_words(run, source)
+    """Write what all stages share, and print what the data is. Returns the text tokenizer."""
+    words, out, contents = find_words(run, source), Path(run.out), getattr(source, "contents", {})
+    data = out / "data.json"
     if contents:
         before = json.loads(data.read_text()) if data.is_file() else contents
         changed = [name for name in contents if before.get(name) != contents[name]]
-        machine.say(f"data: {source.notes}; changed since the last start: {', '.join(changed) or 'nothing'}")
+        machine.say(f"data: {source.notes}; changed since the last run: {', '.join(changed) or 'nothing'}")
         unknown = words.unknown_words(" ".join(source.prompts()))
         require(not unknown, f"{out}/spiece.model lacks {', '.join(unknown)}: choose another --out")
     if machine.rank == 0:
@@ -767,7 +765,7 @@ def start_run(run, machine, source):
 
 
 def main(arguments, open_source=open_source):
-    """Train, then show the result. open_source: returns a RunConfig's samples, as Shapes or Folder."""
+    """Train and show the result. open_source(run): a source like Shapes or Folder."""
     if not arguments or {"-h", "--help"} & set(arguments):
         return print_help()
     run, started = parse(arguments), time.perf_counter()
@@ -787,11 +785,11 @@ def main(arguments, open_source=open_source):
 
 
 def show_result(name, run, machine, source):
-    """Draw the curves, and pictures of what a stage has learnt; print what to try next."""
+    """Draw the curves, and pictures of a stage; print what to try next."""
     out, samples, seen = Path(run.out), {}, set()
     draw_curves(out)
     for title, held_out in (("training samples", False), ("held-out samples", True)):
-        dataset = make_dataset(name, replace(run, prefix_drop=0.0), source, held_out)
+        dataset = make_dataset(name, run, source, held_out)
         some = {s.prompt: s for s in (dataset[i] for i in range(min(64, dataset.count)))}
         samples[title] = [s for prompt, s in some.items() if prompt not in seen][:8]
         seen |= some.keys()
@@ -809,26 +807,23 @@ def show_result(name, run, machine, source):
     machine.say(f"look at {sheet} and {out}/curves.png{hint}")
 
 
-def draw_curves(out, width=340, height=220):
-    """Draw curves.png: each stage's training loss as a line, its held-out loss as dots."""
-    files = [out / name / "log.jsonl" for name in STAGES if (out / name / "log.jsonl").is_file()]
-    sheet = Image.new("RGB", (width * max(1, len(files)), height), "white")
-    pen, top, bottom = ImageDraw.Draw(sheet), 24, height - 24
-    for left, file in zip(range(44, 44 + width * len(files), width), files):
-        lines, right = [json.loads(line) for line in open(file)], left + width - 56
+def draw_curves(out, width=400, height=220):
+    """Draw curves.png, a panel for each stage."""
+    logs = {name: lines for name in STAGES if (lines := read_log(out / name / "log.jsonl"))}
+    sheet = Image.new("RGB", (width * max(1, len(logs)), height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for left, (name, lines) in zip(range(10, sheet.width, width), logs.items()):
+        last = lines[-1]["step"]
         losses, dots = ([(x["step"], x[key]) for x in lines if key in x] for key in ("loss", "held_out"))
-        last, shown = lines[-1]["step"], [y for x, y in losses + dots if 20 * x > lines[-1]["step"]]
-        low, high = min(shown), max(*shown, min(shown) + 1e-9)  # without the first fall
-        across, down = (partial(np.interp, xp=xp, fp=fp) for xp, fp in (((0, last), (left, right)),
-                                                                        ((low, high), (bottom, top))))
-        pen.rectangle((left, top, right, bottom), outline="#bbbbbb")
+        shown = [y for x, y in losses + dots if 20 * x > last]  # without the first fall
+        low, high = min(shown), max(shown) + 1e-9
+        across = partial(np.interp, xp=(0, last), fp=(left, left + width - 20))
+        down = partial(np.interp, xp=(low, high), fp=(height - 10, 30))
         pen.line([(across(x), down(y)) for x, y in losses], fill="#2060c0", width=2)
         for x, y in dots:
             pen.circle((across(x), down(y)), 3, fill="#c03020")
-        pen.text((left, 6), f"{file.parent.name}: loss (line), held-out loss (dots)", fill="black")
-        for x, y in zip(np.linspace(0, last, 4), np.linspace(low, high, 4)):
-            pen.text((left - 40, down(y) - 6), f"{y:.3g}", fill="black")
-            pen.text((across(x) - 20 * x / last, bottom + 6), f"{x:.0f}", fill="black")
+        words = f"{name}: {last} steps, loss (line) and held-out (dots) {low:.3g} to {high:.3g}"
+        pen.text((left, 6), words, fill="black")
     sheet.save(out / "curves.png")
 
 

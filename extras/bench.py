@@ -2,7 +2,7 @@
 
     python -m extras.bench tiny                     # both; other keys as for train.py
     python -m extras.bench full --stage=align --micro_batch=8
-    python -m extras.bench gpu                      # all that has to be known about a GPU: docs/gpu.md
+    python -m extras.bench gpu                      # all about a GPU: docs/gpu.md
 """
 
 import time
@@ -28,7 +28,7 @@ def synchronize(device):
 
 
 def median_seconds(functions, device, rounds=3):
-    """{name: function} -> {name: seconds}: once to warm up, then in turns, so that noise affects all."""
+    """{name: function} -> {name: seconds}: once to warm up, then in turns, as noise comes and goes."""
     seconds = {name: [] for name in functions}
     for turn in range(rounds + 1):
         for name, function in functions.items():
@@ -63,7 +63,7 @@ def new_model(run, device):
 
 @torch.no_grad()
 def start(model, prompts, n_prefix):
-    """Read random prefixes of prompts, two rows each: (logits, cache, generators), (prefix, lengths)."""
+    """Read random prefixes, two rows for a prompt: (logits, cache, generators), (prefix, lengths)."""
     weight, rows = model.decoder.norm.weight, 2 * prompts
     prefix = torch.randn(rows, n_prefix, len(weight), device=weight.device, dtype=weight.dtype)
     lengths = torch.full((rows,), n_prefix, device=weight.device)
@@ -73,7 +73,7 @@ def start(model, prompts, n_prefix):
 
 @torch.no_grad()
 def draw(decode_step, logits, cache, generators, count):
-    """Choose and read `count` codes, as sample.generate does."""
+    """Choose and read codes as sample.generate does."""
     sampling = SamplingConfig(cfg_scale=3.0)
     for _ in range(count):
         codes = sample.choose(sample.guide(logits, sampling.cfg_scale), sampling, generators)
@@ -81,7 +81,7 @@ def draw(decode_step, logits, cache, generators, count):
 
 
 def again(decode_step, started, count):
-    """A function that draws `count` codes, at the same place in the picture at every call."""
+    """A function that draws `count` codes, the same ones at every call."""
     logits, cache, generators = started
     slot, position = cache.slot.clone(), cache.position.clone()
 
@@ -117,7 +117,7 @@ def bench_drawing(run, device, limits):
     seconds = median_seconds({
         "KV cache": again(model.decode_step, started, count),
         "cache-free": lambda: draw(cache_free(model, *read), started[0], [], started[2], count)}, device)
-    print(f"{count} codes of one prompt:", ", ".join(f"{way} {count / s:.3g}/s" for way, s in seconds.items()))
+    print(f"one prompt, {count} codes:", *(f"{way} {count / s:.3g} codes/s;" for way, s in seconds.items()))
     few = min(8, count)
     for prompts in (1, 2, 4, 8, 16, 32, 64):
         some = again(model.decode_step, start(model, prompts, n_prefix)[0], few)
@@ -130,8 +130,8 @@ def bench_drawing(run, device, limits):
 
 
 def released_losses(model, batch, codes):
-    """The losses (B,) of MentorStage as the released code computes them: prefixes at the right end of their
-    window, a dense mask over the padding before them, the head at all positions."""
+    """MentorStage's losses (B,) computed as in the released code: prefixes at the right end of their window, a
+    dense mask over the padding before them, the head at all positions."""
     (B, T), N, device = batch.text_ids.shape, codes.shape[1], codes.device
     padding, attend = T - batch.lengths[:, None], F.scaled_dot_product_attention
     prefix = model.projector(model.encoder(batch), batch.lengths, batch.drop)

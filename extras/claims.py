@@ -3,9 +3,9 @@
     python -m extras.claims tiny --align.steps=300 --instruct.steps=600 --seeds=3
     python -m extras.claims tiny --rows="without recovery,query connector"
 
-All rows share tokenizer and pretraining of the run in --out (default out/tiny), trained if missing. Their own
-stages go to OUT/claims, with the table, claims.md, and drawings, claims.png. After a stop the same command
-goes on.
+All rows share tokenizer and pretraining of the run in --out (default out/tiny), trained if missing. The rest
+goes to OUT/claims, with the table, claims.md, and drawings, claims.png. The same command again goes on after
+a stop. Once `full` is there, two commands with different --rows may run at once.
 
 Photographs of one subject are often near-duplicates, and captions leave things out, so copying is a good
 guess that must be unlearned. Among the shapes it never is. So in training, and only there, a subject-driven
@@ -79,7 +79,7 @@ class CaptionsStage(train.MentorStage):
 
 @dataclass(frozen=True)
 class Row:
-    """A run that shares the first stages of another row."""
+    """A run that shares the first stages of another."""
 
     start: str                       # the other row's stage that it starts from
     stages: tuple = ("instruct",)    # the stages that it trains itself
@@ -137,8 +137,6 @@ def train_row(name, seed, run, machine, text_tokenizer):
     row, folder, base = ROWS[name], folder_of(name, seed, run), Path(run.out)
     links = {"spiece.model": base / "spiece.model", "tokenizer": base / "tokenizer",
              train.STAGES[row.stages[0]][-1]: folder_of(row.of, seed, run) / row.start}
-    if "pretrain" in row.stages and seed != run.seed:  # all seeds share the first one's
-        links["pretrain"] = folder_of(name, run.seed, run) / "pretrain"
     folder.mkdir(parents=True, exist_ok=True)
     for link, target in links.items():
         if not (folder / link).is_symlink():
@@ -146,9 +144,8 @@ def train_row(name, seed, run, machine, text_tokenizer):
     train.STAGE_MODULES["pretrain"] = row.pretraining
     run = rebuild(run, flatten(run) | row.keys(run) | {"seed": seed, "out": str(folder)})
     for stage in row.stages:
-        if stage not in links:
-            world = (ShortcutWorld if stage == "instruct" else Shapes)(run.vqgan.image_size)
-            train.train_stage(stage, run, machine, world, text_tokenizer)
+        world = (ShortcutWorld if stage == "instruct" else Shapes)(run.vqgan.image_size)
+        train.train_stage(stage, run, machine, world, text_tokenizer)
 
 
 # --- Scores ---
@@ -192,21 +189,20 @@ def standard_error(parts):
 
 def claims_text(marks):
     """claims.md, of {row: its marks (seeds, prompts, 2)}."""
-    parts, right = {name: parts_of(np.array(m)) for name, m in marks.items()}, {}
+    parts = {name: parts_of(np.array(m)) for name, m in marks.items()}
     lines = ["row seeds CP PF CP*PF paper direction".split(), ["---"] * 7]
     for name, part in parts.items():
-        row = ROWS[name]
-        if row.paper and row.of:  # all rows draw the same prompts with the same seeds
-            more = part - parts[row.of]
+        row, right = ROWS[name], ()
+        if row.paper and row.of:
+            more = part - parts[row.of]  # prompt by prompt: all rows draw the same ones with the same seeds
             errors = more.mean((0, 1)) / np.maximum(standard_error(more), 1e-9)
-            right[name] = errors * np.sign(np.subtract(row.paper, PAPER))
-        lines.append([name, len(part), *map("{:.3f} ± {:.3f}".format, part.mean((0, 1)), standard_error(part)),
-                      " / ".join(map("{:.3f}".format, row.paper)),
-                      " / ".join(map("{:+.1f}".format, right.get(name, ())))])
-    clear = sum(errors[2] >= 2 for errors in right.values())
+            right = errors * np.sign(np.subtract(row.paper, PAPER))
+        scores = map("{:.3f} ± {:.3f}".format, part.mean((0, 1)), standard_error(part))
+        lines.append([name, len(part), *scores, " / ".join(map(str, row.paper)),
+                      " / ".join(map("{:+.1f}".format, right))])
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines) + f"""
 ±: a standard error, of {PROMPTS} prompts and the seeds. Direction: by how many standard errors CP / PF /
-CP*PF differ from `full`, or from `captions alone`, as in the paper; CP*PF by two in {clear} of {len(right)}.
+CP*PF differ from `full`, or from `captions alone`, as in the paper.
 """
 
 
@@ -225,7 +221,7 @@ def parse(arguments):
     for name in rows:
         require(name in ROWS, f"--rows: there is no row {name!r}, but {', '.join(ROWS)}")
     require(options.seeds > 0, f"--seeds={options.seeds}: must be 1 or more")
-    require(not run.data, f"--data={run.data}: claims are about the world of shapes, leave it out")
+    require(not run.data, f"--data={run.data}: leave it out, claims are about the world of shapes")
     wanted = {"full", *rows, *(ROWS[row].of for row in rows)}
     return [name for name in ROWS if name in wanted], options.seeds, run
 
@@ -234,7 +230,7 @@ def main(arguments):
     """Train and score the rows, write claims.md and claims.png."""
     rows, seeds, run = parse(arguments)
     machine, world, out = train.start_machine(run), Shapes(run.vqgan.image_size), Path(run.out)
-    require(machine.world_size == 1, "claims are one process; start a second one with other --rows")
+    require(machine.world_size == 1, "claims run in one process, without torchrun")
     if not (out / "spiece.model").is_file():
         train.start_run(run, machine, world)
     text_tokenizer = train.find_words(run, world)

@@ -1,19 +1,16 @@
-"""The emoji world: the book's scenes with 1,280 emoji as subjects.
+"""The world of shapes with 1,280 emoji as its subjects. Needs `apt install fonts-noto-color-emoji`.
 
-    python -m extras.emoji train small --out=out/emoji
+    python -m extras.emoji small --out=out/emoji    # with any arguments of train.py
     python -m extras.emoji score out/emoji
-    python -m extras.emoji sample out/emoji "A big dolphin at the top on a red background"
-
-Needs a colour emoji font (Debian: `apt install fonts-noto-color-emoji`), or --emoji_font=PATH.
+    python sample.py out/emoji "A big dolphin at the top on a red background"
 
 A name must not tell what an emoji looks like, or a model learns 1,118 drawings by heart. So where a training
 reference shows one alone, 70% of the prompts say `symbol`, half of these show halves of two, and all have one
 of 48 looks (channels swapped, mirrored, turned). `tiny` with --train_scale=3 --vqgan.codebook_size=1024, 41
 minutes of a core, drew the right one of 1,280 for 21.9% of held-out prompts (the tokenizer alone: 93%);
-without halves, 12 looks: 11.3%; and all names: 4.9%; and one look: 1.4%. Twice the steps: 18.2%.
+without halves, 12 looks: 11.3%; and all names: 4.9%; and one look: 1.4%.
 """
 
-import contextlib
 import functools
 import itertools
 import random
@@ -21,26 +18,24 @@ import re
 import unicodedata
 import zlib
 from collections import namedtuple
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import sample
 import train
 from data import Shapes, ShapesDataset
-from tokenizer import TextTokenizer, file_hash, require, write_json
+from tokenizer import TextTokenizer, file_hash, require
 
-FONTS = ("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf", "/System/Library/Fonts/Apple Color Emoji.ttc",
-         "C:/Windows/Fonts/seguiemj.ttf")
+FONT = "NotoColorEmoji.ttf"
 COUNT = 1280                      # the first in Unicode order
 CHANNELS = tuple(itertools.permutations(range(3)))
-TURNS = (None, *Image.Transpose)  # mirrored, turned
 NAMED = 0.3                       # share with names where a reference shows one alone
 HALVES = 0.5                      # share of the others that show halves of two
 
-# a subject is (character,) or, in training, a Look: with another's right half, channels in this order, turned
-Look = namedtuple("Look", "character other channels turn named", defaults=("", CHANNELS[0], None, True))
+# A subject is (character,) or, in training, a Look: with another's right half, its channels in this order,
+# turned by so many quarters, from 4 on mirrored too.
+Look = namedtuple("Look", "character other channels turn named", defaults=("", CHANNELS[0], 0, True))
 
 
 class Emoji(Shapes):
@@ -48,17 +43,13 @@ class Emoji(Shapes):
 
     task = ""  # of the next sample; EmojiDataset sets it
 
-    def __init__(self, image_size, font=""):
-        """font: path of a colour emoji font; empty: try FONTS."""
+    def __init__(self, image_size):
         super().__init__(image_size)
-        found = [f for f in ([font] if font else FONTS) if Path(f).is_file()]
-        require(found, f"no colour emoji font at {font or FONTS}: install one, or give --emoji_font=PATH")
-        self.font, self.digest = None, f"emoji {file_hash(found[0])}"
-        for size in (109, 160, 96, 64, 137):  # bitmap fonts open only at the sizes that they contain
-            with contextlib.suppress(OSError):
-                self.font = self.font or ImageFont.truetype(found[0], size)
-        require(self.font, f"--emoji_font={found[0]}: cannot be opened; use Noto Color Emoji")
-        self.names = self.find_names()
+        try:
+            self.font = ImageFont.truetype(FONT, 109)  # the one size that it has
+        except OSError:
+            raise ValueError(f"{FONT} is not among the fonts of this machine: install it") from None
+        self.digest, self.names = f"emoji {file_hash(self.font.path)}", self.find_names()
         self.subjects = [(character,) for character in self.names]
         self.held_out_subjects = [s for s in self.subjects if zlib.crc32(repr(s).encode()) % 8 == 0]
         self.train_subjects = [s for s in self.subjects if s not in self.held_out_subjects]
@@ -68,10 +59,10 @@ class Emoji(Shapes):
         names, missing = {}, self.glyph("\U0010FFFD")  # the drawing for characters that the font lacks
         for character in map(chr, (*range(0x231A, 0x3300), *range(0x1F000, 0x1FB00))):
             name = unicodedata.name(character, "").lower()
-            whole = name and not re.search("regional indicator|modifier|component", name)
-            glyph = self.glyph(character) if whole and len(names) < COUNT else None
-            if glyph and glyph != missing and glyph.convert("RGB").getcolors(8) is None:  # more than 8
-                names[character] = name
+            if name and len(names) < COUNT and not re.search("regional|modifier|component", name):
+                glyph = self.glyph(character)
+                if glyph != missing and glyph.convert("RGB").getcolors(8) is None:  # more than 8
+                    names[character] = name
         return names
 
     def dataset(self, mix, seed, prefix_drop=0.0, held_out=False):
@@ -95,42 +86,37 @@ class Emoji(Shapes):
         for character, in subjects:
             named = count > 1 or self.task == "recovery" or rng.random() < NAMED  # several need their names
             other = "" if named or rng.random() > HALVES else rng.choice(self.train_subjects)[0]
-            looks.append(Look(character, other, rng.choice(CHANNELS), rng.choice(TURNS), named))
+            looks.append(Look(character, other, rng.choice(CHANNELS), rng.randrange(8), named))
         return looks
 
     def glyph(self, character):
-        """The font's drawing, cropped to its bounds, an RGBA image or None."""
+        """The font's drawing, cropped to its bounds, an RGBA image."""
         canvas = Image.new("RGBA", (200, 200))
         ImageDraw.Draw(canvas).text((20, 20), character, font=self.font, embedded_color=True)
-        box = canvas.getchannel("A").getbbox()
-        return canvas.crop(box) if box else None
+        return canvas.crop(canvas.getchannel("A").getbbox())
 
     @functools.cache
     def scaled(self, character, width):
-        """A drawing in the middle of a square of `width` pixels, premultiplied."""
-        glyph, square = self.glyph(character).convert("RGBa"), Image.new("RGBa", (width, width))
-        size = [max(1, round(side * width / max(glyph.size))) for side in glyph.size]
-        square.paste(glyph.resize(size, Image.LANCZOS), [width // 2 - side // 2 for side in size])
-        return square
+        """A drawing in the middle of a square, uint8 (width, width, 4), colours premultiplied by coverage."""
+        return np.asarray(ImageOps.pad(self.glyph(character).convert("RGBa"), (width, width), color=0))
 
     @functools.lru_cache(maxsize=COUNT)  # of 64 pixels a side: 84 MB in every data process
     def sprite(self, placed):
-        """A placed emoji, float32 (S, S, 4) in [0, 255], colours premultiplied by coverage."""
+        """A placed emoji, float32 (S, S, 4) in [0, 255], premultiplied."""
         look, width = Look(*placed.subject), self.widths[placed.size]
-        drawing, canvas = self.scaled(look.character, width).copy(), Image.new("RGBa", (self.image_size,) * 2)
-        if look.other:
-            drawing.paste(self.scaled(look.other, width).crop((width // 2, 0, width, width)), (width // 2, 0))
-        x, y = self.center(placed.place, placed.size)
-        turned = drawing if look.turn is None else drawing.transpose(look.turn)
-        canvas.paste(turned, (x - width // 2, y - width // 2))
-        return np.asarray(canvas, np.float32)[..., [*look.channels, 3]]
+        left, right = (self.scaled(c, width) for c in (look.character, look.other or look.character))
+        drawing = np.hstack([left[:, : width // 2], right[:, width // 2 :]])
+        drawing = np.rot90(drawing, look.turn)[:, :: -1 if look.turn > 3 else 1, [*look.channels, 3]]
+        canvas = np.zeros((self.image_size, self.image_size, 4), np.float32)
+        x, y = (middle - width // 2 for middle in self.center(placed.place, placed.size))
+        canvas[y : y + width, x : x + width] = drawing
+        return canvas
 
     def subject_mask(self, placed):
         return self.sprite(placed)[..., 3:] / 255
 
     def draw_subject(self, placed):
-        sprite = self.sprite(placed)
-        return (sprite[..., :3] / np.maximum(sprite[..., 3:] / 255, 1e-3)).clip(0, 255)
+        return (self.sprite(placed)[..., :3] / np.maximum(self.subject_mask(placed), 1e-3)).clip(0, 255)
 
 
 class EmojiDataset(ShapesDataset):
@@ -142,40 +128,32 @@ class EmojiDataset(ShapesDataset):
         return super().__getitem__(index)
 
 
-def score(folder, font, prompts=512):
-    """Score a model on held-out emoji: print the table, write scores.json and sheet.png into its folder."""
+def open_source(run):
+    """The world, as a run's source of samples."""
+    require(not run.data, f"--data={run.data}: this world draws its own pictures, leave it out")
+    return Emoji(run.vqgan.image_size)
+
+
+def score(folder, prompts=512):
+    """Print how well a model draws held-out emoji, and how well its tokenizer alone would."""
     pipeline = sample.Pipeline(folder, sample.best_device())
-    world = Emoji(pipeline.size, font)
+    world = Emoji(pipeline.size)
     require(pipeline.record["data"] == world.digest, f"{folder} was trained on another world or font")
     dataset, judge = world.dataset({"subject_driven": 1.0}, "scores", held_out=True), sample.Judge(world)
     samples = [dataset[i] for i in range(prompts)]
-    targets = [s.target for s in samples]
-    pictures = {"model": pipeline.draw(samples), "tokenizer": pipeline.rebuild(targets), "renders": targets}
-    scores = {name: sample.judge_pictures(judge, drawn, samples) for name, drawn in pictures.items()}
-    print("\n".join(f"{name:13} CP {row['cp']:.3f}, PF {row['pf']:.3f}" for name, row in scores.items()))
-    write_json(Path(folder) / "scores.json", scores)
-    sample.save_sheet({"held-out emoji": (samples[:12], pictures["model"])}, Path(folder) / "sheet.png")
+    bound = pipeline.rebuild([s.target for s in samples])
+    for name, pictures in (("model", pipeline.draw(samples)), ("tokenizer", bound)):
+        print(name, sample.judge_pictures(judge, pictures, samples))
 
 
 def main(arguments):
     """Run the command line."""
-    fonts = [a for a in arguments if a.startswith("--emoji_font=")]
-    command, *others = [a for a in arguments if a not in fonts] or ["--help"]
-    font = "".join(fonts).partition("=")[2]
-
-    def open_source(run):
-        require(not run.data, "this world has its own pictures: leave out --data")
-        return Emoji(run.vqgan.image_size, font)
-
-    if command in ("-h", "--help"):
+    if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
-    elif command == "train":
-        train.main(others, open_source)
-    elif command == "sample":
-        sample.main(others)
+    elif arguments[0] == "score" and len(arguments) == 2:
+        score(arguments[1])
     else:
-        require(command == "score" and len(others) == 1, "give train, sample or score and a folder")
-        score(others[0], font)
+        train.main(arguments, open_source)
 
 
 if __name__ == "__main__":

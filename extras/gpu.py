@@ -3,10 +3,11 @@
     python -m extras.bench gpu [--out=gpu.json]
     python -m extras.bench gpu --small --device=cpu     # shrunken: does every part run to its end?
 
-Each part has its own process and time limit: one that fails costs nothing but itself.
+Each part has its own process and time limit.
 """
 
 import argparse
+import gc
 import importlib.util
 import json
 import os
@@ -31,22 +32,22 @@ import sample
 import train
 from data import Batch
 from extras import bench, plan
-from tokenizer import write_json
+from tokenizer import require, write_json
 
 ROOT, TOTAL = Path(__file__).parent.parent, 470
 
 
 def note(o, name, **values):
-    """Print a result and add it to the JSON file at once: what comes later may fail."""
+    """Print a result and write it at once: what comes later may fail."""
+    values = {key: float(f"{x:.4g}") if isinstance(x, float) else x for key, x in values.items()}
     results = json.loads(Path(o.out).read_text())
     results.setdefault(o.part, {})[name] = values
     write_json(o.out, results)
-    said = (f"{key} {x:.4g}" if isinstance(x, float) else f"{key} {x}" for key, x in values.items())
-    print(f"{o.part} {name}:", ", ".join(said), flush=True)
+    print(o.part, name, json.dumps(values), flush=True)
 
 
 def agree(o):
-    """A training step and greedy codes beside the CPU's: the numbers that tests/test_cuda.py bounds."""
+    """A training step and greedy codes beside the CPU's, which tests/test_cuda.py bounds."""
     sys.path.append(str(ROOT / "tests"))
     if not importlib.util.find_spec("pytest"):
         sys.modules["pytest"] = MagicMock()
@@ -69,13 +70,13 @@ def by_hand(model, cache):
     before, stream, graph = [tensor.clone() for tensor in state], torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        model.decode_step(codes, cache)  # libraries allocate at their first call, which may not be recorded
+        model.decode_step(codes, cache)  # at their first call libraries allocate, which is not recorded
     torch.cuda.current_stream().wait_stream(stream)
     with torch.cuda.graph(graph):
         logits = model.decode_step(codes, cache)
     for tensor, old in zip(state, before):
         tensor.copy_(old)
-    return lambda new, _: (codes.copy_(new), graph.replay(), logits)[-1]
+    return lambda new, _: (codes.copy_(new), graph.replay(), logits)[2]
 
 
 def two_products(q, k, v, attn_mask=None, **_):
@@ -84,7 +85,7 @@ def two_products(q, k, v, attn_mask=None, **_):
 
 
 def draw(o):
-    """Drawing at full: ms a guided step, choosing included, and its share of the memory limit."""
+    """Drawing at full: a guided step, choosing included, and its share of the memory limit."""
     preset, prefix, count, sizes = ("tiny", 20, 2, (1, 2)) if o.small else ("full", 280, 24, (1, 4, 16, 64))
     run = train.parse([preset])
     model = bench.new_model(run, o.device)
@@ -95,8 +96,7 @@ def draw(o):
     def measure(prompts, name, step, started, **more):
         seconds = bench.median_seconds({0: bench.again(step, started, count)}, o.device)[0] / count
         limit = bench.step_limit(model, prompts, filled, limits)
-        note(o, f"{prompts} {name}", ms=1e3 * seconds, codes_per_s=prompts / seconds, of_limit=limit / seconds,
-             **more)
+        note(o, f"{prompts} {name}", ms=1e3 * seconds, limit=limit / seconds, **more)
 
     for prompts in sizes:
         started, _ = bench.start(model, prompts, prefix)
@@ -132,10 +132,13 @@ def made_up(run, count, tokens, device):
     return Batch(ids, no[:, 0] + tokens, pixels, slots, targets, no[:, 0], no, ["made up"] * count).to(device)
 
 
-def train_one(o, name, run, machine, tokens):
-    """A stage as it is, without cuDNN's attention, and with compiled blocks, over three prompt lengths."""
-    (flops, memory), micro, cuda = plan.costs(name, run, machine, tokens, 1), run.micro_batch, o.device.type == "cuda"
-    stage, optimizers = bench.new_stage(name, run, machine)
+def train_one(o, run, machine, tokens):
+    """A stage as it is, without cuDNN's attention, and compiled, over three lengths of prompts."""
+    (flops, memory), micro = plan.costs(o.part, run, machine, tokens, 1), run.micro_batch
+    planned, cuda = sum(memory.values()) - memory["codes"], o.device.type == "cuda"
+    if cuda and planned > torch.cuda.mem_get_info()[1]:
+        raise torch.OutOfMemoryError("by the plan")
+    stage, optimizers = bench.new_stage(o.part, run, machine)
     batches = [made_up(run, micro, tokens + more, o.device) for more in (-8, 0, 8)]
 
     def measure(way, stage):
@@ -143,62 +146,61 @@ def train_one(o, name, run, machine, tokens):
             for batch in batches:
                 bench.take_step(stage, optimizers, lambda: stage.code_losses(batch)[0])
 
+        torch.cuda.reset_peak_memory_stats() if cuda else None
         begun = time.perf_counter()
         steps()  # compiles; libraries choose kernels
         first, seconds = time.perf_counter() - begun, bench.median_seconds({0: steps}, o.device, 2)[0]
-        note(o, f"{name} {way}", micro_batch=micro, samples_per_s=3 * micro / seconds, first_s=first,
+        note(o, way, micro_batch=micro, samples_s=3 * micro / seconds, first_s=first,
              MFU=3 * micro * flops / seconds / o.peak, programs=counters["stats"]["unique_graphs"],
-             peak_GiB=torch.cuda.max_memory_allocated() / 2**30 if cuda else 0,
-             planned_GiB=(sum(memory.values()) - memory["codes"]) / 2**30)
+             planned_GiB=planned / 2**30, peak_GiB=torch.cuda.max_memory_allocated() / 2**30 if cuda else 0)
         return steps
 
     steps = measure("as it is", stage)
     with torch.profiler.profile() as profile:
         steps()
     column = "self_device_time_total" if cuda else "self_cpu_time_total"
-    times = {event.key: getattr(event, column) for event in profile.key_averages()}
+    events = [e for e in profile.key_averages() if o.device.type.upper() in str(e.device_type)]  # kernels
+    times = {event.key: getattr(event, column) for event in events}
     kernels = sorted((k for k in times if re.search("flash|fmha|sdpa|conv", k)), key=times.get)[-8:]
-    note(o, f"{name} kernels, shares", **{k[:70]: times[k] / sum(times.values()) for k in kernels})
+    note(o, "kernels, shares", **{k[:70]: times[k] / sum(times.values()) for k in kernels})
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         measure("without cuDNN's attention", stage)
     with patch.object(torch, "compile", torch.compile if cuda else lambda function, **_: function):
         run = replace(run, compile=True)
-        measure("compiled blocks", train.MentorStage(name, run, machine, stage.model, stage.vqgan[0]).train())
+        measure("compiled blocks", train.MentorStage(o.part, run, machine, stage.model, stage.vqgan[0]).train())
 
 
 def training(o):
-    """Training at full, the largest micro-batch that fits: samples/s, share of the peak, memory, kernels."""
-    for name in ("align", "instruct"):
-        for micro in (2,) if o.small else (32, 24, 16, 12, 8, 4):
-            keys = [f"--device={o.device}", f"--micro_batch={micro}", f"--{name}.global_batch={micro}"]
-            run = train.parse(["tiny" if o.small else "full", *keys])
-            try:
-                train_one(o, name, run, train.start_machine(run), run.model.image_tokens + 20)
-                break
-            except torch.OutOfMemoryError:
-                note(o, f"{name} {micro}", fits=False)
-            torch.cuda.empty_cache()
+    """Training of full in the part's stage, with the largest micro-batch that fits."""
+    for micro in (2,) if o.small else (32, 24, 16, 12, 8, 4):
+        keys = [f"--device={o.device}", f"--micro_batch={micro}", f"--{o.part}.global_batch={micro}"]
+        run = train.parse(["tiny" if o.small else "full", *keys])
+        try:
+            return train_one(o, run, train.start_machine(run), run.model.image_tokens + 20)
+        except torch.OutOfMemoryError:
+            note(o, f"micro-batch {micro}", fits=False)
+        gc.collect()
 
 
 # --- The rest -------------------------------------------------------------------------------------------
 
 
 def presets(o):
-    """tiny and small, with and without compiled blocks: samples/s, and seconds that a whole stage would take."""
+    """tiny and small, as they are and compiled: samples/s, and seconds of a whole stage."""
     ways = [("tiny", 400), ("small", 100), ("tiny", 400, "--compile"), ("small", 100, "--compile")]
     for preset, steps, *keys in [("tiny", 2)] if o.small else ways:
         with tempfile.TemporaryDirectory() as out:
             keys += [f"--{name}.steps={steps}" for name in train.STAGES]
-            whole, run = (train.parse([preset, f"--out={out}", f"--device={o.device}", *more]) for more in ([], keys))
+            run = train.parse([preset, f"--out={out}", f"--device={o.device}", *keys])
             machine, source = train.start_machine(run), train.open_source(run)
             text_tokenizer = train.start_run(run, machine, source)
             for name in train.STAGES:
                 train.train_stage(name, run, machine, source, text_tokenizer)
                 lines = (Path(out) / name / "log.jsonl").read_text().splitlines()
-                rates = [json.loads(line)["samples_per_s"] for line in lines]
-                rate = float(np.median(rates[len(rates) // 2 :]))
-                seconds = getattr(whole, name).steps * getattr(whole, name).global_batch / rate
-                note(o, f"{preset} {name}{' compiled' * run.compile}", samples_per_s=rate, whole_s=seconds)
+                rate = float(np.median([json.loads(line)["samples_per_s"] for line in lines]))
+                whole = getattr(train.PRESETS[preset], name)
+                note(o, f"{preset} {name}{' compiled' * run.compile}", samples_s=rate,
+                     whole_s=whole.steps * whole.global_batch / rate)
 
 
 SMALL_CARD = """import torch, sample, train
@@ -212,14 +214,14 @@ sample.cli(main, "train.py")"""
 
 
 def memory(o):
-    """Out of memory, as on a card of 4 GiB: the message, the exit code, and whether the next run works."""
+    """Out of memory, as on a card of 4 GiB: the message, and whether the next run works."""
     count, preset = (8, "tiny") if o.small else (128, "small")
     with tempfile.TemporaryDirectory() as out:
         for name, *more in (("too large",), ("the next run", "--micro_batch=8")):
-            command = [sys.executable, "-c", SMALL_CARD, preset, "--stage=tokenizer", f"--device={o.device}", f"--out={out}",
-                       "--tokenizer.steps=2", f"--tokenizer.global_batch={count}", *more]
+            keys = [preset, "--stage=tokenizer", "--tokenizer.steps=2", f"--tokenizer.global_batch={count}", *more]
+            command = [sys.executable, "-c", SMALL_CARD, *keys, f"--out={out}", f"--device={o.device}"]
             done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-            note(o, name, exit_code=done.returncode, says=done.stderr.strip().splitlines()[-1][-300:])
+            note(o, name, exit_code=done.returncode, says=(done.stdout + done.stderr).splitlines()[-1][-300:])
 
 
 def tests(o):
@@ -231,7 +233,8 @@ def tests(o):
     note(o, "pytest", exit_code=done.returncode, says=done.stdout.strip().splitlines()[-1])
 
 
-PARTS = {agree: 50, draw: 160, training: 170, memory: 40, tests: 60, presets: 110}  # seconds; most telling first
+# seconds; the most telling first
+PARTS = {"agree": 50, "draw": 150, "align": 90, "instruct": 90, "memory": 40, "tests": 60, "presets": 110}
 
 
 def main(arguments):
@@ -240,16 +243,16 @@ def main(arguments):
     parser.add_argument("--out", default="gpu.json")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--part", choices=[part.__name__ for part in PARTS])
+    parser.add_argument("--part", choices=PARTS)
     o, begun = parser.parse_args(arguments), time.monotonic()
+    require(o.device.type != "cuda" or torch.cuda.is_available(), "no CUDA here; try --small --device=cpu")
     name = torch.cuda.get_device_name(o.device) if o.device.type == "cuda" else "CPU"
-    o.peak = 989e12 if re.search("H[12]00", name) else 312e12  # FLOPs/s; an A100's if unknown
-    for part in PARTS:
-        if part.__name__ == o.part:
-            return part(o)
+    o.peak = 989e12 if re.search("H[12]00", name) else 312e12  # FLOPs/s, an A100's
+    if o.part:
+        return globals().get(o.part, training)(o)
     write_json(o.out, {"card": name, "torch": torch.__version__, "python": sys.version.split()[0]})
-    for part, limit in PARTS.items():
-        o.part, started = part.__name__, time.monotonic()
+    for o.part, limit in PARTS.items():
+        started = time.monotonic()
         command = [sys.executable, "-m", "extras.bench", "gpu", *arguments, f"--part={o.part}"]
         command.append(f"--out={Path(o.out).resolve()}")
         process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)

@@ -3,23 +3,19 @@
     python -m extras.multi train tiny --model.connector=query --model.n_query=8 --out=out/query
     python -m extras.multi train tiny --instruct.mix=subject_driven:1,multi_image:1 --out=out/multi
     python -m extras.multi sample out/query "The star in <image>.\\nA big star at the top" --images=star.png
-    python -m extras.multi rules out/in_context
 
-`train` and `sample` take the arguments of train.py and sample.py, and know in addition
+These are train.py and sample.py, which know in addition
 
     --model.connector=query   a small Q-Former (MENTOR section 3.1): --model.n_query learned queries per image
     multi_image               a task: images of two subjects and a caption -> the scene with both
     in_context                a task: two scenes, each before and after a change that no word names, and a
-                              third -> the third after it; `rules` scores this
+                              third -> the third after it
 
-A model with the query connector always needs this program. With one token per patch, in_context takes 86 of
---model.context at `tiny`.
+A model with the query connector always needs this program.
 """
 
 import itertools
-import random
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -102,12 +98,11 @@ def multi_image(world, rng, held_out=False):
     return Sample("multi_image", data.subject_prompt(world, scene), images, world.draw(scene), scene)
 
 
-# A rule (color, place) paints the subject and moves it into a corner; None leaves it as it is. One eighth of
-# the rules that do both are held out.
-CORNERS = (0, 2, 6, 8)
-RULES = list(itertools.product((None, *range(len(COLORS))), (None, *CORNERS)))
-NEW = [rule for rule in RULES if None not in rule and sum(rule) % 8 == 0]
-KNOWN = [rule for rule in RULES[1:] if rule not in NEW]  # the first does nothing
+# A rule (color, corner) paints the subject and moves it there; None leaves it as it is. An eighth of those that
+# do both is held out.
+RULES = list(itertools.product((None, *range(len(COLORS))), (None, 0, 2, 6, 8)))
+HELD_OUT_RULES = [rule for rule in RULES if None not in rule and sum(rule) % 8 == 0]
+TRAIN_RULES = [rule for rule in RULES[1:] if rule not in HELD_OUT_RULES]  # the first does nothing
 
 
 def follow(rule, scene):
@@ -119,47 +114,27 @@ def follow(rule, scene):
     return scene._replace(subjects=(Placed(subject, place if corner is None else corner, size),))
 
 
-def in_context(world, rng, held_out=False, rules=KNOWN):
+def in_context(world, rng, held_out=False):
     """Two scenes, each before and after a rule that no word names, and a third -> the third after it."""
-    rule, scenes = rng.choice(rules), []
+    rule, scenes = rng.choice(HELD_OUT_RULES if held_out else TRAIN_RULES), []
     while len(scenes) < 6:
         before = world.random_scene(rng, world.random_subjects(rng, 1, held_out))
         after = follow(rule, before)
         if held_out or after.subjects[0].subject in world.train_subjects:
             scenes += [before, after]
     *images, target = map(world.draw, scenes)
-    return Sample("in_context", "<image> is <image>.\n" * 2 + "<image> is", images, target, scenes[4])
+    return Sample("in_context", "<image> is <image>.\n" * 2 + "<image> is", images, target, scenes[5])
 
 
 data.TASKS |= {"multi_image": multi_image, "in_context": in_context}
 
 
-def rule_following(world, pictures, samples):
-    """The share of in-context drawings to which, of all rules' outcomes, the right one is nearest."""
-    right = []
-    for picture, s in zip(pictures, samples, strict=True):
-        outcomes = np.stack([world.draw(follow(rule, s.scene)) for rule in RULES]).astype(np.float32)
-        seen, meant = (np.square(outcomes - p).sum((1, 2, 3)).argmin() for p in (picture, s.target))
-        right.append(seen == meant)
-    return float(np.mean(right))
-
-
-def score_rules(arguments, count=128):
-    """Print how well rules are followed on held-out subjects."""
-    require(len(arguments) == 1, "rules takes a run's folder")
-    pipeline = sample.Pipeline(*arguments, sample.best_device())
-    world = data.Shapes(pipeline.size)
-    for name, rules in (("rules of training", KNOWN), ("new combinations", NEW)):
-        samples = [in_context(world, random.Random(i), True, rules) for i in range(count)]
-        print(f"{name}: {rule_following(world, pipeline.draw(samples), samples):.3f} right")
-
-
 def main(arguments):
-    """Run train.py or sample.py with this connector and these tasks, or score rules."""
-    programs = {"train": train.main, "sample": sample.main, "rules": score_rules}
+    """Run train.py or sample.py with this connector and these tasks."""
+    programs = {"train": train.main, "sample": sample.main}
     if not arguments or arguments[0] in ("-h", "--help"):
         return print(__doc__)
-    require(arguments[0] in programs, f"{arguments[0]}: must be one of {', '.join(programs)}")
+    require(arguments[0] in programs, f"{arguments[0]}: the first argument must be train or sample")
     programs[arguments[0]](arguments[1:])
 
 

@@ -198,7 +198,7 @@ def reference(world, tmp_path):
     ([PROMPT, "--n=3"], PROMPT, 0, 3, 3), ([""], "", 0, 1, 1),
     ([r"The star in <image>.\nA star on a red background", "--images=REF"],
      "The star in <image>.\nA star on a red background", 1, 1, 1),
-    (["--segment=star", "--images=REF", "--n=2"], "The star in <image>.", 1, 2, 2),
+    (["The star in <image>.", "--images=REF", "--n=2"], "The star in <image>.", 1, 2, 2),
     (["--reconstruct=REF"], "The image is <image>", 1, 1, 3)])
 def test_the_command_line_draws(arguments, prompt, images, count, shown, reference, tmp_path, monkeypatch):
     drawn, draw, out = [], Pipeline.draw, tmp_path / "drawn.png"
@@ -216,12 +216,12 @@ def test_the_command_line_draws(arguments, prompt, images, count, shown, referen
     (["A big red staar on a green ocean"], "staar, ocean"),
     (["The star in <image>."], "1 <image>, but 0 images"), (["", "--images=REF"], "0 <image>, but 1"),
     (["The star in <image>.\n" * 6, *["--images=REF"] * 6], "96"),
-    (["--segment=star", "--images=REF", "--images=REF"], "1 <image>, but 2 images"),
-    (["--segment=zebra", "--images=REF"], "zebra"), (["The star in <image>.", "--images=no.png"], "no.png"),
+    (["The star in <image>.", "--images=REF", "--images=REF"], "1 <image>, but 2 images"),
+    (["The zebra in <image>.", "--images=REF"], "zebra"), (["The star in <image>.", "--images=no.png"], "no.png"),
     (["--reconstruct=TORN"], "torn.png: not a readable image"), ([PROMPT, "--n=0"], "--n=0"),
     ([PROMPT, "--sed=3"], "--sed=3: no such option"), ([PROMPT, "--out=REF/x"], "must end as a picture does"),
     (["--prompt=a star"], "no such option.*the prompt is the second argument"),
-    (["A star", "--segment=star", "--images=REF"], "segment"),
+    (["A star", "--reconstruct=REF"], "reconstruct"),
     (["--reconstruct=REF", "--images=REF"], "1 <image>, but 2 images"),
     ([PROMPT, "--temperature=-1"], "temperature=-1"), ([PROMPT, "--top_p=1.5"], "top_p=1.5"),
     ([PROMPT, "--top_k=-3"], "top_k=-3"), ([PROMPT, "--cfg_scale=nan"], "cfg_scale=nan")])
@@ -238,13 +238,15 @@ def test_what_a_model_has_never_met_is_said(reference, tmp_path, capsys):
     out = shutil.copytree(TRAINED, tmp_path / "out")
     record = json.loads((out / "instruct" / "stage.json").read_text()) | {"instruct.mix": "segmentation:1"}
     (out / "instruct" / "stage.json").write_text(json.dumps(record))
-    for prompt, count in ((["A big star, (red)!"], 5), (["--segment=star", f"--images={reference}"], 0)):
+    for prompt, count in ((["A big star, (red)!"], 5), (["The star in <image>.", f"--images={reference}"], 0)):
         sample.main([str(out), *prompt, f"--out={tmp_path}/x.png", "--device=cpu"])
         assert capsys.readouterr().out.count("note: ") == count  # , ( ) ! and the task
         assert not set(",()!") & set(Image.open(tmp_path / "x.png").text["prompt"])
 
 
 def test_a_users_error_is_one_line_and_exit_code_2(tmp_path):
+    with pytest.raises(ValueError, match="--device=nowhere: [^\n]*$"):
+        sample.usable("nowhere")
     command = [sys.executable, ROOT / "sample.py", tmp_path, "A star"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1

@@ -22,11 +22,11 @@ def one_card(dtype):
 
 
 def real_step(name, dtype, checkpoint, world, text_tokenizer):
-    """(run, batch, a function that takes a step) of a model of unequal widths; prompts are as long as the longest."""
+    """(run, batch, a function that takes a step) of unequal widths; prompts have the longest one's length."""
     config = MentorConfig(
         vision=VisionConfig(image_size=32, patch_size=8, width=64, n_layer=2, n_head=2, mlp_width=256),
-        text=TextConfig(text_tokenizer.vocab_size, width=128, n_layer=2, n_head=4, head_width=32, mlp_width=320),
-        decoder=DecoderConfig(codebook_size=256, grid_size=8, width=160, n_layer=3, n_head=4, multiple_of=32), context=64)
+        text=TextConfig(text_tokenizer.vocab_size, 128, n_layer=2, n_head=4, head_width=32, mlp_width=320),
+        decoder=DecoderConfig(256, 8, width=160, n_layer=3, n_head=4, multiple_of=32), context=64)
     run = replace(train.PRESETS["tiny"], model=config, checkpoint=checkpoint)
     run = replace(run, **{name: replace(getattr(run, name), global_batch=COUNT)})
     stage = train.MentorStage(name, run, one_card(dtype), Mentor(config), VQGAN(run.vqgan)).train()
@@ -50,22 +50,22 @@ def test_flops_are_those_torch_counts(name, world, text_tokenizer):
     run, batch, step = real_step(name, torch.float32, False, world, text_tokenizer)
     tokens, decoder = batch.text_ids.shape[1], run.model.decoder
     flops, _ = plan.costs(name, run, one_card(torch.float32), tokens, len(batch.pixels) / COUNT)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # spelt out, attention is counted too
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # which is counted
         step()
-    half = 3 * 2 * decoder.n_layer * (tokens + 63) ** 2 * decoder.width  # of causal attention, which flash leaves out
+    half = 3 * 2 * decoder.n_layer * (tokens + 63) ** 2 * decoder.width  # of attention, left out by flash
     assert abs(COUNT * (flops + half) / counter.get_total_flops() - 1) < 0.01
 
 
 def most_bytes(function):
     """The most memory that torch had given out at once while function() ran."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True) as profile:
         function()
-    events = [(e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(np.cumsum([size for _, size in sorted(events)]))
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]))
 
 
-@pytest.mark.parametrize("name, dtype", [("pretrain", torch.bfloat16), ("align", torch.bfloat16), ("align", torch.float32)])
-@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("name", ["pretrain", "align"])
+@pytest.mark.parametrize("dtype, checkpoint", [(torch.bfloat16, 0), (torch.bfloat16, 1), (torch.float, 0)])
 def test_memory_is_what_a_step_takes(name, dtype, checkpoint, world, text_tokenizer):
     run, batch, step = real_step(name, dtype, checkpoint, world, text_tokenizer)
     tokens, t, d, s = batch.text_ids.shape[1], run.model.text, run.model.decoder, dtype.itemsize
@@ -73,13 +73,14 @@ def test_memory_is_what_a_step_takes(name, dtype, checkpoint, world, text_tokeni
     planned = sum(memory[what] for what in ("bfloat16", "activations", "logits"))
     # The CPU's norms keep one tensor more than CUDA's, and dropout's masks have the type of the values.
     texts = tokens + (name == "pretrain") * (tokens + run.model.image_tokens)
-    planned += COUNT * (1 if checkpoint else d.n_layer) * 2 * (3 + s) * d.width * (tokens + 63)
-    planned += COUNT * (1 if checkpoint else t.n_layer) * (2 * (3 + s) * t.width + (s - 1) * t.mlp_width) * texts
+    layers = 1 if checkpoint else None
+    planned += COUNT * (layers or d.n_layer) * 2 * (3 + s) * d.width * (tokens + 63)
+    planned += COUNT * (layers or t.n_layer) * (2 * (3 + s) * t.width + (s - 1) * t.mlp_width) * texts
     measured = most_bytes(step)
-    assert measured * (0.96 if not checkpoint else 1) < planned < measured * (1.04 if not checkpoint else 1.75)
+    assert measured * 0.92 < planned < measured * (1.75 if checkpoint else 1.06)
 
 
-@pytest.mark.parametrize("preset, name", [("tiny", "pretrain"), ("tiny", "align"), ("full", "align"), ("full", "instruct")])
+@pytest.mark.parametrize("preset, name", [("tiny", "pretrain"), ("tiny", "align"), ("full", "instruct")])
 def test_parameters_are_those_of_the_models(preset, name):
     run = train.parse([preset, f"--{name}.trains=projector,decoder", "--micro_batch=8"])
     with torch.device("meta"):
@@ -88,18 +89,20 @@ def test_parameters_are_those_of_the_models(preset, name):
     every = sum(p.numel() for part in (model, vqgan) for p in part.parameters())
     memory = plan.costs(name, run, one_card(torch.bfloat16), 30, 0.5)[1]
     if name == "pretrain":  # its contrastive head trains too
-        trained, every = (n + 128 * (run.model.vision.width + run.model.text.width) + 1 for n in (trained, every))
-    assert memory["gradients"] == 4 * trained and memory["weights"] == 4 * every and memory["AdamW"] == 8 * trained
+        head = 128 * (run.model.vision.width + run.model.text.width) + 1
+        trained, every = trained + head, every + head
+    assert memory["gradients"] == 4 * trained == memory["AdamW"] / 2 and memory["weights"] == 4 * every
     if preset == "full":
         assert every - sum(p.numel() for p in vqgan.parameters()) == 2_311_729_408
 
 
 def test_full_fits_a_card_of_80_gigabytes_at_a_micro_batch_of_8():
-    """With prompts of the world of shapes, where an image takes 256 tokens, and align's and instruct's settings."""
+    """With prompts of the world of shapes, where an image takes 256 tokens."""
     for name, expected in (("align", 43.2), ("instruct", 64.3)):
         run = train.parse(["full", f"--stage={name}", "--micro_batch=8"])
         for checkpoint in (False, True):
-            _, memory = plan.costs(name, replace(run, checkpoint=checkpoint), one_card(torch.bfloat16), 275, 0.5)
+            case = replace(run, checkpoint=checkpoint)
+            _, memory = plan.costs(name, case, one_card(torch.bfloat16), 275, 0.5)
             size = (sum(memory.values()) - memory["codes"]) / 2**30
             assert size < 0.94 * 80 and (checkpoint or abs(size - expected) < 1)
         assert memory["activations"] < 4 * 2**30

@@ -1,0 +1,98 @@
+"""The benchmarks compute what they time, and the GPU check runs to its end on a CPU, part by part."""
+
+import argparse
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import sample
+import train
+from conftest import CPU, randomize, small_config
+from extras import bench, gpu
+from mentor import Mentor, SamplingConfig
+from tokenizer import VQGAN
+
+TINY = train.PRESETS["tiny"]
+
+
+@pytest.fixture
+def once(monkeypatch):
+    """Everything that is timed runs once and takes a millisecond."""
+    monkeypatch.setattr(bench, "median_seconds", lambda functions, device, rounds=0:
+                        {name: (function(), 1e-3)[1] for name, function in functions.items()})
+
+
+@torch.no_grad()
+def test_drawing_without_a_cache_gives_the_same_logits(model):
+    (logits, cache, _), read = bench.start(model, 2, 9)
+    without, seen = bench.cache_free(model, *read), []
+    for _ in range(5):
+        codes = logits.argmax(-1)
+        logits = model.decode_step(codes, cache)
+        torch.testing.assert_close(without(codes, seen), logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_drawing_that_is_timed_is_the_samplers(model, make_batch):
+    """The same codes as sample.generate's for one prompt."""
+    batch, sampling = make_batch(model.config, 1), SamplingConfig(cfg_scale=3.0)
+    codes = sample.generate(model, batch, sampling, [torch.Generator().manual_seed(3)])[0].tolist()
+    hidden, drops, read = model.encoder(batch), (torch.tensor([False]), torch.tensor([True])), []
+    prefix = torch.cat([model.projector(hidden, batch.lengths, drop) for drop in drops])
+    step = lambda codes, cache: read.append(codes[0].item()) or model.decode_step(codes, cache)
+    bench.draw(step, *model.prefill(prefix, batch.lengths.repeat(2)), [torch.Generator().manual_seed(3)], 63)
+    assert read == codes[:63] and len(set(read)) > 9
+
+
+def test_the_released_codes_way_gives_the_same_losses_and_gradients(text_tokenizer, make_batch):
+    """Left padding, a dense mask and the head everywhere: the same function."""
+    config = small_config(text_tokenizer)
+    stage = train.MentorStage("instruct", replace(TINY, model=config), CPU, randomize(Mentor(config), 0.1),
+                              VQGAN(replace(TINY.vqgan, codebook_size=64))).train()
+    batch = replace(make_batch(config, 6), drop=torch.arange(6) % 3 == 0)
+    assert batch.lengths.unique().numel() > 1
+    codes, results = stage.vqgan[0].encode(batch.targets), []
+    for losses in (stage.code_losses(batch)[0], bench.released_losses(stage.model, batch, codes)):
+        stage.zero_grad()
+        losses.sum().backward()
+        results.append([losses.detach(), *(p.grad.clone() for p in stage.parameters() if p.grad is not None)])
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-3)
+
+
+def test_both_benchmarks_print_their_lines(once, capsys):
+    bench.main(["tiny", "--device=cpu", "--instruct.global_batch=2"])
+    out = capsys.readouterr().out
+    assert "KV cache" in out and "cache-free" in out
+    assert "64 prompts: 5.12e+05 codes/s, 0.125 ms a step" in out
+    assert out.count("instruct, 2 samples") == 2 and "GB/s" in out
+
+
+def options(tmp_path, part):
+    """What gpu.main hands to a part, and the file that it writes."""
+    file = tmp_path / "gpu.json"
+    file.write_text("{}")
+    return argparse.Namespace(out=file, part=part, small=True, device=torch.device("cpu"), peak=1e12), file
+
+
+@pytest.mark.parametrize("part, lines", [
+    ("draw", ["limits", "1 eager", "2 graph, filled part, two products", "2 compiled"]),
+    ("instruct", ["as it is", "kernels, shares", "compiled blocks"])])
+def test_parts_of_the_gpu_check_run_on_a_cpu(part, lines, once, tmp_path):
+    torch._dynamo.reset()
+    given, file = options(tmp_path, part)
+    getattr(gpu, part, gpu.training)(given)
+    written = json.loads(file.read_text())[part]
+    assert set(lines) <= written.keys() and all(written.values())
+    if part == "draw":
+        assert written["1 compiled"]["programs"] == 1 and written["1 compiled"]["skipped"] == 0
+
+
+def test_each_part_has_a_process_and_a_time_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "PARTS", {"presets": 1, "memory": 60})
+    gpu.main(["--small", "--device=cpu", f"--out={tmp_path / 'gpu.json'}"])
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert written["card"] == "CPU" and written["presets"]["whole part"]["exit_code"] == "time is up"
+    large, next_run = written["memory"]["too large"], written["memory"]["the next run"]
+    assert large["exit_code"] == 2 and "pretended" in large["says"] and next_run["exit_code"] == 0
