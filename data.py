@@ -443,8 +443,9 @@ class Folder:
         dog.mask.png    white where that object is, black elsewhere   segmentation, recovery
         rex/*.jpg       a folder per subject, two pictures or more    subject-driven: one picture from another
 
-    Without a caption or name it is the folder's. About a tenth (from 1,000 pictures on a fiftieth) is held
-    out, subjects as a whole. Training crops at random, and mirrors half where no word says left or right.
+    Where there is no caption or name, the folder's name stands in. About a tenth (from 1,000 pictures on a
+    fiftieth) is held out, subjects as a whole. Training crops at random, and mirrors half where no word says
+    left or right.
     """
 
     def __init__(self, folder, size):
@@ -472,7 +473,7 @@ class Folder:
         self.digest = f"{len(self.pictures)} pictures, {zlib.crc32(repr(sorted(self.contents)).encode()):08x}"
 
     def find(self):
-        """All pictures, and a line on what became of every file."""
+        """A Picture of each one, and a line on what became of every file."""
         masks, words, pictures, unused = {}, {}, {}, Counter()  # the first three {name without suffix: file}
         kinds = {MASK: masks, **dict.fromkeys(CAPTIONS, words), **dict.fromkeys(PICTURES, pictures)}
         for file in walk(self.path):

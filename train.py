@@ -442,9 +442,9 @@ def train_stage(name, run, machine, source, text_tokenizer):
     """Train one stage, from its checkpoint or the stages before, and save its weights."""
     folder, config = Path(run.out) / name, getattr(run, name)
     record, file = stage_record(name, run, source, text_tokenizer), folder / "stage.json"
-    old = json.loads(file.read_text()) if file.is_file() else record
-    if "imported from" not in old:  # by one of the extras
-        check_same(folder, old, record)
+    before = json.loads(file.read_text()) if file.is_file() else record
+    if "imported from" not in before:  # by one of the extras
+        check_same(folder, before, record)
     if (folder / "model.safetensors").is_file():
         return machine.say(f"{name}: {folder} holds its weights already")
     stage = build_stage(name, run, machine, source)
@@ -515,7 +515,7 @@ def train_steps(stage, run, config, machine, batches, optimizers, log, start, be
         done, last = step + 1, step + 1 == config.steps
         stopped = machine.average(torch.tensor([float(len(stop))])).item() > 0  # some process was told to
         validating = last or done % max(1, config.steps // 15) == 0
-        saving = not last and (stopped or done % run.save_every == 0)
+        saving = stopped or not last and done % run.save_every == 0
         if validating and (held_out := validate()) is not None:
             log.add(held_out=held_out)
             if best:
@@ -524,7 +524,7 @@ def train_steps(stage, run, config, machine, batches, optimizers, log, start, be
             log.write(done)
         if saving:
             save_checkpoint(log.path.parent, stage, optimizers, done, best, machine)
-        if saving and stopped:
+        if stopped:
             machine.say(f"stopped after step {done}; the same command goes on from there")
             sys.exit(128 + max(stop, default=signal.SIGTERM))
 

@@ -52,7 +52,7 @@ def measure_limits(device, dtype):
 
 
 def new_model(run, device):
-    """A Mentor to draw with. Its encoder is tiny's: it runs but once for each prompt."""
+    """A Mentor to draw with. Its encoder, which runs once for a prompt, is tiny's."""
     tiny = train.PRESETS["tiny"].model
     torch.manual_seed(0)
     with torch.device(device):
@@ -94,7 +94,7 @@ def again(decode_step, started, count):
 
 
 def cache_free(model, prefix, lengths):
-    """A decode step without keys and values: it reads all codes again, which are its cache, a list."""
+    """A decode step that reads all codes again: its cache is a list of them."""
     def decode_step(codes, read):
         read.append(codes)
         hidden = model.next_code_hidden(prefix, lengths, torch.stack([*read, codes], 1))  # not the last
@@ -111,7 +111,7 @@ def step_limit(model, prompts, filled, limits):
 
 
 def bench_drawing(run, device, limits):
-    """Print codes/s with and without the KV cache, and of more and more prompts at once."""
+    """Print codes/s with and without the KV cache, and of many prompts at once."""
     model, n_prefix = new_model(run, device), min(64, run.model.context)
     count, (started, read) = min(64, run.model.decoder.n_code - 1), start(model, 1, n_prefix)
     seconds = median_seconds({
@@ -130,8 +130,8 @@ def bench_drawing(run, device, limits):
 
 
 def released_losses(model, batch, codes):
-    """MentorStage's losses (B,) computed as in the released code: prefixes at the right end of their window, a
-    dense mask over the padding before them, the head at all positions."""
+    """MentorStage's losses (B,) in the released code's way: prefixes at the right end of a window, a mask
+    over the padding before them, the head at all positions."""
     (B, T), N, device = batch.text_ids.shape, codes.shape[1], codes.device
     padding, attend = T - batch.lengths[:, None], F.scaled_dot_product_attention
     prefix = model.projector(model.encoder(batch), batch.lengths, batch.drop)

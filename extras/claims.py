@@ -4,15 +4,15 @@
     python -m extras.claims tiny --rows="without recovery,query connector"
 
 All rows share tokenizer and pretraining of the run in --out (default out/tiny), trained if missing. The rest
-goes to OUT/claims, with the table, claims.md, and drawings, claims.png. The same command again goes on after
-a stop. Once `full` is there, two commands with different --rows may run at once.
+goes to OUT/claims, with the table, claims.md, and drawings, claims.png. The same command goes on after a
+stop. Once `full` is there, two commands with different --rows may run at once.
 
 Photographs of one subject are often near-duplicates, and captions leave things out, so copying is a good
-guess that must be unlearned. Among the shapes it never is. So in training, and only there, a subject-driven
-sample's reference is its target with probability COPY, and its caption leaves out the place and the
-background with probability OMIT each.
+guess that must be unlearned. Among the shapes it never is. So in training a subject-driven sample's reference
+is its target with probability COPY, and its caption lacks the place and the background with probability OMIT
+each.
 
-All rows see as many samples: a removed task's share goes to the others, stage 1's steps go to stage 2; only
+All rows see as many samples: a removed task's share goes to the others, stage 1's steps to stage 2; only
 multi-image training goes on from `full`, as in the paper. `captions alone` starts as the paper: text encoder
 and decoder know captions alone (LlamaGen), the vision encoder captions and pictures (CLIP).
 """
@@ -28,20 +28,20 @@ from typing import Callable
 
 import numpy as np
 
-import extras.multi  # noqa: F401  (for the query connector and the task multi_image)
+import extras.multi  # noqa: F401  (query connector, multi_image)
 import sample
 import train
 from data import PLACES, Shapes, ShapesDataset
 from tokenizer import file_hash, flatten, rebuild, require, write_atomically, write_json
 
 COPY, OMIT = 1.0, 0.5  # chosen by `full` alone: CP 0.67, PF 0.98 at COPY 0.9 and 1; 0.71, 0.99 at 0
-PROMPTS = 512          # drawn by every model, of subjects that no training has seen
+PROMPTS = 512
 
 # --- A training world with a shortcut ---
 
 
 class ShortcutWorld(Shapes):
-    """Shapes, but with a shortcut in training."""
+    """Shapes, with a shortcut in training."""
 
     digest = f"shapes, copy {COPY:g}, omit {OMIT:g}"
 
@@ -69,7 +69,7 @@ class CaptionsStage(train.MentorStage):
     """No hidden words, and the contrastive loss trains the vision encoder alone."""
 
     def code_losses(self, batch):
-        batch.masked[:] = False
+        batch.masked[:] = False  # for the hidden words' loss
         losses, states = super().code_losses(batch)
         return losses, states.detach()  # for the contrastive loss
 
@@ -81,11 +81,11 @@ class CaptionsStage(train.MentorStage):
 class Row:
     """A run that shares the first stages of another."""
 
-    start: str                       # the other row's stage that it starts from
-    stages: tuple = ("instruct",)    # the stages that it trains itself
-    keys: Callable = lambda run: {}  # the keys that it changes
+    start: str                       # the other's stage that it starts from
+    stages: tuple = ("instruct",)    # what it trains itself
+    keys: Callable = lambda run: {}  # what it changes
     paper: tuple = ()                # the paper's CP, PF and CP*PF
-    of: str = "full"                 # the other row, with which it is compared; "": the run in --out
+    of: str = "full"                 # the other, with which it is compared; "": the run in --out
     pretraining: type = train.MentorStage
 
 
@@ -95,7 +95,7 @@ def without(stage, task):
 
 
 def with_multi_image(run):
-    """After stage 2 as many steps with the new task at half the learning rates (the paper's 5e-5)."""
+    """As many steps again with the new task, at half the learning rates (the paper's 5e-5)."""
     return {"instruct.mix": f"{run.instruct.mix},multi_image:1500", "instruct.lr": run.instruct.lr / 2,
             "instruct.muon_lr": run.instruct.muon_lr / 2}
 
@@ -134,9 +134,9 @@ def folder_of(name, seed, run):
 
 def train_row(name, seed, run, machine, text_tokenizer):
     """Train what a row and seed lack. run: `full`'s."""
-    row, folder, base = ROWS[name], folder_of(name, seed, run), Path(run.out)
-    links = {"spiece.model": base / "spiece.model", "tokenizer": base / "tokenizer",
-             train.STAGES[row.stages[0]][-1]: folder_of(row.of, seed, run) / row.start}
+    row, folder = ROWS[name], folder_of(name, seed, run)
+    links = {shared: Path(run.out, shared) for shared in ("spiece.model", "tokenizer")}
+    links[train.STAGES[row.stages[0]][-1]] = folder_of(row.of, seed, run) / row.start
     folder.mkdir(parents=True, exist_ok=True)
     for link, target in links.items():
         if not (folder / link).is_symlink():
@@ -152,14 +152,14 @@ def train_row(name, seed, run, machine, text_tokenizer):
 
 
 def held_out(world):
-    """The prompts of all scores."""
+    """The prompts of all scores, with subjects that no training has seen."""
     dataset = world.dataset({"subject_driven": 1.0}, "scores", held_out=True)
     return [dataset[i] for i in range(PROMPTS)]
 
 
 def marks_of(folder, world, sampling, device):
-    """CP and PF of each of a model's drawings, (PROMPTS, 2), counted as in sample.judge_pictures. Kept in
-    scores.json, and read from there if nothing has changed."""
+    """CP and PF of each of a model's drawings, as in sample.judge_pictures: (PROMPTS, 2). Read from
+    scores.json if nothing has changed."""
     file, weights = folder / "scores.json", folder / "instruct" / "model.safetensors"
     made_with = {"weights": file_hash(weights), "prompts": PROMPTS, "sampling": flatten(sampling)}
     scores = json.loads(file.read_text()) if file.is_file() else {}
@@ -176,8 +176,7 @@ def marks_of(folder, world, sampling, device):
 
 
 def parts_of(marks):
-    """marks (seeds, prompts, 2) -> (seeds, prompts, 3), the means of which are CP, PF and CP*PF: a drawing's
-    part in the product is linearised."""
+    """marks (seeds, prompts, 2) -> (seeds, prompts, 3), whose means are CP, PF and CP*PF (linearised)."""
     cp, pf = marks.mean((0, 1))
     return marks @ np.array([[1, 0, pf], [0, 1, cp]]) - [0, 0, cp * pf]
 
@@ -194,43 +193,35 @@ def claims_text(marks):
     for name, part in parts.items():
         row, right = ROWS[name], ()
         if row.paper and row.of:
-            more = part - parts[row.of]  # prompt by prompt: all rows draw the same ones with the same seeds
+            more = part - parts[row.of]  # all rows draw the same prompts with the same seeds
             errors = more.mean((0, 1)) / np.maximum(standard_error(more), 1e-9)
             right = errors * np.sign(np.subtract(row.paper, PAPER))
         scores = map("{:.3f} ± {:.3f}".format, part.mean((0, 1)), standard_error(part))
         lines.append([name, len(part), *scores, " / ".join(map(str, row.paper)),
                       " / ".join(map("{:+.1f}".format, right))])
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines) + f"""
-±: a standard error, of {PROMPTS} prompts and the seeds. Direction: by how many standard errors CP / PF /
-CP*PF differ from `full`, or from `captions alone`, as in the paper.
+±: a standard error, of {PROMPTS} prompts and the seeds. Direction: by how many of them CP / PF / CP*PF
+differ as in the paper from `full`, or from `captions alone`.
 """
 
 
-# --- Command line ---
-
-
-def parse(arguments):
-    """(names of rows, number of seeds, RunConfig of `full`)."""
+def main(arguments):
+    """Train and score the rows, write claims.md and claims.png."""
     parser = argparse.ArgumentParser("extras.claims", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=",".join(ROWS), help="to train (%(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each row (%(default)s)")
     options, keys = parser.parse_known_args(arguments)
-    require(keys, "the first argument must be a preset, such as tiny; see --help")
-    run, rows = train.parse(keys), options.rows.split(",")
-    for name in rows:
-        require(name in ROWS, f"--rows: there is no row {name!r}, but {', '.join(ROWS)}")
+    require(keys, "the first argument must be a preset, such as tiny")
+    run, wanted = train.parse(keys), options.rows.split(",")
+    for name in wanted:
+        require(name in ROWS, f"--rows: no row {name!r}, but {', '.join(ROWS)}")
+    rows = [name for name in ROWS if name in ("full", *wanted, *(ROWS[name].of for name in wanted))]
     require(options.seeds > 0, f"--seeds={options.seeds}: must be 1 or more")
-    require(not run.data, f"--data={run.data}: leave it out, claims are about the world of shapes")
-    wanted = {"full", *rows, *(ROWS[row].of for row in rows)}
-    return [name for name in ROWS if name in wanted], options.seeds, run
+    require(not run.data, f"--data={run.data}: claims are about the world of shapes alone")
 
-
-def main(arguments):
-    """Train and score the rows, write claims.md and claims.png."""
-    rows, seeds, run = parse(arguments)
     machine, world, out = train.start_machine(run), Shapes(run.vqgan.image_size), Path(run.out)
-    require(machine.world_size == 1, "claims run in one process, without torchrun")
+    require(machine.world_size == 1, "claims run without torchrun")
     if not (out / "spiece.model").is_file():
         train.start_run(run, machine, world)
     text_tokenizer = train.find_words(run, world)
@@ -238,12 +229,11 @@ def main(arguments):
         train.train_stage(stage, run, machine, world, text_tokenizer)
 
     marks, drawn, sampling = {name: [] for name in rows}, {}, run.model.sampling
-    for seed in range(run.seed, run.seed + seeds):
+    for seed in range(run.seed, run.seed + options.seeds):
         for name in rows:
-            folder = folder_of(name, seed, run)
-            machine.say(f"{name}, seed {seed}: {folder}")
+            machine.say(f"{name}, seed {seed}")
             train_row(name, seed, run, machine, text_tokenizer)
-            marks[name].append(marks_of(folder, world, sampling, machine.device))
+            marks[name].append(marks_of(folder_of(name, seed, run), world, sampling, machine.device))
 
     samples, text = held_out(world)[:3], claims_text(marks)
     for name in rows:
@@ -251,7 +241,7 @@ def main(arguments):
         drawn[name] = samples, pipeline.draw(samples, sampling)
     sample.save_sheet(drawn, out / "claims" / "claims.png")
     write_atomically(out / "claims" / "claims.md", lambda file: file.write_text(text, encoding="utf-8"))
-    machine.say(f"{text}\nsee {out}/claims/claims.md and claims.png")
+    machine.say(text)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from tokenizer import require
 def visible(folder, suffixes):
     """{name without suffix: file} of the files below a folder with these suffixes, but for hidden ones."""
     found = {}
-    for file in walk(folder) if folder.is_dir() else ():
+    for file in walk(folder):
         if file.suffix.lower() in suffixes:
             name = unicodedata.normalize("NFC", file.relative_to(folder).with_suffix("").as_posix())
             other = found.setdefault(name, file)
@@ -33,16 +33,15 @@ def visible(folder, suffixes):
     return found
 
 
-def dreambench(folder):
+def dreambench(file):
     """(name, picture, label, prompts) of DreamBench's subjects. Its text file has lines SUBJECT,LABEL and two
     lists of 'a {0} {1} on ...'.format(...), the second for cats and dogs; {0} is DreamBooth's rare word."""
-    file = folder / "prompts_and_classes.txt"
-    text = "\n".join(read_words(file)[0]) if file.is_file() else ""
+    text = "\n".join(read_words(file)[0])
     lists = [re.findall(r"^'(.*)'\.format", part, re.M) for part in text.split("Live Subject Prompts")]
+    require(len(lists) == 2 and all(lists), f"{file}: must have two lists of 'a {{0}} {{1}}'.format()")
     for name, label in re.findall(r"^([^\s,']+),\s*([^,'\n]*[^,'\s])$", text, re.M)[1:]:  # without the head
-        pictures = visible(folder / name, PICTURES)
-        require(pictures, f"{file}: there is no picture in {folder / name}")
-        require(len(lists) == 2 and all(lists), f"{file}: must have two lists of 'a {{0}} {{1}}'.format()")
+        pictures = visible(file.parent / name, PICTURES)
+        require(pictures, f"{file}: there is no picture in {name}")
         prompts = [p.replace("{0} ", "").replace("{1}", label) for p in lists[label in ("cat", "dog")]]
         yield name, pictures[min(pictures)], label, prompts
 
@@ -56,47 +55,45 @@ def dreambench_plus(folder):
         label, *prompts = read_words(file)[0] or [""]
         require(prompts, f"{file}: must have a label, then prompts, a line each")
         group = re.sub("^(animal|human)$", r"live_subject_\1", file.parent.name)
-        yield f"{group}_{Path(path).name}_{label.lower().replace(' ', '_')}", pictures[path], label, prompts
+        name = re.sub(r"\W+", "_", f"{group}_{Path(path).name}_{label.lower()}")
+        yield name, pictures[path], label, prompts
 
 
 def draw(pipeline, subjects, out, n):
     """Draw each prompt n times, in the scorer's layout. Raises ValueError first if anything is wrong."""
-    texts, folders, done = [], {}, 0
+    texts, files = [], {}
     for name, file, label, prompts in subjects:
-        other = folders.setdefault(unicodedata.normalize("NFC", name).casefold(), file)
+        other = files.setdefault(name.casefold(), file)
         require(other is file, f"{file} and {other} would share the folder {name}")
-        require(not re.search(r"^\.|[/\\]", name), f"{file}: {name} cannot name a folder: change the label")
         texts.append([check_words(pipeline, f"{object_line(label)}\n{prompt}") for prompt in prompts])
         for text in texts[-1]:
             pipeline.collate.encode(text, 1)
         load_image(file)
     for (name, file, _, prompts), asked in zip(tqdm(subjects, disable=None), texts):
-        source, jpeg = load_image(file), io.BytesIO()
-        Image.fromarray(source).save(jpeg, "JPEG", quality=95)
-        samples = [Sample("subject_driven", text, [source]) for text in asked for _ in range(n)]
+        reference, jpeg = load_image(file), io.BytesIO()
+        Image.fromarray(reference).save(jpeg, "JPEG", quality=95)
         for kind in ("src_image", "text", "tgt_image"):
             (out / kind / name).mkdir(parents=True)
-        for i, picture in enumerate(pipeline.draw(samples, seed=done, batch_size=16)):
+        samples = [Sample("subject_driven", text, [reference]) for text in asked for _ in range(n)]
+        for i, picture in enumerate(pipeline.draw(samples, batch_size=16)):
             stem = f"{name}/{i // n}_{i % n}"
             (out / f"src_image/{stem}.jpg").write_bytes(jpeg.getvalue())
             (out / f"text/{stem}.txt").write_text(prompts[i // n], encoding="utf-8")
             Image.fromarray(picture).save(out / f"tgt_image/{stem}.jpg", quality=95)
-        done += len(samples)
 
 
 def main(arguments):
     """Run the command line."""
-    parser = argparse.ArgumentParser("dreambench", usage=__doc__)
+    parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("model")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--n", type=int, default=1, help="drawings of each prompt")
     options = parser.parse_args(arguments)
-    out, folder = options.out.expanduser(), options.folder
+    out, listed = options.out.expanduser(), options.folder / "prompts_and_classes.txt"
     require(options.n > 0, f"--n={options.n}: must be at least 1")
     require(not out.exists() or not any(out.iterdir()), f"--out={out} is not empty: choose another")
-    subjects = [*dreambench(folder), *dreambench_plus(folder)]
-    require(subjects, f"{folder}: has no captions/**/*.txt and no prompts_and_classes.txt")
+    subjects = list(dreambench(listed) if listed.is_file() else dreambench_plus(options.folder))
     draw(Pipeline(options.model, best_device()), subjects, out, options.n)
     print(f"wrote {len(subjects)} subjects to {out}")
 

@@ -1,16 +1,22 @@
 """Go on from a trained run: with your own pictures, another mix, or more steps.
 
     python -m extras.finetune tiny --start_from=trained/tiny --instruct.steps=300 --out=out/more
-    python -m extras.finetune tiny --start_from=out/pets --data=cats --out=out/cats
 
-The tokenizer of --start_from is taken over, its last weights become this run's stage `align`, and `instruct` (or what
---stage names) starts from them. All other arguments are train.py's. Words that the old run did not know are added to
-its text tokenizer; another image tokenizer or other sizes are refused.
+The last weights of --start_from become this run's stage `align`, from which `instruct` starts. Its tokenizer
+stays, its text tokenizer learns new words. Other arguments are train.py's; all sizes must be as they were.
+
+For example, trained on pictures of some pets, and then on four of a new one, rex/1.jpg and so on with captions
+like "Rex on a sofa" in rex/1.txt, it draws Rex elsewhere:
+
+    python train.py tiny --data=pets --out=out/pets
+    python -m extras.finetune tiny --start_from=out/pets --data=rex --instruct.steps=200 --out=out/rex
+    python sample.py out/rex "Rex on a bed"
 """
 
+import argparse
 import json
+import os
 import shutil
-import struct
 from pathlib import Path
 
 import sample
@@ -18,49 +24,49 @@ import train
 from tokenizer import TextTokenizer, file_hash, require, write_json
 
 
-def extended(tokenizer, text):
-    """A TextTokenizer with the words of a text that it lacks, all its own ids the same. A SentencePiece model is a protobuf
+def extended(words, others):
+    """A TextTokenizer with another's pieces too, its own ids the same. A SentencePiece model is a protobuf
     message, whose list of pieces goes on with those that are written after its end."""
-    proto = tokenizer.proto
-    for piece in dict.fromkeys(tokenizer.pieces.normalize(word) for word in tokenizer.unknown_words(text)):
-        piece = piece.encode()
-        require(len(piece) < 100, f"{piece.decode()!r}: a word must have less than 100 bytes")
-        entry = b"\x0a" + bytes([len(piece)]) + piece + b"\x15" + struct.pack("<f", -20)  # and its score
-        proto += b"\x0a" + bytes([len(entry)]) + entry
+    proto = words.proto
+    for piece in map(others.pieces.id_to_piece, range(3, others.pieces.vocab_size())):
+        if words.pieces.piece_to_id(piece) == words.UNKNOWN:
+            piece = piece.encode()
+            require(len(piece) < 120, f"{piece.decode()}: such a long word cannot be added")
+            proto += bytes([10, len(piece) + 2, 10, len(piece)]) + piece  # 10: a list's item, an item's text
     return TextTokenizer(proto)
 
 
-def take_over(start, run, source):
-    """Copy into the run's folder what it starts from: `start`, the folder of a finished stage. Raises ValueError if the
-    folder holds something else already."""
-    out, origin = Path(run.out), {"imported from": file_hash(start / "model.safetensors")}
-    record = out / "align" / "stage.json"
-    if record.is_file() or (out / "tokenizer").exists():
-        same = record.is_file() and json.loads(record.read_text()) == origin
-        return require(same, f"{out} does not hold what --start_from={start} does: choose another --out")
-    for stage, folder in (("tokenizer", start.parent / "tokenizer"), ("align", start)):
-        shutil.copytree(folder, out / stage)
-        if stage == "tokenizer":
-            write_json(out / stage / "stage.json", origin)
-    words = TextTokenizer((start.parent / "spiece.model").read_bytes())
-    if words.whole_words:
-        words = extended(words, " ".join(source.text_tokenizer().known_words()))
-    (out / "spiece.model").write_bytes(words.proto)
-    write_json(record, origin)  # last: now all is there
+def take_over(start, out, source):
+    """Copy what a run starts from into its folder: `start`, the folder of a finished stage."""
+    weights, record = file_hash(start / "model.safetensors"), out / "align" / "stage.json"
+    if record.is_file() and json.loads(record.read_text()).get("imported from") == weights:
+        return
+    require(not out.is_dir() or not any(out.iterdir()),
+            f"{out} is not empty, and did not start from {start}: choose another --out")
+    words, tokenizer = TextTokenizer((start.parent / "spiece.model").read_bytes()), start.parent / "tokenizer"
+    words = extended(words, source.text_tokenizer()) if words.whole_words else words
+    origin = {"imported from": weights, "text tokenizer": words.digest,
+              "weights of tokenizer": file_hash(tokenizer / "model.safetensors")}
+    for stage, folder in (("tokenizer", tokenizer), ("align", start)):
+        (out / stage).mkdir(parents=True)
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(folder / name, out / stage)
+        (out / "spiece.model").write_bytes(words.proto)
+        write_json(out / stage / "stage.json", origin)  # align's comes last: now all is there
 
 
 def main(arguments):
     """Run the command line."""
-    starts = [a.partition("=")[2] for a in arguments if a.startswith("--start_from=")]
-    if len(starts) != 1 or {"-h", "--help"} & set(arguments):
-        return print(__doc__)
-    rest = [a for a in arguments if not a.startswith("--start_from=")]
-    run, start = train.parse(rest), sample.newest_stage(Path(starts[0]).expanduser())
+    parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
+    parser.add_argument("--start_from", required=True)
+    options, rest = parser.parse_known_args(arguments)
+    rest[1:1] = ["--stage=instruct"]
+    run = train.parse(rest)
     source = train.open_source(run)
-    take_over(start, run, source)
-    stage = [] if run.stage != "all" else ["--stage=instruct"]
-    train.main([*rest, *stage], lambda run: source)
+    if int(os.environ.get("RANK", 0)) == 0:  # other processes wait for it in train.main
+        take_over(sample.newest_stage(Path(options.start_from).expanduser()), Path(run.out), source)
+    train.main(rest, lambda run: source)
 
 
 if __name__ == "__main__":
-    sample.cli(main, "finetune")
+    sample.cli(main, "extras.finetune")

@@ -34,7 +34,7 @@ from data import Batch
 from extras import bench, plan
 from tokenizer import require, write_json
 
-ROOT, TOTAL = Path(__file__).parent.parent, 470
+ROOT = Path(__file__).parent.parent
 
 
 def note(o, name, **values):
@@ -70,7 +70,7 @@ def by_hand(model, cache):
     before, stream, graph = [tensor.clone() for tensor in state], torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        model.decode_step(codes, cache)  # at their first call libraries allocate, which is not recorded
+        model.decode_step(codes, cache)  # libraries allocate at their first call
     torch.cuda.current_stream().wait_stream(stream)
     with torch.cuda.graph(graph):
         logits = model.decode_step(codes, cache)
@@ -96,7 +96,7 @@ def draw(o):
     def measure(prompts, name, step, started, **more):
         seconds = bench.median_seconds({0: bench.again(step, started, count)}, o.device)[0] / count
         limit = bench.step_limit(model, prompts, filled, limits)
-        note(o, f"{prompts} {name}", ms=1e3 * seconds, limit=limit / seconds, **more)
+        note(o, f"{prompts} {name}", ms=1e3 * seconds, of_limit=limit / seconds, **more)
 
     for prompts in sizes:
         started, _ = bench.start(model, prompts, prefix)
@@ -133,7 +133,7 @@ def made_up(run, count, tokens, device):
 
 
 def train_one(o, run, machine, tokens):
-    """A stage as it is, without cuDNN's attention, and compiled, over three lengths of prompts."""
+    """A stage as it is, without cuDNN's attention, and compiled, for prompts of three lengths."""
     (flops, memory), micro = plan.costs(o.part, run, machine, tokens, 1), run.micro_batch
     planned, cuda = sum(memory.values()) - memory["codes"], o.device.type == "cuda"
     if cuda and planned > torch.cuda.mem_get_info()[1]:
@@ -166,8 +166,8 @@ def train_one(o, run, machine, tokens):
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         measure("without cuDNN's attention", stage)
     with patch.object(torch, "compile", torch.compile if cuda else lambda function, **_: function):
-        run = replace(run, compile=True)
-        measure("compiled blocks", train.MentorStage(o.part, run, machine, stage.model, stage.vqgan[0]).train())
+        parts = replace(run, compile=True), machine, stage.model, stage.vqgan[0]
+        measure("compiled blocks", train.MentorStage(o.part, *parts).train())
 
 
 def training(o):
@@ -183,6 +183,12 @@ def training(o):
 
 
 # --- The rest -------------------------------------------------------------------------------------------
+
+
+def run_and_note(o, name, *arguments):
+    """Run Python; note its exit code and last line."""
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
+    note(o, name, exit_code=done.returncode, says=(done.stdout + done.stderr).splitlines()[-1][-300:])
 
 
 def presets(o):
@@ -218,22 +224,16 @@ def memory(o):
     count, preset = (8, "tiny") if o.small else (128, "small")
     with tempfile.TemporaryDirectory() as out:
         for name, *more in (("too large",), ("the next run", "--micro_batch=8")):
-            keys = [preset, "--stage=tokenizer", "--tokenizer.steps=2", f"--tokenizer.global_batch={count}", *more]
-            command = [sys.executable, "-c", SMALL_CARD, *keys, f"--out={out}", f"--device={o.device}"]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-            note(o, name, exit_code=done.returncode, says=(done.stdout + done.stderr).splitlines()[-1][-300:])
+            run_and_note(o, name, "-c", SMALL_CARD, preset, "--stage=tokenizer", "--tokenizer.steps=2", *more,
+                         f"--tokenizer.global_batch={count}", f"--out={out}", f"--device={o.device}")
 
 
 def tests(o):
-    """The tests that need a GPU."""
-    if importlib.util.find_spec("pytest") is None:
-        return note(o, "pytest", says="not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "tests/test_cuda.py"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    note(o, "pytest", exit_code=done.returncode, says=done.stdout.strip().splitlines()[-1])
+    """The tests that need a GPU; without pytest `agree` must do."""
+    run_and_note(o, "pytest", "-m", "pytest", "-q", "tests/test_cuda.py")
 
 
-# seconds; the most telling first
+# seconds
 PARTS = {"agree": 50, "draw": 150, "align": 90, "instruct": 90, "memory": 40, "tests": 60, "presets": 110}
 
 
@@ -243,8 +243,8 @@ def main(arguments):
     parser.add_argument("--out", default="gpu.json")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--part", choices=PARTS)
-    o, begun = parser.parse_args(arguments), time.monotonic()
+    parser.add_argument("--part")
+    o, end = parser.parse_args(arguments), time.monotonic() + 470
     require(o.device.type != "cuda" or torch.cuda.is_available(), "no CUDA here; try --small --device=cpu")
     name = torch.cuda.get_device_name(o.device) if o.device.type == "cuda" else "CPU"
     o.peak = 989e12 if re.search("H[12]00", name) else 312e12  # FLOPs/s, an A100's
@@ -257,7 +257,7 @@ def main(arguments):
         command.append(f"--out={Path(o.out).resolve()}")
         process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
         try:
-            code = process.wait(max(1, min(limit, TOTAL - (started - begun))))
+            code = process.wait(max(1, min(limit, end - started)))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             code = process.wait() and "time is up"

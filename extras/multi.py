@@ -4,14 +4,12 @@
     python -m extras.multi train tiny --instruct.mix=subject_driven:1,multi_image:1 --out=out/multi
     python -m extras.multi sample out/query "The star in <image>.\\nA big star at the top" --images=star.png
 
-These are train.py and sample.py, which know in addition
+These are train.py and sample.py, with
 
     --model.connector=query   a small Q-Former (MENTOR section 3.1): --model.n_query learned queries per image
     multi_image               a task: images of two subjects and a caption -> the scene with both
     in_context                a task: two scenes, each before and after a change that no word names, and a
                               third -> the third after it
-
-A model with the query connector always needs this program.
 """
 
 import itertools
@@ -31,7 +29,7 @@ from tokenizer import require
 
 
 class CrossAttention(Attention):
-    """Attention from x (M, Q, D) to a source (M, K, D'); mask (M, 1, 1, K) bool: what of it is real."""
+    """Attention from x (M, Q, D) to source (M, K, D'); mask (M, 1, 1, K) bool: what of it is real."""
 
     def __init__(self, width, n_head, source_width):
         super().__init__(width, n_head)
@@ -98,8 +96,8 @@ def multi_image(world, rng, held_out=False):
     return Sample("multi_image", data.subject_prompt(world, scene), images, world.draw(scene), scene)
 
 
-# A rule (color, corner) paints the subject and moves it there; None leaves it as it is. An eighth of those that
-# do both is held out.
+# A rule (color, corner) paints the subject and moves it; None leaves it as it is. An eighth of those that do
+# both is held out.
 RULES = list(itertools.product((None, *range(len(COLORS))), (None, 0, 2, 6, 8)))
 HELD_OUT_RULES = [rule for rule in RULES if None not in rule and sum(rule) % 8 == 0]
 TRAIN_RULES = [rule for rule in RULES[1:] if rule not in HELD_OUT_RULES]  # the first does nothing

@@ -48,7 +48,7 @@ def forward_pass(pretrain, model, tokens, images, s, checkpoint):
         return 4 * layers * width + block if checkpoint else layers * block
 
     v, t, d, cast = model.config.vision, model.config.text, model.config.decoder, s == 2
-    prompts = [tokens, model.config.image_tokens + tokens][: 1 + pretrain]  # again, words hidden
+    prompts = [tokens, model.config.image_tokens + tokens][: 1 + pretrain]  # words hidden
     P, pairs, inner = sum(prompts), sum(n * n for n in prompts), t.n_head * t.head_width
     T, patches, seen = tokens + d.n_code - 1, (images + pretrain) * (1 + v.n_patch), v.n_layer - 1 + pretrain
     vision, connector, text, blocks = *model.encoder.children(), model.decoder.blocks
@@ -114,7 +114,7 @@ def main(arguments):
             print(name, *["--checkpoint"] * checkpoint, f"{hours:.3g} h, {flops:.3g} FLOPs a sample,",
                   f"{memory['gradients'] // 4:,} of {memory['weights'] // 4:,} weights train\n    GiB:",
                   *(f"{what} {size / 2**30:.3g}," for what, size in memory.items()), f"at most {most:.3g}:",
-                  "fits" if most < 0.94 * cards.gigabytes else "does not fit")  # CUDA takes some
+                  "fits" if most < 0.94 * cards.gigabytes else "does not fit")  # CUDA's own
 
 
 if __name__ == "__main__":

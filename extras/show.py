@@ -23,7 +23,7 @@ from PIL import Image
 
 import sample
 import train
-from data import Sample, Shapes, center_crop, load_image, to_picture, tokenizer_pixels
+from data import Sample, Shapes, center_crop, to_picture, tokenizer_pixels
 from tokenizer import flatten, rebuild, require
 
 # --- Curves ---
@@ -52,7 +52,7 @@ def curves(root):
     charts = ""
     for stage in train.STAGES:
         log = root / stage / "log.jsonl"
-        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+        lines = [json.loads(line) for line in open(log)] if log.is_file() else []
         if lines:
             charts += f"<figure class=chart>{stage}" + chart({
                 "train": [(x["step"], x.get("reconstruction") or
@@ -85,7 +85,7 @@ def held_out_samples(source, task, count):
 
 
 def features(pipeline, pictures):
-    """Pictures -> (M, N * C), whose products are the mean cosine of their codes' vectors, cell by cell."""
+    """Pictures -> (M, N * C), whose products are the mean cosines of their codes' vectors."""
     images = torch.stack([tokenizer_pixels(p, pipeline.size) for p in pictures]).to(pipeline.device)
     vectors = pipeline.vqgan.quantize.codebook().detach()[pipeline.vqgan.encode(images)]
     return vectors.flatten(1) / vectors.shape[1] ** 0.5
@@ -102,7 +102,7 @@ def drawings(pipeline, samples, pool):
                    figure(drawn[i], "drawn"), figure(pool[which[i]], f"nearest {near[i]:.2f}"),
                    figure(asked[i], f"asked for {usual[i]:.2f}"), figure(made[i], "tokenizer")]
         rows += f"<div class=row><b>{escape(s.prompt)}</b><div>{''.join(figures)}</div></div>"
-    return {"ROWS": rows, "POOL": len(pool), "NEAR": f"{near.mean():.2f}", "USUAL": f"{usual.mean():.2f}"}
+    return {"ROWS": rows, "NEAR": f"{near.mean():.2f}", "USUAL": f"{usual.mean():.2f}"}
 
 
 # --- Inside one drawing ---
@@ -149,7 +149,7 @@ def inside(pipeline, prompt):
     ids = torch.tensor(pipeline.collate.encode(prompt.prompt, len(prompt.images)))
     is_word, to_prompt, to_codes = ids != text.image_id, attention[:, : len(ids)], attention[:, len(ids) :]
     to_images = to_prompt[:, ~is_word].split(n_patch, 1)[: len(prompt.images)]
-    p, words, *seen = ((1000 * x).round().int().tolist()  # short numbers for the page
+    p, words, *seen = ((1000 * x).round().int().tolist()  # for a short page
                        for x in (chances.gather(1, others), to_prompt[:, is_word], to_codes, *to_images))
     names = (text.pieces.id_to_piece(i).replace("▁", " ") for i in ids[is_word].tolist())
     drawn, side, n = to_picture(vqgan.decode(codes)[0]), vqgan.config.grid_size, round(n_patch**0.5)
@@ -178,34 +178,31 @@ polyline { fill: none; stroke: currentColor }
 .held { color: #d9702e; stroke-width: 4; stroke-linecap: round }
 .row { display: flex; gap: 20px }
 .row > * { flex: 1 }
-.row b { font-weight: normal; white-space: pre-wrap }
-#picture figure, #k { width: 100% }
+.row b { white-space: pre-wrap; font-weight: normal }
+#picture figure, input { width: 100% }
 #best div { background: url(SHEET) 0 / 600% }
 #seen figure { width: 240px }
 i { background: #fbfaf6 }
-.on { background: none; outline: 3px solid #d9702e; z-index: 1 }
 [data-p]::after { content: attr(data-p) }
 span { display: inline-block; padding: 2px 6px }
 span::after { display: block; font-size: 11px }
 </style><h2>TITLE: how it learned</h2><p>Loss by step, <b class=train>training</b> and
 <b class=held>held out</b>: in nats per code (GUESS is guessing), of the tokenizer a squared error.</p>
 CURVES<h2>What it draws</h2><p>Beside each drawing is the nearest of POOL training pictures, by the mean
-cosine of the codes' vectors, cell by cell. Drawings are on average <b>NEAR</b> near to theirs, what was asked
-for <b>USUAL</b>; one that is much nearer is remembered. Last, what the tokenizer makes of the picture asked
-for, the best that the model could draw.</p>ROWS<h2>Inside one drawing</h2><p>Click a code, or move the
-slider: what comes after it is not drawn yet. Probabilities are the model's, before guidance and temperature;
-attention is that with which the code was chosen, averaged over layers and heads.</p>
-<div class=row><div id=picture>PICTURE<input id=k type=range></div>
+cosine of the codes' vectors. Drawings are NEAR near on average, what was asked for USUAL; one that is much
+nearer is remembered. Last is what the tokenizer makes of the picture asked for.</p>ROWS
+<h2>Inside one drawing</h2><p>Click a code, or move the slider. Probabilities are the model's, before guidance
+and temperature; attention is averaged over layers and heads.</p>
+<div class=row><div id=picture>PICTURE<input type=range></div>
 <div><b>PROMPT</b><p>Drawn code, and the best others</p><div id=best>CARDS</div><p>Attention</p>WORDS
 <div id=seen>SEEN</div></div></div><h2>How it was made</h2>COMMAND<script>
-const D = DATA, N = D.p.length, slider = document.querySelector('#k')
+const D = DATA, N = D.p.length, slider = document.querySelector('input')
 const all = (selector, part = document) => part.querySelectorAll(selector)
 const percent = w => (w / 10).toFixed(1) + '%'
 function show(k) {
   slider.value = k
   all('#picture i').forEach((c, i) => {
-    c.style.opacity = i < k ? 0 : i > k ? .85 : 1
-    c.className = i == k ? 'on' : ''
+    c.style = i == k ? 'background: none; outline: 3px solid #d9702e' : `opacity: ${i < k ? 0 : .85}`
   })
   all('#best figure').forEach((f, i) => {
     f.firstChild.style.backgroundPosition = `${20 * i}% ${100 * k / (N - 1)}%`
@@ -229,14 +226,11 @@ show(N / 2 + Math.sqrt(N) / 2)
 
 
 def made_by(run):
-    """A command that leads to the run's keys, of all presets' the shortest."""
-    commands = []
-    for preset in train.PRESETS:
-        base = flatten(train.parse([preset])) | {"train_scale": run.train_scale}
-        texts = (f"--{key}={'true' if value is True else str(value).strip('()')}"
-                 for key, value in flatten(run).items() if value != base[key])
-        commands.append(shlex.join(["python", "train.py", preset, *texts]))
-    return min(commands, key=len)
+    """A command that leads to the run's keys."""
+    tiny = flatten(train.parse(["tiny"])) | {"train_scale": run.train_scale}  # steps are scaled
+    keys = (f"--{key}={'true' if value is True else str(value).strip('()')}"
+            for key, value in flatten(run).items() if value != tiny[key])
+    return shlex.join(["python", "train.py", "tiny", *keys])
 
 
 def page(pipeline, prompt, stage):
@@ -245,15 +239,14 @@ def page(pipeline, prompt, stage):
     source = train.open_source(run)
     tasks = [task for task in train.parse_mix(pipeline.mix) if task in source.tasks][::-1]
     samples = [s for task in tasks for s in held_out_samples(source, task, 3)]
-    if not prompt.prompt and not prompt.images:
-        prompt = next((s for s in samples if s.images), samples[0])
+    prompt = prompt if prompt.prompt else samples[0]
     seen = train.make_dataset(stage.name, run, source)
     pool = [seen[i].target for i in range(min(2000, seen.count))]
     values = {"TITLE": escape(stage.parent.name), "CURVES": curves(stage.parent),
               "GUESS": f"{np.log(run.vqgan.codebook_size):.2f}", "COMMAND": escape(made_by(run)),
-              "CARDS": "<figure><div></div><figcaption></figcaption></figure>" * 6,
+              "POOL": str(len(pool)), "CARDS": "<figure><div></div><figcaption></figcaption></figure>" * 6,
               **drawings(pipeline, samples, pool), **inside(pipeline, prompt)}
-    return re.sub("|".join(values), lambda key: str(values[key[0]]), PAGE)
+    return re.sub("|".join(values), lambda key: values[key[0]], PAGE)
 
 
 # --- A picture growing, and guidance ---
@@ -261,16 +254,14 @@ def page(pipeline, prompt, stage):
 
 def growing(picture, side):
     """A picture appearing code by code, side x side of them, in 32 frames: cells not yet drawn are grey."""
-    frames, cell = [], len(picture) // side
-    for last in np.linspace(0, side**2 - 1, 32).astype(int):
-        frame, row, column = picture.copy(), last // side * cell, last % side * cell
-        frame[row + cell :] = frame[row:, column + cell :] = 200
-        frames.append(sample.enlarged([frame]))
-    return frames
+    cell, last = len(picture) // side, side**2 - 1
+    code = np.arange(last + 1).reshape(side, side).repeat(cell, 0).repeat(cell, 1)[..., None]  # of each pixel
+    frames = (np.where(code > k, np.uint8(200), picture) for k in np.linspace(0, last, 32).astype(int))
+    return [sample.enlarged([frame]) for frame in frames]
 
 
 def guidance(pipeline):
-    """Rows of pictures: references, then the same held-out prompts at four scales; prints CP and PF."""
+    """Rows of pictures: references, then their prompts drawn at four scales; prints CP and PF."""
     require(pipeline.record["data"] == Shapes.digest, "guidance is scored in the world of shapes alone")
     world = Shapes(pipeline.size)
     judge, samples = sample.Judge(world), held_out_samples(world, "subject_driven", 128)
@@ -287,13 +278,11 @@ def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path, help="of a run, or of a stage in it")
     parser.add_argument("--prompt", default="", help="of the drawing (the page: default a held-out one)")
-    parser.add_argument("--images", action="append", default=[], metavar="FILE", help="once for each <image>")
-    parser.add_argument("--out", type=Path, help=".html, .gif or .png (default: show.html in the folder)")
+    parser.add_argument("--out", type=Path, help=".html, .gif or .png (default: FOLDER/show.html)")
     options = parser.parse_args(arguments)
     out, stage = options.out or options.folder / "show.html", sample.newest_stage(options.folder)
     pipeline = sample.Pipeline(stage, sample.best_device())
-    prompt = sample.check_words(pipeline, options.prompt.replace("\\n", "\n"))
-    prompt = Sample("prompt", prompt, [load_image(file) for file in options.images])
+    prompt = Sample("prompt", sample.check_words(pipeline, options.prompt), [])
     if out.suffix == ".gif":
         first, *frames = growing(pipeline.draw([prompt])[0], pipeline.vqgan.config.grid_size)
         first.save(out, save_all=True, append_images=frames, duration=[80] * 31 + [1500], loop=0)

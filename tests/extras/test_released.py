@@ -65,8 +65,7 @@ def run_import(tmp_path, keys, *more):
 def test_parts_in_then_everything_out_and_in_has_the_same_bits(files, tmp_path):
     keys, model, vqgan = files
     out = run_import(tmp_path, keys)
-    pipeline = Pipeline(out, "cpu")
-    assert same_weights(pipeline.model, model) and same_weights(pipeline.vqgan, vqgan)
+    assert same_weights(Pipeline(out, "cpu").model, model) and same_weights(Pipeline(out, "cpu").vqgan, vqgan)
     assert f'"t5": "{tmp_path}/t5"' in (out / "pretrain" / "stage.json").read_text()
     new = [f"--mentor={tmp_path}/whole.pt", f"--vq={tmp_path}/codes.pt"]
     released.main(["export", str(out), *new])
@@ -458,7 +457,7 @@ def test_a_run_on_a_manifest_trains_draws_and_goes_on_only_with_the_same(folder)
     assert Pipeline(folder / "out", "cpu").text_tokenizer.unknown_words("The bar in a box on green") == []
     with pytest.raises(ValueError, match="data"):
         released.main([*run, f"--data={write(folder, ALL * 2)}", f"--backgrounds={folder}"])
-    command = [sys.executable, "-m", "extras.released", "train", "tiny", "--data=lost.jsonl"]
+    command = f"{sys.executable} -m extras.released train tiny --data=lost.jsonl".split()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "extras.released: lost.jsonl: there is no such file" in done.stderr
 

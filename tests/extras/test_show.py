@@ -24,8 +24,9 @@ from tokenizer import flatten
 TINY = str(ROOT / "trained" / "tiny")
 
 
-def decoded(uri):
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,")))))
+def pictures_in(html):
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(code))))
+            for code in re.findall(r"url\(data:image/png;base64,([\w+/=]*)\)", html)]
 
 
 def values_of(page):
@@ -48,26 +49,31 @@ def tiny_page(tmp_path_factory):
 
 def test_the_page_needs_nothing_else(tiny_page):
     page = tiny_page.read_text()
-    sources, bare = re.findall(r'src="([^"]*)"', page), re.sub(r"data:image/png;base64,[\w+/=]*", "", page)
+    pictures, bare = pictures_in(page), re.sub(r"data:image/png;base64,[\w+/=]*", "", page)
     assert "This run has no log.jsonl" in page and "<svg" not in page and "the nearest of 50 training" in page
-    assert not re.search(r"https?:|//\w|<link|@import|src=[^\"]", bare)
-    assert len(sources) == 4 * 3 * 5 - 3 and all(decoded(uri).shape == (32, 32, 3) for uri in sources)
-    assert all(bare.count(f"<{t}") == bare.count(f"</{t}>") for t in ("figure", "table", "script", "div"))
-    assert not re.search("TITLE|CURVES|POOL|NEAR|USUAL|ROWS|PROMPT|COMMAND|DATA", bare)
+    assert not re.search(r"https?:|//\w|<link|@import|src=", bare)
+    assert sum(p.shape == (32, 32, 3) for p in pictures) == 4 * 3 * 5 - 3 + 3                # and those inside
+    assert all(bare.count(f"<{t}>") + bare.count(f"<{t} ") == bare.count(f"</{t}>")
+               for t in ("figure", "p", "b", "script", "div", "i"))
+    assert not re.search("[A-Z]{4}", bare.replace("DOM", ""))
 
 
 def test_inside_shows_the_drawing_of_sample_py(pipeline, prompt):
-    values, layers = show.inside(pipeline, prompt), pipeline.model.config.decoder.n_layer
-    drawn = to_picture(pipeline.vqgan.decode(torch.tensor(values["codes"])[:, :1].T)[0])
-    assert np.array_equal(decoded(values["picture"]), drawn)
-    assert np.array_equal(decoded(values["picture"]), pipeline.draw([prompt])[0])
-    assert values["words"].count("") == values["patches"] == 16 and values["words"][-1] == "</s>"
-    assert "".join(values["words"]).split()[:2] == prompt.prompt.lower().split()[:2]
-    attention, others = np.array(values["attention"]), np.array(values["p"])[:, 1:]      # in thousandths
-    assert attention.shape == (layers + 1, 64, len(values["words"]) + 63)
-    assert np.abs(attention.sum(-1) - 1000).max() <= attention.shape[-1] / 2
-    assert np.abs(attention[1:].mean(0) - attention[0]).max() <= 1
-    assert (np.diff(others) <= 0).all() and all(len(set(codes)) == 6 for codes in values["codes"])
+    page = show.inside(pipeline, prompt)
+    values, words = json.loads(page["DATA"]), re.findall("<span>(.*?)</span>", page["WORDS"])
+    codes, drawn = torch.tensor(values["codes"])[:, :1].T, pipeline.draw([prompt])[0]
+    assert np.array_equal(pictures_in(page["PICTURE"])[0], drawn)
+    assert np.array_equal(to_picture(pipeline.vqgan.decode(codes)[0]), drawn)
+    before, reference = pictures_in(page["SEEN"])
+    assert np.array_equal(before, drawn) and np.array_equal(reference, prompt.images[0])
+    assert "".join(words).split()[:2] == prompt.prompt.lower().split()[:2] and words[-1] == "&lt;/s&gt;"
+    shares = [np.array(values["words"]), *map(np.array, values["seen"])]                # in thousandths
+    assert [s.shape for s in shares] == [(64, len(words)), (64, 63), (64, 16)]
+    assert np.abs(sum(s.sum(1) for s in shares) - 1000).max() <= (len(words) + 79) / 2
+    assert (np.diff(np.array(values["p"])[:, 1:]) <= 0).all() and shares[1].any() and shares[2].any()
+    assert all(len(set(codes)) == 6 for codes in values["codes"])
+    text = show.inside(pipeline, Sample("", "A big red star at the top on a green background", []))
+    assert len(json.loads(text["DATA"])["seen"]) == len(pictures_in(text["SEEN"])) == 1
 
 
 def test_attention_and_probabilities_are_those_of_drawing(pipeline, prompt, monkeypatch):
@@ -85,9 +91,9 @@ def test_attention_and_probabilities_are_those_of_drawing(pipeline, prompt, monk
     sample.generate(pipeline.model, pipeline.collate([prompt]), pipeline.model.config.sampling,
                     [torch.Generator().manual_seed(0)])
     torch.testing.assert_close(probabilities, torch.stack(logits).softmax(-1), atol=1e-4, rtol=0)
-    steps = torch.stack(maps).unflatten(0, (63, -1)).transpose(0, 1)            # (layers, 63, cache)
-    torch.testing.assert_close(attention[:, 1:], steps[..., : attention.shape[-1]], atol=1e-5, rtol=0)
-    assert attention[:, 0, -63:].max() == 0                                     # no code was before the first
+    steps = torch.stack(maps).unflatten(0, (63, -1)).mean(1)                    # (63, cache)
+    torch.testing.assert_close(attention[1:], steps[:, : attention.shape[1]], atol=1e-5, rtol=0)
+    assert attention[0, -63:].max() == 0                                        # no code was before the first
 
 
 def test_a_swapped_code_is_decoded_in_its_place(pipeline):
@@ -107,22 +113,24 @@ def test_the_nearest_training_picture_is_found(pipeline, world, monkeypatch):
     pool = [dataset[i].target for i in range(20)]
     monkeypatch.setattr(pipeline, "draw", lambda samples: [pool[7]])
     result = show.drawings(pipeline, [dataset[30]], pool)
-    (drawn, _), (nearest, words) = re.findall(r'src="([^"]*)"><figcaption>(.*?)<', result["ROWS"])[:2]
-    assert drawn == nearest and words == "nearest 1.00" and np.array_equal(decoded(nearest), pool[7])
-    assert result["NEAR"] == "1.00" > result["USUAL"]
+    drawn, nearest, asked, made = pictures_in(result["ROWS"])
+    assert np.array_equal(drawn, pool[7]) and np.array_equal(nearest, pool[7])
+    assert np.array_equal(asked, dataset[30].target) and np.array_equal(made, pipeline.rebuild([asked])[0])
+    assert "nearest 1.00<" in result["ROWS"] and result["NEAR"] == "1.00" > result["USUAL"]
 
 
 def test_curves_compare_what_can_be_compared(tmp_path):
-    lines = [{"step": 10, "loss": 5.0},
-             {"step": 200, "loss": 3.0, "contrastive": 0.5, "hidden_words": 0.5, "held_out": 2.0}]
-    (tmp_path / "pretrain").mkdir()
-    (tmp_path / "pretrain/log.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    chart = show.curves(tmp_path, train.PRESETS["tiny"])
+    logs = {"tokenizer": [{"step": 1, "loss": -0.5, "reconstruction": 0.1}],             # with an adversary
+            "pretrain": [{"step": 10, "loss": 5.0}, {"step": 200, "loss": 3.0, "contrastive": 0.5,
+                                                     "hidden_words": 0.5, "held_out": 2.0}], "align": []}
+    for stage, lines in logs.items():
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    tokenizer, chart = show.curves(tmp_path).split("</figure>")[:-1]
     points = {name: at.split() for name, at in re.findall(r'class=(\w+) points="([^"]*)"', chart)}
     assert points["train"][-1] == points["held"][-1] == "410.0,206.0" and points["train"][0][:5] == "62.3,"
-    assert points["guess"][0].endswith(",16.0") and chart.count("<svg") == chart.count("</figure>") == 1
-    assert {"0", "50", "200", "2", "5.5"} <= set(re.findall(r">([\d.]+)</text>", chart))
-    assert "polyline" in show.chart({"train": [(1, -0.5), (2, 0.5)]})                    # an adversarial loss
+    assert {"0", "40", "200", "2", "5"} <= set(re.findall(r">([\d.]+)</text>", chart))
+    assert "<polyline" in tokenizer and "nan" not in tokenizer
 
 
 def test_own_pictures_and_the_logs_that_training_writes(monkeypatch, tmp_path):
@@ -137,11 +145,11 @@ def test_own_pictures_and_the_logs_that_training_writes(monkeypatch, tmp_path):
     train.main(keys)
     show.main([f"{tmp_path}/run"])
     page, run = (tmp_path / "run/show.html").read_text(), train.parse(keys)
-    assert page.count("<svg") == len(re.findall(r'class=held points="\d', page)) == 4
+    assert page.count("<svg") == len(re.findall(r'class=held points="\d', page)) == 4 and "(3.47 is" in page
     dataset = train.make_dataset("instruct", run, train.open_source(run))
     assert int(re.search(r"the nearest of (\d+) training", page)[1]) == dataset.count >= 12
-    assert "subject_driven" in page and values_of(page)["images"]
-    command = shlex.split(re.search("<pre>(.*)", page)[1].replace("&#x27;", "'"))
+    assert len(values_of(page)["seen"]) == 2                                             # a reference
+    command = shlex.split(re.search("</h2>(python .*)<script>", page)[1].replace("&#x27;", "'"))
     assert command[:3] == ["python", "train.py", "tiny"] and train.parse(command[2:]) == run
     keys = ["small", "--vqgan.ch_mult=1,2,4", "--compile=true", "--align.lr=0.002", "--train_scale=0.013"]
     made = train.parse(shlex.split(show.made_by(train.parse(keys)))[2:])
@@ -150,7 +158,7 @@ def test_own_pictures_and_the_logs_that_training_writes(monkeypatch, tmp_path):
 
 def test_gif(pipeline, tmp_path):
     words = "A big red star at the top left on a green background"
-    show.main(["gif", TINY, words, f"--out={tmp_path}/star.gif"])
+    show.main([TINY, f"--prompt={words}", f"--out={tmp_path}/star.gif"])
     frames = [np.asarray(f.convert("RGB")) for f in ImageSequence.Iterator(Image.open(tmp_path / "star.gif"))]
     first, last = frames[0], pipeline.draw([Sample("", words, [])])[0]
     assert len(frames) == 32 and (first[32:] == 200).all() and (first[:32, 32:] == 200).all()
@@ -160,41 +168,45 @@ def test_gif(pipeline, tmp_path):
 def test_guidance_strip(monkeypatch, tmp_path, capsys):
     some = show.held_out_samples
     monkeypatch.setattr(show, "held_out_samples", lambda source, task, count: some(source, task, 8))
-    show.main(["guidance", TINY, f"--out={tmp_path}/strip.png"])
-    assert Image.open(tmp_path / "strip.png").size == (4 * 8 * 34, 4 * 5 * 34)
+    show.main([TINY, f"--out={tmp_path}/strip.png"])
+    assert Image.open(tmp_path / "strip.png").size == (4 * 8 * 32, 4 * 5 * 32)
     rows = re.findall(r"guidance ([\d.]+): CP (\S+), PF (\S+)", capsys.readouterr().out)
     assert [row[0] for row in rows] == ["1", "2", "4", "7.5"] and float(rows[1][1]) > 0.6 < float(rows[1][2])
 
 
-def test_user_errors(tmp_path, monkeypatch):
+def test_user_errors(tmp_path, monkeypatch, pipeline):
     monkeypatch.setattr(show, "drawings", lambda *arguments: {})
     monkeypatch.setattr(ShapesDataset, "count", 5)
-    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     for arguments, words in (([TINY, "--prompt=A big red zebra"], "zebra"), ([str(ROOT)], "no trained model"),
-                             ([TINY, f"--images={tmp_path}/a.png"], "0 <image>, but 1 images")):
+                             ([TINY, "--prompt=The star in <image>."], "1 <image>, but 0 images")):
         with pytest.raises(ValueError, match=words):
             show.main([*arguments, f"--out={tmp_path}/page.html"])
+    monkeypatch.setitem(pipeline.record, "data", "16 pictures")
+    with pytest.raises(ValueError, match="world of shapes alone"):
+        show.guidance(pipeline)
 
 
 def test_the_script_in_a_browser(tiny_page):
     if not (browser := shutil.which("chromium") or shutil.which("google-chrome")):
         pytest.skip("no chromium or google-chrome: the page's script was not run")
     script = """<script>
-        const covered = () => picture.cells.filter(c => c.style.opacity == .85).length
-        const state = () => [$('k').value, covered(), cards[0].label.textContent], states = [state()]
-        picture.cells[10].dispatchEvent(new Event('mouseenter')), states.push(state())
-        picture.box.dispatchEvent(new Event('mouseleave')), states.push(state())
-        picture.cells[20].click(), states.push(state()), $('layer').selectedIndex = 2, $('layer').onchange()
-        states.push(words.map(w => w.dataset.p).join(' ')), $('play').click()
-        setTimeout(() => { document.title = JSON.stringify([...states, state()]) }, 20000)
+        const covered = () => [...all('#picture i')].filter(c => c.style.opacity == .85).length
+        const text = selector => [...all(selector)].map(x => x.dataset.p).join(' ')
+        const state = () => [slider.value, covered(), text('#best figcaption'), text('span')], states = [state()]
+        all('#picture i')[20].click(), states.push(state()), slider.value = 63, slider.oninput()
+        document.title = JSON.stringify([...states, state(), text('#seen figcaption')])
         </script>"""
     page, acted = tiny_page.read_text(), tiny_page.with_name("acted.html")
     acted.write_text(page + script)
-    command = f"{browser} --headless --no-sandbox --disable-gpu --virtual-time-budget=30000 --dump-dom"
+    command = f"{browser} --headless --no-sandbox --disable-gpu --dump-dom"
     dom = subprocess.run([*command.split(), acted.as_uri()], capture_output=True, text=True, timeout=60)
-    states, values = json.loads(re.search("<title>(.*)</title>", dom.stdout)[1]), values_of(page)
-    assert [s[:2] for s in states[:4]] == [["36", 27], ["36", 53], ["36", 27], ["20", 43]]
-    for k, (_, _, label) in zip((36, 10, 36, 20), states):
-        assert label == f"{values['codes'][k][0]}: {values['p'][k][0] / 10:.1f}%"
-    assert states[4].split() == [f"{w / 10:.1f}%" for w in values["attention"][2][20][: len(values["words"])]]
-    assert states[5][:2] == ["63", 0]
+    (*states, seen), values = json.loads(re.search("<title>(.*)</title>", dom.stdout)[1]), values_of(page)
+
+    def percent(x):
+        return f"{x / 10:.1f}%"
+
+    for (k, covered, best, words), (want, hidden) in zip(states, ((36, 27), (20, 43), (63, 0)), strict=True):
+        assert (int(k), covered) == (want, hidden)
+        assert best == " ".join(f"{c}: {percent(p)}" for c, p in zip(values["codes"][want], values["p"][want]))
+        assert words == " ".join(map(percent, values["words"][want]))
+    assert seen == " ".join(percent(sum(shares[63])) for shares in values["seen"])
