@@ -71,13 +71,14 @@ def load_mask(path, picture_path):
     two grey values, with smooth edges."""
     stored, turn = read_image(picture_path, lambda image: (image.size, exif_turn(image)))
     seen = stored if turn is None else Image.new("1", stored).transpose(turn).size
-    grey, alpha = read_image(path, lambda image: map(np.asarray, image.convert("LA").split()))
+    (grey, alpha), lossy = read_image(path, lambda image: (
+        [*map(np.asarray, image.convert("LA").split())], image.format in ("JPEG", "WEBP")))
     mask = grey if alpha.min() == 255 else alpha
-    values, size = np.unique(mask), mask.shape[::-1]
-    middle = (values[0] + int(values[-1])) / 2
-    edges = (np.abs(mask - middle) < (middle - values[0]) / 2).mean()
-    require(len(values) == 2 or len(values) > 8 and edges < 0.1,
-            f"{path}: no clear mask, with values {values[:9].tolist()}: write 255 for the object, else 0")
+    values, size = np.unique(mask).tolist(), mask.shape[::-1]
+    middle = (values[0] + values[-1]) / 2
+    edges = (np.abs(mask - middle) < (middle - values[0]) * (0.5 if lossy else 1)).mean()
+    require(len(values) == 2 or len(values) > (1 if lossy else 8) and edges < 0.15,
+            f"{path}: no clear mask, with values {values[:9]}: write 255 for the object, else 0")
     require(size in (stored, seen), f"{path}: the mask has {size} pixels, its picture {seen}")
     require(turn is None or stored != seen,
             f"{picture_path} has an EXIF turn, and {path} may be turned already: save the picture without it")
@@ -137,7 +138,7 @@ SUPERSAMPLE = 8  # antialiasing: masks are drawn this many times larger, then av
 # all by index into the above
 Subject = namedtuple("Subject", "shape color color2 pattern")  # color2 == color when solid
 Placed = namedtuple("Placed", "subject place size")
-Scene = namedtuple("Scene", "color pattern subjects")          # the background's two, and one or two Placed
+Scene = namedtuple("Scene", "color pattern subjects")  # the background's two, and one or two Placed
 
 
 def polygon(*corners):
@@ -417,7 +418,12 @@ def walk(folder):
     """All files below a folder, without hidden ones and the system's own."""
     def refuse(error):
         raise ValueError(f"{error.filename}: this folder cannot be listed ({error.strerror})")
+    seen = set()
     for path, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        if os.path.realpath(path) in seen:  # a link leads back
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(path))
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f.lower() not in SYSTEM_FOLDERS)
         yield from (Path(path, f) for f in sorted(files) if not f.startswith("."))
 
@@ -467,9 +473,10 @@ class Folder:
         for name in sorted(self.groups, key=lambda name: zlib.crc32(name.encode()))[:-1]:
             if held.sum() < enough:
                 held[self.groups[name]] = True
-        self.held_out = held[self.of]
+        self.held_out, self.trained = held[self.of], np.flatnonzero(~held)
 
-        self.kept, self.contents = self.open_all()
+        self.kept, self.contents = {}, {}
+        self.open_all()
         self.digest = f"{len(self.pictures)} pictures, {zlib.crc32(repr(sorted(self.contents)).encode()):08x}"
 
     def find(self):
@@ -484,7 +491,7 @@ class Folder:
                 continue
             other = kinds[suffix].setdefault(name[: -len(suffix)], file)
             require(other is file, f"{file} and {other} have one name: rename one of them")
-            require(suffix not in PICTURES or not re.search(r"(\b|_)(mask|seg)s?(\b|_)", name.lower()),
+            require(suffix not in PICTURES or not re.search(r"(\b|_)(mask|seg|segmentation)s?\d*(\b|_)", name.lower()),
                     f"{file}: looks like a mask; name it NAME{MASK} beside NAME.jpg, or rename it")
         require(pictures, f"{self.path}: there are no pictures in it ({', '.join(PICTURES)})")
         lost = ", ".join(str(masks[name]) for name in masks.keys() - pictures.keys())
@@ -508,21 +515,21 @@ class Folder:
                            f"{len(masks)} masks, {len(subjects)} subjects; ignored: {ignored}")
 
     def open_all(self):
-        """Read all pictures, to know before training what is wrong. Returns {i: read(i)} of those that can be
-        kept, and {name: hash of the files and words}."""
-        kept, room, problems, contents = {}, KEEP, [], {}
+        """Read all pictures, to know before training what is wrong: `kept`, {i: read(i)} of as many as there is
+        room for, and `contents`, {name: hash of the files and words}."""
+        room, problems = KEEP, []
         for i, p in enumerate(tqdm(self.pictures, "opening pictures", disable=not sys.stderr.isatty())):
             try:
                 hashes = [zlib.crc32(file.read_bytes()) if room > 0 else file.stat().st_size
                           for file in (p.file, p.mask) if file]
-                contents[p.name] = f"{zlib.crc32(repr((hashes, p.captions, p.label)).encode()):08x}"
+                self.contents[p.name] = f"{zlib.crc32(repr((hashes, p.captions, p.label)).encode()):08x}"
                 if room > 0:
-                    kept[i] = self.read(i)
-                    room -= kept[i][0].nbytes
+                    self.kept[i] = self.read(i)
+                    self.look(i)
+                    room -= self.kept[i][0].nbytes
             except (ValueError, OSError) as error:
-                problems.append(f"\n  {error}")
+                problems.append(f"\n  {p.file}: {str(error).removeprefix(f'{p.file}: ')}")
         require(not problems, f"{len(problems)} files cannot be used:{''.join(problems)}")
-        return kept, contents
 
     def read(self, i):
         """Picture i shrunk to what the model can use, uint8 (H, W, 3), and its mask, bool (H, W)."""
@@ -531,9 +538,7 @@ class Folder:
         if not p.mask:
             return np.asarray(image), np.ones((image.height, image.width), bool)
         mask = Image.fromarray(load_mask(p.mask, p.file)).convert("L").resize(image.size, Image.BOX)
-        mask = np.asarray(mask) > 127
-        require(mask.any(), f"{p.mask}: its object cannot be seen at {self.size} pixels")
-        return np.asarray(image), mask
+        return np.asarray(image), np.asarray(mask) > 127
 
     def text_tokenizer(self):
         return TextTokenizer.train(["The in .", "The image is", *self.prompts()])
@@ -562,10 +567,11 @@ class Folder:
         cut_out = (mask * image + 0.5).astype(np.uint8)
         if task == "segmentation":
             return Sample(task, object_line(p.label), [image], cut_out)
-        background, _ = self.look(rng.randrange(len(self.pictures)), crop, mirrored)
+        other = rng.choice(self.trained[self.trained != i].tolist() or [i])  # no held-out one
+        background, _ = self.look(other, crop, mirrored)
         return Sample(task, prompt, [paste_distorted(cut_out, mask, background, rng)], image)
 
-    def look(self, i, crop, mirrored):
+    def look(self, i, crop=None, mirrored=False):
         """Picture i cropped, uint8 (size, size, 3), and its mask, float32 (size, size, 1)."""
         picture, mask = self.kept.get(i) or self.read(i)
         turn = slice(None, None, -1 if mirrored else 1)
@@ -589,7 +595,7 @@ def square_of_object(picture, mask, size, rng=None):
 
     uint8 (H, W, 3), bool (H, W) -> uint8 (size, size, 3), float32 (size, size, 1) in [0, 1].
     """
-    window = square_window(mask.shape, Image.fromarray(mask).getbbox(), rng)
+    window = square_window(mask.shape, Image.fromarray(mask).getbbox() or (0, 0, 0, 0), rng)
     small = center_crop(mask[window].astype(np.uint8) * 255, size)[..., None]
     require(small.max() > 127, f"the object cannot be seen at {size} x {size} pixels")
     return center_crop(picture[window], size), small.astype(np.float32) / 255
@@ -599,42 +605,40 @@ def square_of_object(picture, mask, size, rng=None):
 
 
 class ShapesDataset(torch.utils.data.Dataset):
-    """Endless samples of a world's tasks. mix: {task: share}; prefix_drop: share of samples to train without
-    their prompt."""
+    """Samples of tasks, mixed by shares. Endless: (seed, index) determines a sample."""
 
     count = float("inf")  # of different samples
 
-    def __init__(self, world, mix, seed, prefix_drop=0.0, held_out=False):
-        self.world, self.mix, self.seed = world, mix, seed
+    def __init__(self, source, mix, seed, prefix_drop=0.0, held_out=False):
+        """mix: {task: share}; prefix_drop: probability that a sample's prompt is dropped."""
+        self.source, self.mix, self.seed = source, mix, seed
         self.prefix_drop, self.held_out = prefix_drop, held_out
+
+    def make(self, index, rng):
+        """A sample by chance."""
+        task, = rng.choices(list(self.mix), list(self.mix.values()))
+        return TASKS[task](self.source, rng, self.held_out)
 
     def __getitem__(self, index):
         rng = random.Random(f"{self.seed} {index}")
-        task, = rng.choices(list(self.mix), list(self.mix.values()))
         drop = rng.random() < self.prefix_drop
-        sample = TASKS[task](self.world, rng, self.held_out)
-        return replace(sample, drop=drop, mask_seed=rng.getrandbits(63))
+        return replace(self.make(index, rng), drop=drop, mask_seed=rng.getrandbits(63))
 
 
-class EntryDataset(torch.utils.data.Dataset):
-    """Samples of a source's entries, those of the mix's tasks. Endless too: every entry comes once before any
-    comes again, in another order every epoch.
-
-    source: has `path`, arrays `task_of` and `held_out` (entries,), and sample(line, rng) for entry `line`.
-    """
+class EntryDataset(ShapesDataset):
+    """Samples of a source's entries, those of the mix's tasks: each once before any comes again, in an order
+    that changes every epoch. The source has `path`, arrays `task_of` and `held_out`, and sample(line, rng)."""
 
     def __init__(self, source, mix, seed, prefix_drop=0.0, held_out=False):
-        self.source, self.seed, self.prefix_drop = source, seed, prefix_drop
+        super().__init__(source, mix, seed, prefix_drop, held_out)
         self.lines = np.flatnonzero(np.isin(source.task_of, list(mix)) & (source.held_out == held_out))
         self.count = len(self.lines)
         require(self.count or held_out, f"{source.path} has nothing for {', '.join(mix)}")
 
-    def __getitem__(self, index):
+    def make(self, index, rng):
+        """An entry's sample."""
         epoch, i = divmod(index, self.count)
-        line = self.lines[shuffled(self.count, f"{self.seed} {epoch}")[i]]
-        rng = random.Random(f"{self.seed} {index}")
-        sample = self.source.sample(line, rng)
-        return replace(sample, drop=rng.random() < self.prefix_drop, mask_seed=rng.getrandbits(63))
+        return self.source.sample(self.lines[shuffled(self.count, f"{self.seed} {epoch}")[i]], rng)
 
 
 @functools.lru_cache(maxsize=4)

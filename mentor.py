@@ -32,8 +32,8 @@ class VisionConfig:
 
     image_size: int = 224  # pixels per side
     patch_size: int = 14
-    width: int = 1024      # channels of a patch's features
-    n_layer: int = 24      # blocks; features are taken before the last one
+    width: int = 1024  # channels of a patch's features
+    n_layer: int = 24  # blocks; features are taken before the last one
     n_head: int = 16
     mlp_width: int = 4096  # hidden width of a block's MLP
 
@@ -67,8 +67,8 @@ class DecoderConfig:
     width: int = 1280           # of a position
     n_layer: int = 36
     n_head: int = 20
-    multiple_of: int = 256      # the MLP's hidden width is 8/3 of the width, rounded up to a multiple of this
-    dropout: float = 0.1        # on embeddings, attention output and MLP output
+    multiple_of: int = 256  # the MLP's hidden width is 8/3 of the width, rounded up to a multiple of this
+    dropout: float = 0.1    # on embeddings, attention output and MLP output
 
     @property
     def n_code(self):
@@ -269,7 +269,7 @@ class TextEncoder(nn.Module):
     def attention_bias(self, mask):
         """Relative position bias with padding masked, for all blocks: mask (B, L) bool -> (B, H, L, L)."""
         position = torch.arange(mask.shape[1], device=mask.device)
-        distance = position[None] - position[:, None]             # (L, L), key - query
+        distance = position[None] - position[:, None]  # (L, L), key - query
         bucket = relative_position_bucket(distance, self.config.n_bucket, self.config.max_distance)
         bias = self.relative_bias(bucket).permute(2, 0, 1)[None]  # (1, H, L, L)
         return bias.masked_fill(~mask[:, None, None], torch.finfo(bias.dtype).min)
@@ -335,7 +335,7 @@ class Projector(nn.Module):
         size = len(self.unconditional)
         rows = size - lengths[:, None] + torch.arange(hidden.shape[1], device=hidden.device)  # (B, P)
         # not table[rows], whose gradient CPU threads add up in any order
-        unconditional = F.embedding(rows.clamp(max=size - 1), self.unconditional)             # (B, P, Dt)
+        unconditional = F.embedding(rows.clamp(max=size - 1), self.unconditional)  # (B, P, Dt)
         hidden = torch.where(drop[:, None, None], unconditional.to(hidden.dtype), hidden)
         return self.fc2(F.gelu(self.fc1(hidden), approximate="tanh"))
 
@@ -347,7 +347,7 @@ def rotary_table(grid_size, head_width, base=10000.0):
     """Rotations as unit complex numbers, (1 + N, head_width / 2): row 0 for the prefix, which is not rotated,
     row 1 + k for code k. Half of a head's pairs rotate with the code's row in the grid, half with its column
     (LlamaGen 2.2, whose code multiplies the prefix's queries and keys by zero; MENTOR mended that)."""
-    frequency = base ** (-torch.arange(head_width // 4) / (head_width // 4))        # (hd / 4,)
+    frequency = base ** (-torch.arange(head_width // 4) / (head_width // 4))  # (hd / 4,)
     k = torch.arange(grid_size**2)[:, None]
     angles = torch.cat([k // grid_size * frequency, k % grid_size * frequency], 1)  # (N, hd / 2)
     return torch.polar(torch.tensor(1.0), F.pad(angles, (0, 0, 1, 0)))              # (1 + N, hd / 2)
@@ -376,8 +376,8 @@ class KVCache:
         # a tensor per layer: of one for all, a compiled step would copy the whole to write one layer
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.v = [torch.zeros_like(k) for k in self.k]
-        self.mask = length_mask(lengths, size)[:, None, None]               # (B, 1, 1, size): may be read
-        self.slot = torch.full((1,), n_prefix - 1, device=device)           # of the last code
+        self.mask = length_mask(lengths, size)[:, None, None]  # (B, 1, 1, size): may be read
+        self.slot = torch.full((1,), n_prefix - 1, device=device)  # of the last code
         self.position = torch.zeros(1, 1, device=device, dtype=torch.long)  # 1 + k after code k
         if lengths.is_cuda:  # a CUDA graph writes only to tensors that stay where they are
             from torch._dynamo import mark_static_address  # takes seconds
@@ -414,7 +414,7 @@ class DecoderAttention(nn.Module):
         q, k, mask = rotate(q, rotations), rotate(k, rotations), None
         if cache is not None and x.shape[1] > 1:  # a prefix
             cache.prefill(layer, k, v)
-        elif cache is not None:                   # one more code
+        elif cache is not None:  # one more code
             k, v, mask = cache.append(layer, k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.wo(y.transpose(1, 2).flatten(2))
@@ -510,10 +510,10 @@ class Mentor(nn.Module):
     def next_code_hidden(self, prefix, lengths, codes):
         """prefix (B, P, D), lengths (B,), codes (B, N) -> the hidden states that predict them, (B, N, D)."""
         P, N = prefix.shape[1], codes.shape[1]
-        order = sequence_order(lengths, P, N - 1)             # the last code is never read
+        order = sequence_order(lengths, P, N - 1)  # the last code is never read
         x = torch.cat([prefix, self.decoder.code_embedding(codes[:, :-1])], dim=1)
-        x = x.take_along_dim(order[..., None], 1)             # (B, P + N - 1, D): [prefix | codes | padding]
-        positions = (order - P + 1).clamp(min=0)              # 0 in the prefix, 1 + k at code k
+        x = x.take_along_dim(order[..., None], 1)  # (B, P + N - 1, D): [prefix | codes | padding]
+        positions = (order - P + 1).clamp(min=0)   # 0 in the prefix, 1 + k at code k
         hidden = self.decoder(x, positions)
         predicts = lengths[:, None] - 1 + torch.arange(N, device=codes.device)  # from the prefix's last on
         return hidden.take_along_dim(predicts[..., None], 1)  # only these go through the head

@@ -175,11 +175,11 @@ class Judge:
 
     def read(self, pictures):
         """The nearest scene of one subject to each picture, uint8 (S, S, 3)."""
-        x = torch.from_numpy(np.stack(pictures)).float() / 255                              # (K, S, S, 3)
+        x = torch.from_numpy(np.stack(pictures)).float() / 255  # (K, S, S, 3)
         distance = torch.stack([(x - ground).square().sum(-1) for ground in self.grounds])  # (32, K, S, S)
         ground = distance.clamp(max=0.05).sum((2, 3)).argmin(0)  # the clamp: a subject's pixels count little
-        behind = self.grounds[ground]                                                       # (K, S, S, 3)
-        outside = distance[ground, torch.arange(len(x))]                                    # (K, S, S)
+        behind = self.grounds[ground]  # (K, S, S, 3)
+        outside = distance[ground, torch.arange(len(x))]  # (K, S, S)
         best, scenes = torch.full((len(x),), torch.inf), [None] * len(x)
         for place, size, window, colors, through in self.candidates:
             # |seen - colors - through * back|^2, multiplied out, and the rest of the picture: (subjects, K)
@@ -284,7 +284,6 @@ def parse(arguments):
     add("folder", help="of a run or of one of its stages, for example out/tiny")
     add("prompt", nargs="?", default="", help=r"with an <image> for each of --images; \n is a line break")
     add("--images", action="append", default=[], metavar="FILE", help="once for each <image>")
-    add("--reconstruct", metavar="FILE", help="the image | by the tokenizer | by the model")
     add("--score", action="store_true", help="score the model on held-out subjects")
     add("--cfg_scale", type=float, help="guidance: 0 unconditional, 1 conditional")
     add("--temperature", type=float, help="0 is greedy")
@@ -302,7 +301,6 @@ def parse(arguments):
     require(options.n > 0, f"--n={options.n}: must be at least 1")
     require(Path(options.out).suffix.lower() in Image.registered_extensions(),
             f"--out={options.out}: must end as a picture does, for example .png")
-    require(not options.prompt or not options.reconstruct, "--reconstruct has a prompt of its own")
     return options
 
 
@@ -329,12 +327,8 @@ def main(arguments):
         return score(pipeline, Path(options.folder))
 
     # what to draw
-    prompt, files, row = options.prompt.replace("\\n", "\n"), options.images, []
+    prompt, files = options.prompt.replace("\\n", "\n"), options.images
     task = "text_to_image" if not files else "subject_driven" if "\n" in prompt else "segmentation"
-    if options.reconstruct:
-        task, prompt, files = "reconstruction", "The image is <image>", [*files, options.reconstruct]
-        row = [center_crop(load_image(options.reconstruct), pipeline.size)]
-        row += pipeline.rebuild(row)
     if pipeline.mix and f"{task}:" not in pipeline.mix:
         print(f"note: {options.folder} was trained last on {pipeline.mix}, without {task}")
     options.prompt = check_words(pipeline, prompt)
@@ -343,11 +337,11 @@ def main(arguments):
     # how to draw it: the model's default sampling, but for what is given
     sampling, given = pipeline.model.config.sampling, vars(options)
     sampling = replace(sampling, **{key: given[key] for key in asdict(sampling) if given[key] is not None})
-    row += pipeline.draw(samples, sampling, options.seed)
+    drawn = pipeline.draw(samples, sampling, options.seed)
     notes, out = PngInfo(), Path(options.out).expanduser()
     for key, value in (given | asdict(sampling)).items():
         notes.add_itxt(key, str(value))
-    enlarged(row).save(out, pnginfo=notes)  # in formats other than PNG there are no notes
+    enlarged(drawn).save(out, pnginfo=notes)  # in formats other than PNG there are no notes
     print(f"wrote {out} ({sampling}, seed {options.seed})")
 
 

@@ -31,15 +31,15 @@ from safetensors.torch import load_file, save_file
 class TokenizerConfig:
     """Sizes of the VQGAN; the defaults are the published VQ-16."""
 
-    image_size: int = 512       # pixels per side
-    ch: int = 128               # channels at full resolution
+    image_size: int = 512  # pixels per side
+    ch: int = 128  # channels at full resolution
     ch_mult: tuple = (1, 1, 2, 2, 4)  # channels of each level, in units of ch; all but one halve the image
-    num_res_blocks: int = 2     # ResNet blocks per level (the decoder has one more)
-    norm_groups: int = 32       # groups of every GroupNorm
-    z_channels: int = 256       # channels at the grid, before the codebook's projection
+    num_res_blocks: int = 2  # ResNet blocks per level (the decoder has one more)
+    norm_groups: int = 32  # groups of every GroupNorm
+    z_channels: int = 256  # channels at the grid, before the codebook's projection
     codebook_size: int = 16384
-    codebook_dim: int = 8       # few dimensions keep every code in use (LlamaGen, table 2)
-    beta: float = 0.25          # weight of the commitment loss, the pull of z towards its code
+    codebook_dim: int = 8  # few dimensions keep every code in use (LlamaGen, table 2)
+    beta: float = 0.25     # weight of the commitment loss, the pull of z towards its code
 
     def __post_init__(self):
         require(self.image_size % self.cell == 0,
@@ -193,10 +193,10 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):          # half precision merges close codes
             z = F.normalize(z.float().permute(0, 2, 3, 1), dim=-1)  # (B, h, w, C)
             codes = nearest(z.detach().flatten(0, 2), self.codebook()).view(z.shape[:3])
-            z_q = F.embedding(codes, self.codebook())               # (B, h, w, C)
+            z_q = F.embedding(codes, self.codebook())  # (B, h, w, C)
             # the codebook loss moves codes to outputs of the encoder, the commitment loss outputs to codes
             loss = F.mse_loss(z_q, z.detach()) + self.beta * F.mse_loss(z, z_q.detach())
-            z_q = z + (z_q - z).detach()                            # the gradient skips the argmax
+            z_q = z + (z_q - z).detach()  # the gradient skips the argmax
             return z_q.permute(0, 3, 1, 2), loss, codes
 
     def lookup(self, codes):
@@ -283,11 +283,11 @@ class TokenizerStageConfig(StageConfig):
     lr: float = 1e-4
     mix: str = "text_to_image:3,segmentation:2"  # scenes and cut-outs
     codebook_weight: float = 1.0  # of the quantizer's loss, relative to the reconstruction's
-    codebook_start: float = 0.0   # fraction of the steps after which features are rounded to codes
-    consistency: float = 0.0      # weight of the loss that makes a code independent of its surroundings
-    restart_every: int = 2000     # steps after which all codes are placed again
-    disc_start: float = 0.5       # fraction of the steps without the discriminator; 1: there is none
-    disc_weight: float = 0.5      # of the discriminator's loss
+    codebook_start: float = 0.0  # fraction of the steps after which features are rounded to codes
+    consistency: float = 0.0  # weight of the loss that makes a code independent of its surroundings
+    restart_every: int = 2000  # steps after which all codes are placed again
+    disc_start: float = 0.5  # fraction of the steps without the discriminator; 1: there is none
+    disc_weight: float = 0.5  # of the discriminator's loss
 
 
 def collages(images, cells, step):

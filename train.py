@@ -175,9 +175,9 @@ class Machine:
 def start_machine(run):
     """This process's Machine, from torchrun's environment."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(run.device or sample.best_device())
+    device = sample.usable(run.device or sample.best_device())
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world_size > 1:
@@ -255,8 +255,8 @@ class MentorStage(nn.Module):
     def code_losses(self, batch):
         """Each sample's mean next-code loss (B,), and the text encoder's states."""
         with torch.no_grad(), torch.autocast(batch.targets.device.type, enabled=False):
-            codes = self.vqgan[0].encode(batch.targets)                     # (B, N)
-        states = self.model.encoder(batch)                                  # (B, P, Dt)
+            codes = self.vqgan[0].encode(batch.targets)  # (B, N)
+        states = self.model.encoder(batch)               # (B, P, Dt)
         prefix = self.model.projector(states, batch.lengths, batch.drop)
         hidden = self.model.next_code_hidden(prefix, batch.lengths, codes)  # (B, N, D)
         return losses_of(self.model.decoder.output(hidden), codes).mean(1), states
@@ -272,7 +272,7 @@ class MentorStage(nn.Module):
                 for task in set(batch.tasks)}
         if self.contrastive:
             pixels = as_vision_pixels(batch.targets, model.config.vision.image_size)
-            features = model.encoder.vision.before_last(pixels)     # (B, 1 + n_patch, Dv)
+            features = model.encoder.vision.before_last(pixels)  # (B, 1 + n_patch, Dv)
             real = length_mask(batch.lengths, states.shape[1])[..., None]
             text = (states * real).sum(1) / batch.lengths[:, None]  # (B, Dt), the mean of the real ones
             contrastive = self.contrastive(model.encoder.vision.pool(features), text)
@@ -756,6 +756,9 @@ def start_run(run, machine, source):
         machine.say(f"data: {source.notes}; changed since the last run: {', '.join(changed) or 'nothing'}")
         unknown = words.unknown_words(" ".join(source.prompts()))
         require(not unknown, f"{out}/spiece.model lacks {', '.join(unknown)}: choose another --out")
+        collate = Collate(words, run.model, run.vqgan.image_size)
+        for prompt in source.prompts():
+            collate.encode(prompt, 1)  # one that is too long is refused now, not after minutes
     if machine.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "spiece.model", lambda path: path.write_bytes(words.proto))
@@ -822,8 +825,11 @@ def draw_curves(out, width=400, height=220):
         pen.line([(across(x), down(y)) for x, y in losses], fill="#2060c0", width=2)
         for x, y in dots:
             pen.circle((across(x), down(y)), 3, fill="#c03020")
-        words = f"{name}: {last} steps, loss (line) and held-out (dots) {low:.3g} to {high:.3g}"
+        words = f"{name}: loss (line) and held-out loss (dots) by step"
         pen.text((left, 6), words, fill="black")
+        for x, y in zip(np.linspace(0, last, 4), np.linspace(low, high, 4)):
+            pen.text((left, down(y) - 6), f"{y:.3g}", fill="black")
+            pen.text((across(x) - 24 * x / last, height - 12), f"{x:.0f}", fill="black")
     sheet.save(out / "curves.png")
 
 

@@ -5,7 +5,7 @@
 
 All rows share tokenizer and pretraining of the run in --out (default out/tiny), trained if missing. The rest
 goes to OUT/claims, with the table, claims.md, and drawings, claims.png. The same command goes on after a
-stop. Once `full` is there, two commands with different --rows may run at once.
+stop.
 
 Photographs of one subject are often near-duplicates, and captions leave things out, so copying is a good
 guess that must be unlearned. Among the shapes it never is. So in training a subject-driven sample's reference
@@ -22,7 +22,7 @@ import json
 import os
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
 
@@ -69,9 +69,11 @@ class CaptionsStage(train.MentorStage):
     """No hidden words, and the contrastive loss trains the vision encoder alone."""
 
     def code_losses(self, batch):
-        batch.masked[:] = False  # for the hidden words' loss
         losses, states = super().code_losses(batch)
         return losses, states.detach()  # for the contrastive loss
+
+    def forward(self, batch, step):
+        return super().forward(replace(batch, masked=batch.masked & False), step)
 
 
 # --- The rows ---
@@ -90,12 +92,12 @@ class Row:
 
 
 def without(stage, task):
-    """Leave a task out of a stage; the others keep their proportions."""
+    """Leave a task out; the others keep their proportions."""
     return lambda run: {f"{stage}.mix": f"{getattr(run, stage).mix},{task}:0"}
 
 
 def with_multi_image(run):
-    """As many steps again with the new task, at half the learning rates (the paper's 5e-5)."""
+    """As many steps again with the new task, at half the learning rates, as the paper."""
     return {"instruct.mix": f"{run.instruct.mix},multi_image:1500", "instruct.lr": run.instruct.lr / 2,
             "instruct.muon_lr": run.instruct.muon_lr / 2}
 
@@ -152,7 +154,7 @@ def train_row(name, seed, run, machine, text_tokenizer):
 
 
 def held_out(world):
-    """The prompts of all scores, with subjects that no training has seen."""
+    """All scores' prompts, with subjects that no training has seen."""
     dataset = world.dataset({"subject_driven": 1.0}, "scores", held_out=True)
     return [dataset[i] for i in range(PROMPTS)]
 

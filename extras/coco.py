@@ -5,14 +5,14 @@
 
 A caption becomes a line of text_to_image, a picture one of reconstruction, an object one of segmentation and
 one of recovery if its name identifies it: the only one of that name in its picture, drawn as polygons, on 5%
-to 95% of the picture. Others are counted with the reason.
-
-Polygons are in stored pixels, so masks turn with a picture that has an EXIF turn, and a copy of it without
-the tag is put beside them.
+to 95% of the picture. Others are counted with the reason. Polygons are in stored pixels, so masks turn with a
+picture that has an EXIF turn, and a copy of it without the tag is put beside them.
 """
 
+import itertools
 import json
 import os
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -21,7 +21,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import exif_turn, load_image, read_image
-from extras.released import read_entry
 from sample import cli
 from tokenizer import require, write_atomically
 
@@ -29,24 +28,23 @@ SMALLEST, LARGEST = 0.05, 0.95  # share of the picture; smaller objects are hard
 
 
 def read_lists(path, **lists):
-    """A file's lists of dictionaries, key=[fields that each must have], ids as texts."""
+    """A file's lists of dictionaries, key=[texts that each must have], of which ids may be numbers."""
     try:
         content = json.loads(Path(path).read_bytes())
         for key, fields in lists.items():
-            for entry in content[key]:
-                for field in fields:
-                    value = entry[field]
-                    entry[field] = str(value) if field.endswith("id") else " ".join(value.split())
-            require("id" not in fields or len({e["id"] for e in content[key]}) == len(content[key]),
-                    f"two of {key} have one id")
+            for entry, field in itertools.product(content[key], fields):
+                text = str(entry[field]) if field.endswith("id") else " ".join(entry[field].split())
+                require(not re.search("<image>|[\ud800-\udfff]", text), f"{text!r}: <image> or half letters")
+                entry[field] = text
+            ids = [entry["id"] for entry in content[key] if "id" in fields]
+            require(len(set(ids)) == len(ids), f"two {key} have one id")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error!r}; give COCO's instances_*.json, then captions_*.json") from None
     return [content[key] for key in lists]
 
 
 def polygon_mask(points, width, height):
-    """The pixels whose centres are in a polygon x, y, x, y, ..., bool (height, width). The first pixel goes
-    from 0 to 1. (pycocotools follows the outline in fifths.)"""
+    """The pixels whose centres are in a polygon x, y, x, y, ..., bool (height, width)."""
     outline = np.zeros((height, width + 1), bool)  # where it crosses a row an odd number of times
     corners = np.array(points, float).reshape(-1, 2) - 0.5  # so that centres are whole numbers
     require(np.isfinite(corners).all(), "not finite")
@@ -61,82 +59,67 @@ def object_mask(item, picture, name, times):
     """Where an annotation's object is, in stored pixels, bool (H, W). Raises ValueError with the reason if it
     is of no use. times: how many in its picture have its name."""
     polygons = item.get("segmentation")
-    require(picture, "of unknown pictures")
-    require(name, "of unknown categories")
+    require(picture and name, "of unknown pictures or categories")
     require(not item.get("iscrowd"), "crowds")
     require(times == 1, "not alone with their name")
     require(polygons and isinstance(polygons, list), "boxes or RLE, not polygons")
-    mask = np.logical_or.reduce([polygon_mask(points, *picture["size"]) for points in polygons])
+    try:
+        mask = np.logical_or.reduce([polygon_mask(points, *picture["size"]) for points in polygons])
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError("with polygons that are not x, y, x, y, ...") from None
     require(mask.mean() >= SMALLEST, "too small")
     require(mask.mean() <= LARGEST, "too large")
     return mask
 
 
-def manifest_line(**line):
-    """A line of the manifest. Raises ValueError if training would refuse it."""
-    text = json.dumps(line, ensure_ascii=False)
-    try:
-        read_entry(text)
-    except ValueError as error:
-        raise ValueError(f"{line}: {error}") from None
-    return text + "\n"
-
-
-def report(what, count):
-    """Print how many were used, and how many not for which reason."""
-    used = count.pop("used", 0)
-    text = f"{what}: {used} used, left out: {dict(count) or 'none'}"
-    require(used, f"{text}: nothing to train on; are the files of one split?")
-    print(text)
-
-
 def convert(instances, captions, folder, out):
-    """Write a manifest and its masks, or raise ValueError naming what is wrong."""
-    out, folder, lines, texts = Path(out).resolve(), Path(folder).resolve(), [], defaultdict(list)
+    """Write a manifest and its masks. Before that, raises ValueError naming what is wrong."""
+    out, texts, lines, counts = Path(out).resolve(), defaultdict(list), [], Counter()
     require(not out.exists() or not any(out.iterdir()), f"{out} is not empty: choose another")
     images, categories, annotations = read_lists(
         instances, images=["id"], categories=["id", "name"], annotations=["image_id", "category_id"])
     pictures, names = {p["id"]: p for p in images}, {c["id"]: c["name"] for c in categories}
-
-    count = Counter()
-    for caption in read_lists(captions, annotations=["image_id", "caption"])[0]:
-        picture, text = caption["image_id"], caption["caption"]
-        count["empty" if not text else "used" if picture in pictures else "of unknown pictures"] += 1
-        texts[picture] += [text] if text else []
-    report("captions", count)
+    all_captions, = read_lists(captions, annotations=["image_id", "caption"])
+    for caption in all_captions:
+        if caption["caption"] and caption["image_id"] in pictures:
+            texts[caption["image_id"]].append(caption["caption"])
+    used = sum(map(len, texts.values()))
+    print(f"captions: {used} used, {len(all_captions) - used} empty or of unknown pictures")
+    require(used, f"{captions}: not of the pictures of {instances}")
 
     for number, p in enumerate(tqdm(images, "pictures", disable=None)):
-        p["file"], said = folder / p.get("file_name", ""), (p.get("width"), p.get("height"))
+        p["file"], said = Path(folder).resolve() / p["file_name"], (p.get("width"), p.get("height"))
         p["size"], p["turn"] = read_image(p["file"], lambda image: (image.size, exif_turn(image)))
         require(p["size"] == said, f"{p['file']} is stored with {p['size']} pixels, {instances} says {said}")
         path = os.path.relpath(p["file"], out) if p["turn"] is None else f"masks/upright{number}.png"
-        lines += [manifest_line(input_text=t, image_path=path, generation_only=True) for t in texts[p["id"]]]
+        lines += [{"input_text": t, "image_path": path, "generation_only": True} for t in texts[p["id"]]]
         p["line"] = {"input_text": "".join(texts[p["id"]][:1]), "image_path": path, "source_image": path}
-        lines.append(manifest_line(**p["line"]))
-    report("pictures", Counter(used=len(images)))
+        lines.append(p["line"])
 
-    count, whats = Counter(), [(a["image_id"], names.get(a["category_id"], "").lower()) for a in annotations]
+    whats = [(item["image_id"], names.get(item["category_id"], "").lower()) for item in annotations]
     times = Counter(whats)
     for number, item in enumerate(tqdm(annotations, "objects", disable=None)):
         p = pictures.get(item["image_id"])
         try:
             mask = Image.fromarray(object_mask(item, p, whats[number][1], times[whats[number]]))
-        except (TypeError, ValueError) as reason:
-            count[str(reason)] += 1
+        except ValueError as reason:
+            counts[str(reason)] += 1
             continue
+        counts["used"] += 1
         line = {**p["line"], "image_path": f"masks/{number}.png", "objects": names[item["category_id"]]}
         tasks = ("do_mask", "do_replace") if line["input_text"] else ("do_mask",)
-        lines += [manifest_line(**line, **{task: True}) for task in tasks]
+        lines += [{**line, task: True} for task in tasks]
         (out / "masks").mkdir(parents=True, exist_ok=True)
         (mask if p["turn"] is None else mask.transpose(p["turn"])).save(out / line["image_path"])
-        count["used"] += 1
-    report("objects", count)
+    print(f"objects: {dict(counts)}")
+    require(counts["used"], f"{instances}: has no object that can be used")
 
     for p in images:
         if p["turn"] is not None:
             Image.fromarray(load_image(p["file"])).save(out / p["line"]["image_path"])
-    write_atomically(out / "manifest.jsonl", lambda file: file.write_text("".join(lines), encoding="utf-8"))
-    print(f"wrote {out}/manifest.jsonl, {len(lines)} lines")
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_atomically(out / "manifest.jsonl", lambda file: file.write_text(text, encoding="utf-8"))
+    print(f"wrote {out}/manifest.jsonl, {len(lines)} lines of {len(images)} pictures")
 
 
 def main(arguments):

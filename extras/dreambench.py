@@ -94,6 +94,7 @@ def main(arguments):
     require(options.n > 0, f"--n={options.n}: must be at least 1")
     require(not out.exists() or not any(out.iterdir()), f"--out={out} is not empty: choose another")
     subjects = list(dreambench(listed) if listed.is_file() else dreambench_plus(options.folder))
+    require(subjects, f"{options.folder}: there are no subjects in it")
     draw(Pipeline(options.model, best_device()), subjects, out, options.n)
     print(f"wrote {len(subjects)} subjects to {out}")
 

@@ -13,25 +13,25 @@ without halves, 12 looks: 11.3%; and all names: 4.9%; and one look: 1.4%.
 
 import functools
 import itertools
-import random
 import re
 import unicodedata
 import zlib
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import sample
 import train
-from data import Shapes, ShapesDataset
+from data import TASKS, Shapes, ShapesDataset
 from tokenizer import TextTokenizer, file_hash, require
 
 FONT = "NotoColorEmoji.ttf"
-COUNT = 1280                      # the first in Unicode order
+COUNT = 1280   # the first in Unicode order
 CHANNELS = tuple(itertools.permutations(range(3)))
-NAMED = 0.3                       # share with names where a reference shows one alone
-HALVES = 0.5                      # share of the others that show halves of two
+NAMED = 0.3    # share with names where a reference shows one alone
+HALVES = 0.5   # share of the others that show halves of two
 
 # A subject is (character,) or, in training, a Look: with another's right half, its channels in this order,
 # turned by so many quarters, from 4 on mirrored too.
@@ -55,13 +55,12 @@ class Emoji(Shapes):
         self.train_subjects = [s for s in self.subjects if s not in self.held_out_subjects]
 
     def find_names(self):
-        """{character: name in lower case} of the emoji in use, which have a name and a colour drawing."""
-        names, missing = {}, self.glyph("\U0010FFFD")  # the drawing for characters that the font lacks
+        """{character: name in lower case} of the emoji in use, which have more than 8 colours."""
+        names = {}
         for character in map(chr, (*range(0x231A, 0x3300), *range(0x1F000, 0x1FB00))):
             name = unicodedata.name(character, "").lower()
             if name and len(names) < COUNT and not re.search("regional|modifier|component", name):
-                glyph = self.glyph(character)
-                if glyph != missing and glyph.convert("RGB").getcolors(8) is None:  # more than 8
+                if self.glyph(character).convert("RGB").getcolors(8) is None:
                     names[character] = name
         return names
 
@@ -97,7 +96,7 @@ class Emoji(Shapes):
 
     @functools.cache
     def scaled(self, character, width):
-        """A drawing in the middle of a square, uint8 (width, width, 4), colours premultiplied by coverage."""
+        """A drawing in a square, uint8 (width, width, 4), colours premultiplied by coverage."""
         return np.asarray(ImageOps.pad(self.glyph(character).convert("RGBa"), (width, width), color=0))
 
     @functools.lru_cache(maxsize=COUNT)  # of 64 pixels a side: 84 MB in every data process
@@ -107,8 +106,8 @@ class Emoji(Shapes):
         left, right = (self.scaled(c, width) for c in (look.character, look.other or look.character))
         drawing = np.hstack([left[:, : width // 2], right[:, width // 2 :]])
         drawing = np.rot90(drawing, look.turn)[:, :: -1 if look.turn > 3 else 1, [*look.channels, 3]]
-        canvas = np.zeros((self.image_size, self.image_size, 4), np.float32)
         x, y = (middle - width // 2 for middle in self.center(placed.place, placed.size))
+        canvas = np.zeros((self.image_size, self.image_size, 4), np.float32)
         canvas[y : y + width, x : x + width] = drawing
         return canvas
 
@@ -122,36 +121,24 @@ class Emoji(Shapes):
 class EmojiDataset(ShapesDataset):
     """Samples that tell their world which task they are for."""
 
-    def __getitem__(self, index):
-        rng = random.Random(f"{self.seed} {index}")  # as ShapesDataset's
-        self.world.task, = rng.choices(list(self.mix), list(self.mix.values()))
-        return super().__getitem__(index)
+    def make(self, index, rng):
+        self.source.task, = rng.choices(list(self.mix), list(self.mix.values()))
+        return TASKS[self.source.task](self.source, rng, self.held_out)
 
 
 def open_source(run):
-    """The world, as a run's source of samples."""
-    require(not run.data, f"--data={run.data}: this world draws its own pictures, leave it out")
+    """What a run trains on."""
+    require(not run.data, f"--data={run.data}: leave it out, for this world draws its own pictures")
     return Emoji(run.vqgan.image_size)
-
-
-def score(folder, prompts=512):
-    """Print how well a model draws held-out emoji, and how well its tokenizer alone would."""
-    pipeline = sample.Pipeline(folder, sample.best_device())
-    world = Emoji(pipeline.size)
-    require(pipeline.record["data"] == world.digest, f"{folder} was trained on another world or font")
-    dataset, judge = world.dataset({"subject_driven": 1.0}, "scores", held_out=True), sample.Judge(world)
-    samples = [dataset[i] for i in range(prompts)]
-    bound = pipeline.rebuild([s.target for s in samples])
-    for name, pictures in (("model", pipeline.draw(samples)), ("tokenizer", bound)):
-        print(name, sample.judge_pictures(judge, pictures, samples))
 
 
 def main(arguments):
     """Run the command line."""
-    if not arguments or {"-h", "--help"} & set(arguments):
+    if arguments[:1] == ["score"] and len(arguments) == 2:
+        pipeline = sample.Pipeline(arguments[1], sample.best_device())
+        sample.score(pipeline, Path(arguments[1]), Emoji(pipeline.size))
+    elif {"-h", "--help"} & set(arguments):
         print(__doc__)
-    elif arguments[0] == "score" and len(arguments) == 2:
-        score(arguments[1])
     else:
         train.main(arguments, open_source)
 

@@ -1,8 +1,8 @@
 """A page about a run, to look at or to project; a picture growing; what guidance does.
 
-    python -m extras.show out/pets --prompt="A dog on a beach"  # writes out/pets/show.html, all in one file
+    python -m extras.show out/pets --prompt="A dog on a beach"  # writes out/pets/show.html
     python -m extras.show out/tiny --out=star.gif --prompt="A big red star at the top on a pink background"
-    python -m extras.show out/tiny --out=guidance.png           # a row each at guidance 1, 2, 4 and 7.5
+    python -m extras.show out/tiny --out=guidance.png           # rows at guidance 1, 2, 4 and 7.5
 """
 
 import argparse
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tqdm import tqdm
 
 import sample
 import train
@@ -30,7 +31,7 @@ from tokenizer import flatten, rebuild, require
 
 
 def chart(lines):
-    """SVG of {class: [(step, loss)]} with numbers on both axes; the loss's is logarithmic."""
+    """SVG of {class: [(step, loss)]}; the loss's axis is logarithmic."""
     x, y = np.array(sum(lines.values(), [])).T
     last, low, high, parts = x.max(), y.min(), 1.001 * y.max(), ""
 
@@ -133,7 +134,7 @@ def swapped(vqgan, codes, others):
     """Each code in turn exchanged and decoded: codes (1, N), others (N, K) -> N rows of K cut-outs, 3 x 3
     cells around the code."""
     rows, side, cell = [], vqgan.config.grid_size, vqgan.config.cell
-    for k, other in enumerate(others):
+    for k, other in enumerate(tqdm(others, "decoding")):
         changed = codes.repeat(len(other), 1)
         changed[:, k] = other
         images = F.pad(vqgan.decode(changed), (cell,) * 4)[:, :, k // side * cell :, k % side * cell :]
@@ -165,7 +166,7 @@ def inside(pipeline, prompt):
 
 PAGE = """<!doctype html><meta charset=utf-8><title>TITLE</title><style>
 body { background: #fbfaf6; font: 17px/1.5 system-ui; width: 1160px; margin: 60px auto;
-  image-rendering: pixelated; accent-color: #d9702e }
+  image-rendering: pixelated }
 h2 { font: 34px Georgia, serif; margin: 60px 0 12px }
 figure { display: inline-block; width: 100px; margin: 0 10px 12px 0 }
 figure div { aspect-ratio: 1; background-size: cover; display: grid;
@@ -196,9 +197,8 @@ and temperature; attention is averaged over layers and heads.</p>
 <div class=row><div id=picture>PICTURE<input type=range></div>
 <div><b>PROMPT</b><p>Drawn code, and the best others</p><div id=best>CARDS</div><p>Attention</p>WORDS
 <div id=seen>SEEN</div></div></div><h2>How it was made</h2>COMMAND<script>
-const D = DATA, N = D.p.length, slider = document.querySelector('input')
-const all = (selector, part = document) => part.querySelectorAll(selector)
-const percent = w => (w / 10).toFixed(1) + '%'
+const D = DATA, N = D.p.length, all = (selector, part = document) => part.querySelectorAll(selector)
+const [slider] = all('input'), percent = w => (w / 10).toFixed(1) + '%'
 function show(k) {
   slider.value = k
   all('#picture i').forEach((c, i) => {
@@ -227,7 +227,7 @@ show(N / 2 + Math.sqrt(N) / 2)
 
 def made_by(run):
     """A command that leads to the run's keys."""
-    tiny = flatten(train.parse(["tiny"])) | {"train_scale": run.train_scale}  # steps are scaled
+    tiny = flatten(train.parse(["tiny"])) | {"train_scale": run.train_scale}
     keys = (f"--{key}={'true' if value is True else str(value).strip('()')}"
             for key, value in flatten(run).items() if value != tiny[key])
     return shlex.join(["python", "train.py", "tiny", *keys])
@@ -237,6 +237,7 @@ def page(pipeline, prompt, stage):
     """The page about the run with that stage's folder, HTML."""
     run = rebuild(train.PRESETS["tiny"], json.loads((stage.parent / "run.json").read_text()))
     source = train.open_source(run)
+    require(source.digest == pipeline.record.get("data"), f"{stage}: not trained on {run.data or 'shapes'}")
     tasks = [task for task in train.parse_mix(pipeline.mix) if task in source.tasks][::-1]
     samples = [s for task in tasks for s in held_out_samples(source, task, 3)]
     prompt = prompt if prompt.prompt else samples[0]
@@ -247,9 +248,6 @@ def page(pipeline, prompt, stage):
               "POOL": str(len(pool)), "CARDS": "<figure><div></div><figcaption></figcaption></figure>" * 6,
               **drawings(pipeline, samples, pool), **inside(pipeline, prompt)}
     return re.sub("|".join(values), lambda key: values[key[0]], PAGE)
-
-
-# --- A picture growing, and guidance ---
 
 
 def growing(picture, side):

@@ -199,7 +199,7 @@ def reference(world, tmp_path):
     ([r"The star in <image>.\nA star on a red background", "--images=REF"],
      "The star in <image>.\nA star on a red background", 1, 1, 1),
     (["The star in <image>.", "--images=REF", "--n=2"], "The star in <image>.", 1, 2, 2),
-    (["--reconstruct=REF"], "The image is <image>", 1, 1, 3)])
+    (["The image is <image>", "--images=REF"], "The image is <image>", 1, 1, 1)])
 def test_the_command_line_draws(arguments, prompt, images, count, shown, reference, tmp_path, monkeypatch):
     drawn, draw, out = [], Pipeline.draw, tmp_path / "drawn.png"
     monkeypatch.setattr(Pipeline, "draw", lambda *given: drawn.append(given) or draw(*given))
@@ -218,11 +218,9 @@ def test_the_command_line_draws(arguments, prompt, images, count, shown, referen
     (["The star in <image>.\n" * 6, *["--images=REF"] * 6], "96"),
     (["The star in <image>.", "--images=REF", "--images=REF"], "1 <image>, but 2 images"),
     (["The zebra in <image>.", "--images=REF"], "zebra"), (["The star in <image>.", "--images=no.png"], "no.png"),
-    (["--reconstruct=TORN"], "torn.png: not a readable image"), ([PROMPT, "--n=0"], "--n=0"),
+    (["The image is <image>", "--images=TORN"], "torn.png: not a readable image"), ([PROMPT, "--n=0"], "--n=0"),
     ([PROMPT, "--sed=3"], "--sed=3: no such option"), ([PROMPT, "--out=REF/x"], "must end as a picture does"),
     (["--prompt=a star"], "no such option.*the prompt is the second argument"),
-    (["A star", "--reconstruct=REF"], "reconstruct"),
-    (["--reconstruct=REF", "--images=REF"], "1 <image>, but 2 images"),
     ([PROMPT, "--temperature=-1"], "temperature=-1"), ([PROMPT, "--top_p=1.5"], "top_p=1.5"),
     ([PROMPT, "--top_k=-3"], "top_k=-3"), ([PROMPT, "--cfg_scale=nan"], "cfg_scale=nan")])
 def test_mistakes_get_a_message_and_no_picture(arguments, message, reference, tmp_path):

@@ -36,14 +36,15 @@ def test_drawing_without_a_cache_gives_the_same_logits(model):
 
 @torch.no_grad()
 def test_the_drawing_that_is_timed_is_the_samplers(model, make_batch):
-    """The same codes as sample.generate's for one prompt."""
-    batch, sampling = make_batch(model.config, 1), SamplingConfig(cfg_scale=3.0)
-    codes = sample.generate(model, batch, sampling, [torch.Generator().manual_seed(3)])[0].tolist()
-    hidden, drops, read = model.encoder(batch), (torch.tensor([False]), torch.tensor([True])), []
-    prefix = torch.cat([model.projector(hidden, batch.lengths, drop) for drop in drops])
-    step = lambda codes, cache: read.append(codes[0].item()) or model.decode_step(codes, cache)
-    bench.draw(step, *model.prefill(prefix, batch.lengths.repeat(2)), [torch.Generator().manual_seed(3)], 63)
-    assert read == codes[:63] and len(set(read)) > 9
+    """The same codes as sample.generate's."""
+    batch = make_batch(model.config, 2)
+    chances = [[torch.Generator().manual_seed(i) for i in range(2)] for _ in range(2)]
+    codes = sample.generate(model, batch, SamplingConfig(cfg_scale=3.0), chances[0])
+    hidden, no, read = model.encoder(batch), torch.zeros(2, dtype=torch.bool), []
+    prefix = torch.cat([model.projector(hidden, batch.lengths, drop) for drop in (no, ~no)])
+    step = lambda codes, cache: read.append(codes) or model.decode_step(codes, cache)
+    bench.draw(step, *model.prefill(prefix, batch.lengths.repeat(2)), chances[1], 63)
+    assert torch.equal(torch.stack(read, 1), codes[:, :63].repeat(2, 1)) and codes.unique().numel() > 9
 
 
 def test_the_released_codes_way_gives_the_same_losses_and_gradients(text_tokenizer, make_batch):

@@ -1,5 +1,6 @@
 """The emoji world, with drawings made up here, and with a real font where there is one."""
 
+import functools
 import itertools
 import random
 import unicodedata
@@ -14,7 +15,7 @@ import train
 from conftest import SMALL, few_steps
 from data import Placed
 from extras import emoji
-from extras.emoji import CHANNELS, TURNS, Emoji, Look
+from extras.emoji import CHANNELS, Emoji, Look
 
 TASKS = ["text_to_image", "reconstruction", "segmentation", "recovery", "subject_driven"]
 
@@ -22,17 +23,18 @@ def draw(self, character):
     """In place of Emoji.glyph: noise with holes, 100 x 80. Some characters have no drawing."""
     noise = np.random.default_rng(ord(character)).integers(0, 256, (8, 10, 4)).astype(np.uint8)
     noise[..., 3] = 255 * (noise[..., 3] > 60)
-    missing = "SYMBOL" in unicodedata.name(character, "SYMBOL")
-    return None if missing else Image.fromarray(noise, "RGBA").resize((100, 80), 0)
+    missing = "SYMBOL" in unicodedata.name(character)
+    return Image.new("RGBA", (200, 200)) if missing else Image.fromarray(noise, "RGBA").resize((100, 80), 0)
 
 
 @pytest.fixture
 def world(monkeypatch, tmp_path):
-    monkeypatch.setattr(emoji, "ImageFont", SimpleNamespace(truetype=lambda path, size: "a font"))
+    font = SimpleNamespace(path=tmp_path / "font.ttf")
+    font.path.write_bytes(b"a font")
+    monkeypatch.setattr(emoji, "ImageFont", SimpleNamespace(truetype=lambda name, size: font))
     monkeypatch.setattr(Emoji, "glyph", draw)
     monkeypatch.setattr(emoji, "COUNT", 60)
-    (tmp_path / "font.ttf").write_bytes(b"a font")
-    return Emoji(32, tmp_path / "font.ttf")
+    return Emoji(32)
 
 
 def read_back(world, subjects):
@@ -58,7 +60,7 @@ def test_other_looks_are_for_training_references_alone(world, task):
     if task == "text_to_image":
         assert set(seen) <= set(world.train_subjects)
         return
-    assert {look.channels for look in seen} == {*CHANNELS} and {look.turn for look in seen} == {*TURNS}
+    assert {look.channels for look in seen} == {*CHANNELS} and {look.turn for look in seen} == {*range(8)}
     hidden, halves = [look for look in seen if not look.named], [look for look in seen if look.other]
     assert set(halves) <= set(hidden) and {(look.other,) for look in halves} <= set(world.train_subjects)
     if task != "recovery":  # its reference shows others, too
@@ -71,31 +73,37 @@ def test_other_looks_are_for_training_references_alone(world, task):
 def test_looks_swap_channels_turn_and_put_halves_together(world):
     (one,), (other,), window = world.subjects[10], world.subjects[20], np.s_[6:26, 6:26]
     plain, second, both = (world.cut_out(Placed(s, 4, 1)) for s in ((one,), (other,), Look(one, other)))
-    for channels, turn in itertools.product(CHANNELS, TURNS):  # halves have left the whole as it was
+    drawings = set()
+    for channels, turn in itertools.product(CHANNELS, range(8)):  # halves have left the whole as it was
         made = world.cut_out(Placed(Look(one, channels=channels, turn=turn), 4, 1))[window]
-        turned = plain[window] if turn is None else np.asarray(Image.fromarray(plain[window]).transpose(turn))
-        assert (made == turned[..., list(channels)]).all()
+        turned = np.rot90(plain[window], turn)
+        assert (made == (turned if turn < 4 else turned[:, ::-1])[..., list(channels)]).all()
+        drawings.add(made.tobytes())
+    assert len(drawings) == 48
     assert (both == np.concatenate([plain[:, :16], second[:, 16:]], axis=1)).all() and (plain != second).any()
 
 
-def test_it_trains_scores_and_samples(world, tmp_path, monkeypatch, capsys):
-    out, font = tmp_path / "out", f"--emoji_font={tmp_path}/font.ttf"
+def test_it_trains_and_scores(world, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
     monkeypatch.setattr(train, "show_result", lambda *arguments: None)
-    emoji.main(["train", "tiny", font, *SMALL, *few_steps(steps=1, global_batch=2), f"--out={out}"])
-    emoji.score(out, tmp_path / "font.ttf", prompts=6)
-    assert "renders       CP 1.000, PF 1.000" in capsys.readouterr().out and (out / "scores.json").is_file()
-    emoji.main(["sample", str(out), "A big watch at the top on a red background", f"--out={out}/x.png"])
-    assert (out / "x.png").is_file()
+    emoji.main(["tiny", *SMALL, *few_steps(steps=1, global_batch=2), f"--out={out}"])
+    monkeypatch.setattr(sample, "score", functools.partial(sample.score, prompts=8))
+    emoji.main(["score", str(out)])
+    assert "true renders   cp 1.000  pf 1.000" in capsys.readouterr().out and (out / "scores.json").is_file()
     (tmp_path / "font.ttf").write_bytes(b"another font")
-    for arguments, message in ((["train", "tiny", font, "--data=x", "--stage=align"], "this world has its"),
-                               (["train", "tiny", "--emoji_font=/no"], "no colour emoji font at /no: "),
-                               (["score", str(out), font], "was trained on another world or font")):
+    for arguments, message in ((["tiny", "--data=x", "--stage=align"], "--data=x: leave it out"),
+                               (["score", str(out)], "trained on other data")):
         with pytest.raises(ValueError, match=message):
             emoji.main(arguments)
 
 
-def test_a_real_font_has_1280_emoji():
-    fonts = [font for font in emoji.FONTS if emoji.Path(font).is_file()]
-    world = Emoji(32) if fonts else pytest.skip("no colour emoji font")
+def test_a_font_is_needed_and_noto_has_1280_emoji(monkeypatch):
+    try:
+        world = Emoji(32)
+    except ValueError:
+        pytest.skip(f"no font {emoji.FONT}")
     assert len(world.subjects) == 1280 and len(world.held_out_subjects) == 162
     assert read_back(world, world.held_out_subjects[:30])
+    monkeypatch.setattr(emoji, "FONT", "no.ttf")
+    with pytest.raises(ValueError, match="no.ttf is not among the fonts of this machine"):
+        Emoji(32)
