@@ -67,23 +67,19 @@ def load_image(path, least=0):
 
 
 def load_mask(path, picture_path):
-    """Where a mask's object is, bool (H, W), turned as its picture: the alpha of a cut-out, or the larger of
-    two grey values, with smooth edges."""
-    stored, turn = read_image(picture_path, lambda image: (image.size, exif_turn(image)))
-    seen = stored if turn is None else Image.new("1", stored).transpose(turn).size
+    """Where a mask's object is, bool (H, W): the alpha of a cut-out, or the larger of two grey values, with
+    smooth edges."""
+    size, turn = read_image(picture_path, lambda image: (image.size, exif_turn(image)))
     (grey, alpha), lossy = read_image(path, lambda image: (
         [*map(np.asarray, image.convert("LA").split())], image.format in ("JPEG", "WEBP")))
     mask = grey if alpha.min() == 255 else alpha
-    values, size = np.unique(mask).tolist(), mask.shape[::-1]
+    values = np.unique(mask).tolist()
     middle = (values[0] + values[-1]) / 2
     edges = (np.abs(mask - middle) < (middle - values[0]) * (0.5 if lossy else 1)).mean()
     require(len(values) == 2 or len(values) > (1 if lossy else 8) and edges < 0.15,
             f"{path}: no clear mask, with values {values[:9]}: write 255 for the object, else 0")
-    require(size in (stored, seen), f"{path}: the mask has {size} pixels, its picture {seen}")
-    require(turn is None or stored != seen,
-            f"{picture_path} has an EXIF turn, and {path} may be turned already: save the picture without it")
-    if size != seen:
-        mask = np.asarray(Image.fromarray(mask).transpose(turn))
+    require(mask.shape[::-1] == size, f"{path}: the mask has {mask.shape[::-1]} pixels, its picture {size}")
+    require(turn is None, f"{picture_path} has an EXIF turn, and {path} is turned or not: save both upright")
     return mask > middle
 
 
@@ -193,7 +189,10 @@ class Shapes:
 
     def dataset(self, mix, seed, prefix_drop=0.0, held_out=False):
         """Samples of a mix {task: share} of tasks, of held-out subjects or all others."""
-        return ShapesDataset(self, mix, seed, prefix_drop, held_out)
+        return Samples(self, mix, seed, prefix_drop, held_out)
+
+    def sample(self, task, rng, held_out=False):
+        return TASKS[task](self, rng, held_out)
 
     # words
 
@@ -217,11 +216,9 @@ class Shapes:
         return "A" + text[1:]
 
     def text_tokenizer(self):
-        """One that knows every word of the prompts."""
-        grounds = [f"on an on a {c} {p} background" for c in COLORS for p in PATTERNS[1:]]
-        places = [f"a {s} at the {p} and" for s in SIZES for p in PLACES]
-        looks = map(self.describe, self.subjects)
-        return TextTokenizer.train([*grounds, *places, *looks, "The in .", "The image is"])
+        rng = random.Random(0)
+        scenes = [self.some_scene(rng, held_out) for held_out in (False, True) for _ in range(1000)]
+        return TextTokenizer.train(["The in .", "The image is", *map(self.caption, scenes)])
 
     # pictures
 
@@ -459,11 +456,6 @@ class Folder:
         self.path, self.size = Path(folder), size
         require(self.path.is_dir(), f"--data={folder}: there is no such folder")
         self.pictures, self.notes = self.find()
-        entries = [(task, i) for i, p in enumerate(self.pictures) for task, possible in (
-            ("text_to_image", True), ("reconstruction", True), ("segmentation", p.mask), ("recovery", p.mask),
-            ("subject_driven", p.subject)) if possible]
-        self.task_of, self.of = (np.array(column) for column in zip(*entries))
-        self.tasks = set(self.task_of.tolist())
 
         # groups are a subject's pictures or a single one; some, chosen by name, are held out, never all
         self.groups, held = defaultdict(list), np.zeros(len(self.pictures), bool)
@@ -473,7 +465,12 @@ class Folder:
         for name in sorted(self.groups, key=lambda name: zlib.crc32(name.encode()))[:-1]:
             if held.sum() < enough:
                 held[self.groups[name]] = True
-        self.held_out, self.trained = held[self.of], np.flatnonzero(~held)
+        # what a task needs beside a picture: the pictures for it, held out or not
+        needs = {"text_to_image": "file", "reconstruction": "file", "segmentation": "mask",
+                 "recovery": "mask", "subject_driven": "subject"}
+        self.usable = {(task, part): [i for i in np.flatnonzero(held == part) if getattr(self.pictures[i], need)]
+                       for task, need in needs.items() for part in (False, True)}
+        self.tasks = {task for task in needs if self.usable[task, False]}
 
         self.kept, self.contents = {}, {}
         self.open_all()
@@ -491,7 +488,8 @@ class Folder:
                 continue
             other = kinds[suffix].setdefault(name[: -len(suffix)], file)
             require(other is file, f"{file} and {other} have one name: rename one of them")
-            require(suffix not in PICTURES or not re.search(r"(\b|_)(mask|seg|segmentation)s?\d*(\b|_)", name.lower()),
+            mask = re.search(r"(\b|_)(mask|seg|segmentation)s?\d*(\b|_)", name.lower())
+            require(not mask or suffix not in PICTURES,
                     f"{file}: looks like a mask; name it NAME{MASK} beside NAME.jpg, or rename it")
         require(pictures, f"{self.path}: there are no pictures in it ({', '.join(PICTURES)})")
         lost = ", ".join(str(masks[name]) for name in masks.keys() - pictures.keys())
@@ -515,8 +513,8 @@ class Folder:
                            f"{len(masks)} masks, {len(subjects)} subjects; ignored: {ignored}")
 
     def open_all(self):
-        """Read all pictures, to know before training what is wrong: `kept`, {i: read(i)} of as many as there is
-        room for, and `contents`, {name: hash of the files and words}."""
+        """Read all pictures, to know now what is wrong. Sets `kept`, {i: read(i)} of those that there is room
+        for, and `contents`, {name: hash of the files and words}."""
         room, problems = KEEP, []
         for i, p in enumerate(tqdm(self.pictures, "opening pictures", disable=not sys.stderr.isatty())):
             try:
@@ -548,11 +546,14 @@ class Folder:
         return [f"{object_line(p.label)}\n{caption}" for p in self.pictures for caption in p.captions]
 
     def dataset(self, mix, seed, prefix_drop=0.0, held_out=False):
-        return EntryDataset(self, mix, seed, prefix_drop, held_out)
+        mix = {task: share for task, share in mix.items() if self.usable[task, held_out]}
+        require(mix or held_out, f"{self.path} has nothing for the mix")
+        count = sum(len(self.usable[task, held_out]) for task in mix)
+        return Samples(self, mix, seed, prefix_drop, held_out, count)
 
-    def sample(self, line, rng):
-        task, i = self.task_of[line], self.of[line]
-        p, crop = self.pictures[i], None if self.held_out[line] else rng
+    def sample(self, task, rng, held_out=False):
+        i = rng.choice(self.usable[task, held_out])
+        p, crop = self.pictures[i], None if held_out else rng
         caption = rng.choice(p.captions)
         prompt = f"{object_line(p.label)}\n{caption}"
         mirrored = crop and rng.random() < 0.5 and not re.search(r"\b(left|right)\b", prompt.lower())
@@ -567,8 +568,8 @@ class Folder:
         cut_out = (mask * image + 0.5).astype(np.uint8)
         if task == "segmentation":
             return Sample(task, object_line(p.label), [image], cut_out)
-        other = rng.choice(self.trained[self.trained != i].tolist() or [i])  # no held-out one
-        background, _ = self.look(other, crop, mirrored)
+        others = [k for k in self.usable["text_to_image", False] if k != i] or [i]
+        background, _ = self.look(rng.choice(others), crop, mirrored)
         return Sample(task, prompt, [paste_distorted(cut_out, mask, background, rng)], image)
 
     def look(self, i, crop=None, mirrored=False):
@@ -604,20 +605,19 @@ def square_of_object(picture, mask, size, rng=None):
 # --- Datasets and batches ---
 
 
-class ShapesDataset(torch.utils.data.Dataset):
+class Samples(torch.utils.data.Dataset):
     """Samples of tasks, mixed by shares. Endless: (seed, index) determines a sample."""
 
-    count = float("inf")  # of different samples
-
-    def __init__(self, source, mix, seed, prefix_drop=0.0, held_out=False):
-        """mix: {task: share}; prefix_drop: probability that a sample's prompt is dropped."""
-        self.source, self.mix, self.seed = source, mix, seed
+    def __init__(self, source, mix, seed, prefix_drop=0.0, held_out=False, count=float("inf")):
+        """source: has sample(task, rng, held_out), count: of different samples; mix: {task: share};
+        prefix_drop: probability that a sample's prompt is dropped."""
+        self.source, self.mix, self.seed, self.count = source, mix, seed, count
         self.prefix_drop, self.held_out = prefix_drop, held_out
 
     def make(self, index, rng):
-        """A sample by chance."""
+        """A Sample by chance."""
         task, = rng.choices(list(self.mix), list(self.mix.values()))
-        return TASKS[task](self.source, rng, self.held_out)
+        return self.source.sample(task, rng, self.held_out)
 
     def __getitem__(self, index):
         rng = random.Random(f"{self.seed} {index}")
@@ -625,26 +625,7 @@ class ShapesDataset(torch.utils.data.Dataset):
         return replace(self.make(index, rng), drop=drop, mask_seed=rng.getrandbits(63))
 
 
-class EntryDataset(ShapesDataset):
-    """Samples of a source's entries, those of the mix's tasks: each once before any comes again, in an order
-    that changes every epoch. The source has `path`, arrays `task_of` and `held_out`, and sample(line, rng)."""
-
-    def __init__(self, source, mix, seed, prefix_drop=0.0, held_out=False):
-        super().__init__(source, mix, seed, prefix_drop, held_out)
-        self.lines = np.flatnonzero(np.isin(source.task_of, list(mix)) & (source.held_out == held_out))
-        self.count = len(self.lines)
-        require(self.count or held_out, f"{source.path} has nothing for {', '.join(mix)}")
-
-    def make(self, index, rng):
-        """An entry's sample."""
-        epoch, i = divmod(index, self.count)
-        return self.source.sample(self.lines[shuffled(self.count, f"{self.seed} {epoch}")[i]], rng)
-
-
-@functools.lru_cache(maxsize=4)
-def shuffled(count, key):
-    """A permutation of range(count) that `key` determines, (count,) int32."""
-    return np.random.default_rng(list(key.encode())).permutation(np.arange(count, dtype=np.int32))
+ShapesDataset = Samples
 
 
 @dataclass

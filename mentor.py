@@ -512,11 +512,11 @@ class Mentor(nn.Module):
         P, N = prefix.shape[1], codes.shape[1]
         order = sequence_order(lengths, P, N - 1)  # the last code is never read
         x = torch.cat([prefix, self.decoder.code_embedding(codes[:, :-1])], dim=1)
-        x = x.take_along_dim(order[..., None], 1)  # (B, P + N - 1, D): [prefix | codes | padding]
-        positions = (order - P + 1).clamp(min=0)   # 0 in the prefix, 1 + k at code k
+        x = x.gather(1, order[..., None].expand_as(x))  # (B, P + N - 1, D): [prefix | codes | padding]
+        positions = (order - P + 1).clamp(min=0)        # 0 in the prefix, 1 + k at code k
         hidden = self.decoder(x, positions)
         predicts = lengths[:, None] - 1 + torch.arange(N, device=codes.device)  # from the prefix's last on
-        return hidden.take_along_dim(predicts[..., None], 1)  # only these go through the head
+        return hidden.gather(1, predicts[..., None].expand(-1, -1, hidden.shape[-1]))  # no others need the head
 
     def prefill(self, prefix, lengths):
         """Read the prefix (B, P, D) of lengths (B,) -> logits of the first code (B, V) float32, a KVCache."""

@@ -90,11 +90,11 @@ def best_device():
 
 
 def usable(device):
-    """A torch.device by its name. Raises ValueError if this machine has none."""
+    """A torch.device that this machine has."""
     try:
         return torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        raise ValueError(f"--device={device}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--device={device}: {error}") from None
 
 
 def newest_stage(folder):
@@ -209,12 +209,6 @@ def judge_pictures(judge, pictures, samples):
     return {"cp": cp, "pf": pf, "cp_pf": cp * pf, "cp_over_pf": cp / max(pf, 1e-9)}
 
 
-def pixel_l2(pictures, samples):
-    """Root mean squared difference from the target, pixels in [0, 1]; a mean over the pictures."""
-    differences = [(p.astype(np.float32) - s.target) / 255 for p, s in zip(pictures, samples, strict=True)]
-    return float(np.mean([np.sqrt(np.square(difference).mean()) for difference in differences]))
-
-
 def segmentation_iou(pictures, samples):
     """Intersection over union of the pixels with a channel above 64, not black; a mean over the pictures."""
     masks = [(p.max(-1) > 64, s.target.max(-1) > 64) for p, s in zip(pictures, samples, strict=True)]
@@ -222,16 +216,15 @@ def segmentation_iou(pictures, samples):
 
 
 def score(pipeline, out, world=None, prompts=512):
-    """Score a model on a world's held-out subjects: print the table, write scores.json and sheet.png into `out`."""
+    """Score a model on a world's held-out subjects: print a table, write scores.json and sheet.png to `out`."""
     world = world or Shapes(pipeline.size)
-    require(pipeline.record.get("data") == world.digest, "this model was trained on other data than the world's")
+    require(pipeline.record.get("data") == world.digest, "this model was trained on other data")
 
     def samples(task, count):
         dataset = world.dataset({task: 1.0}, "scores", held_out=True)
         return [dataset[i] for i in range(count)]
 
-    subject, whole = samples("subject_driven", prompts), samples("reconstruction", prompts // 4)
-    cut = samples("segmentation", prompts // 4)
+    subject, cut = samples("subject_driven", prompts), samples("segmentation", prompts // 4)
     # three bounds: true renders test the judge, no model is better than its tokenizer, and copies of the
     # reference have all CP and little PF
     ways = {"model": pipeline.draw, "true renders": lambda part: [s.target for s in part],
@@ -241,7 +234,6 @@ def score(pipeline, out, world=None, prompts=512):
     for name, way in ways.items():
         drawn = way(subject)
         row = scores[name] = {**judge_pictures(judge, drawn, subject),
-                              "reconstruction_l2": pixel_l2(way(whole), whole),
                               "segmentation_iou": segmentation_iou(way(cut), cut)}
         print(f"{name:13}", "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
         if name == "model":

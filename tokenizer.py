@@ -272,7 +272,7 @@ class StageConfig:
     lr: float = 5e-4              # AdamW's peak learning rate
     muon_lr: float = 0.0          # Muon's peak, for the matrices of hidden layers; 0: AdamW for all
     final_lr: float = 0.1         # final learning rate, as a fraction of the peak
-    mix: str = "text_to_image:1"  # tasks and their shares; of your own pictures the tasks alone count
+    mix: str = "text_to_image:1"  # tasks and their shares
 
 
 @dataclass(frozen=True)

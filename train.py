@@ -28,7 +28,6 @@ from inspect import getsource
 from pathlib import Path
 from textwrap import shorten
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -358,9 +357,8 @@ def make_dataset(name, run, source, held_out=False):
 def check_same(folder, old, new):
     """Refuse a folder that was made with other keys than this run's, naming the first."""
     for key in sorted(old.keys() | new.keys()):
-        hint = f" or set --{key}={old.get(key)}" if "." in key else ""
         require(old.get(key) == new.get(key) or key.startswith("model.sampling."),
-                f"{folder} has {key}={old.get(key)}, this run {new.get(key)}: choose another --out{hint}")
+                f"{folder} has {key}={old.get(key)}, this run {new.get(key)}: choose another --out")
 
 
 def load_as(cls, config, folder, prefix):
@@ -461,7 +459,7 @@ def train_stage(name, run, machine, source, text_tokenizer):
     validate = partial(held_out_loss, stage, held_out, collate, micro, machine)
     log = Log(name, run, machine, start)
     for part, module in stage.model.named_children():
-        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        trained = sum(p.numel() * p.requires_grad for p in module.parameters())
         machine.say(f"{name}: {part} trains {trained:,} of {sum(p.numel() for p in module.parameters()):,}")
     machine.say(f"{name}: {config.steps} steps of {config.global_batch} = {machine.world_size} processes x "
                 f"{accumulate} x {micro}, from step {start}")
@@ -531,18 +529,17 @@ def train_steps(stage, run, config, machine, batches, optimizers, log, start, be
 
 @torch.no_grad()
 def held_out_loss(stage, dataset, collate, micro, machine, most=128):
-    """Mean loss of the first held-out samples, shared by the processes; None without any."""
+    """Mean loss of the first held-out samples, shared by the processes; None if nothing is held out."""
     if not dataset.count:
         return None
-    count, total = min(most, dataset.count), torch.zeros((), device=machine.device)
-    mine = range(machine.rank, count, machine.world_size)
+    mine, total = range(machine.rank, most, machine.world_size), torch.zeros((), device=machine.device)
     stage.eval()
     for first in range(0, len(mine), micro):
         batch = collate([dataset[i] for i in mine[first : first + micro]]).to(machine.device)
         with machine.autocast():
             total += stage.validation_loss(batch).float() * len(batch.tasks)
     stage.train()
-    return machine.average(total).item() * machine.world_size / count
+    return machine.average(total).item() * machine.world_size / most
 
 
 def note_best(best, held_out, step, stage, log):
@@ -725,14 +722,10 @@ def open_source(run):
 
 def check_mixes(run, defaults, source, machine):
     """Print the tasks that the data lacks; refuse mixes with them that are not the preset's."""
-    missing, wrong = set(), []
-    for stage in STAGES:
-        mix = getattr(run, stage).mix
-        lacks = parse_mix(mix).keys() - source.tasks
-        missing |= lacks
-        if lacks and mix != getattr(defaults, stage).mix:
-            wrong.append(f"--{stage}.mix")
-    missing = ", ".join(sorted(missing))
+    lacks = {stage: parse_mix(getattr(run, stage).mix).keys() - source.tasks for stage in STAGES}
+    missing = ", ".join(sorted(set().union(*lacks.values())))
+    wrong = [f"--{stage}.mix" for stage, tasks in lacks.items()
+             if tasks and getattr(run, stage).mix != getattr(defaults, stage).mix]
     require(not wrong, f"the data has nothing for {missing}, in {', '.join(wrong)}")
     if missing:
         machine.say(f"data: has nothing for {missing}, left out of the mixes")
@@ -811,25 +804,25 @@ def show_result(name, run, machine, source):
 
 
 def draw_curves(out, width=400, height=220):
-    """Draw curves.png, a panel for each stage."""
+    """Draw curves.png, a panel for each stage: its loss as a line, its held-out loss as dots, by step."""
     logs = {name: lines for name in STAGES if (lines := read_log(out / name / "log.jsonl"))}
     sheet = Image.new("RGB", (width * max(1, len(logs)), height), "white")
     pen = ImageDraw.Draw(sheet)
-    for left, (name, lines) in zip(range(10, sheet.width, width), logs.items()):
+    for left, (name, lines) in zip(range(0, sheet.width, width), logs.items()):
         last = lines[-1]["step"]
-        losses, dots = ([(x["step"], x[key]) for x in lines if key in x] for key in ("loss", "held_out"))
-        shown = [y for x, y in losses + dots if 20 * x > last]  # without the first fall
-        low, high = min(shown), max(shown) + 1e-9
-        across = partial(np.interp, xp=(0, last), fp=(left, left + width - 20))
-        down = partial(np.interp, xp=(low, high), fp=(height - 10, 30))
-        pen.line([(across(x), down(y)) for x, y in losses], fill="#2060c0", width=2)
-        for x, y in dots:
-            pen.circle((across(x), down(y)), 3, fill="#c03020")
-        words = f"{name}: loss (line) and held-out loss (dots) by step"
-        pen.text((left, 6), words, fill="black")
-        for x, y in zip(np.linspace(0, last, 4), np.linspace(low, high, 4)):
-            pen.text((left, down(y) - 6), f"{y:.3g}", fill="black")
-            pen.text((across(x) - 24 * x / last, height - 12), f"{x:.0f}", fill="black")
+        later = [line for line in lines if 20 * line["step"] > last]  # the first fall would flatten the rest
+        losses = [line[key] for line in later for key in ("loss", "held_out") if key in line]
+        low, high = min(losses), max(losses) + 1e-9
+        place = lambda x, y: (left + 10 + (width - 50) * x / last,
+                              height - 20 - (height - 45) * (min(y, high) - low) / (high - low))
+        pen.line([place(line["step"], line["loss"]) for line in lines], fill="#2060c0", width=2)
+        for line in lines:
+            if "held_out" in line:
+                pen.circle(place(line["step"], line["held_out"]), 3, fill="#c03020")
+        pen.text((left + 10, 4), f"{name}: loss (line), held-out loss (dots)", fill="black")
+        for k in range(4):
+            pen.text(place(0, low + k * (high - low) / 3), f"{low + k * (high - low) / 3:.3g}", fill="black")
+            pen.text(place(k * last / 3, low), f"\n{k * last // 3}", fill="black")
     sheet.save(out / "curves.png")
 
 

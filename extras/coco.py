@@ -4,9 +4,9 @@
     python -m extras.released train small --data=coco/manifest.jsonl
 
 A caption becomes a line of text_to_image, a picture one of reconstruction, an object one of segmentation and
-one of recovery if its name identifies it: the only one of that name in its picture, drawn as polygons, on 5%
-to 95% of the picture. Others are counted with the reason. Polygons are in stored pixels, so masks turn with a
-picture that has an EXIF turn, and a copy of it without the tag is put beside them.
+one of recovery: if it is the only one of its name in its picture, drawn as polygons, on 5% to 95% of the
+picture. Others are counted with the reason. Polygons are in stored pixels, so masks turn with a picture that
+has an EXIF turn, and a copy of it without the tag is put beside them.
 """
 
 import itertools
@@ -47,7 +47,7 @@ def polygon_mask(points, width, height):
     """The pixels whose centres are in a polygon x, y, x, y, ..., bool (height, width)."""
     outline = np.zeros((height, width + 1), bool)  # where it crosses a row an odd number of times
     corners = np.array(points, float).reshape(-1, 2) - 0.5  # so that centres are whole numbers
-    require(np.isfinite(corners).all(), "not finite")
+    require(np.isfinite(corners).all(), "without end")
     for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, axis=0)):
         rows = np.flatnonzero((np.arange(height) < y0) != (np.arange(height) < y1))
         x = x0 + (rows - y0) / (y1 - y0) * (x1 - x0)
@@ -56,24 +56,21 @@ def polygon_mask(points, width, height):
 
 
 def object_mask(item, picture, name, times):
-    """Where an annotation's object is, in stored pixels, bool (H, W). Raises ValueError with the reason if it
-    is of no use. times: how many in its picture have its name."""
+    """Where an annotation's object is, in stored pixels, bool (H, W). times: how many in its picture have its
+    name. Raises an error with the reason if it is of no use."""
     polygons = item.get("segmentation")
     require(picture and name, "of unknown pictures or categories")
     require(not item.get("iscrowd"), "crowds")
     require(times == 1, "not alone with their name")
     require(polygons and isinstance(polygons, list), "boxes or RLE, not polygons")
-    try:
-        mask = np.logical_or.reduce([polygon_mask(points, *picture["size"]) for points in polygons])
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError("with polygons that are not x, y, x, y, ...") from None
+    mask = np.logical_or.reduce([polygon_mask(points, *picture["size"]) for points in polygons])
     require(mask.mean() >= SMALLEST, "too small")
     require(mask.mean() <= LARGEST, "too large")
     return mask
 
 
 def convert(instances, captions, folder, out):
-    """Write a manifest and its masks. Before that, raises ValueError naming what is wrong."""
+    """Write a manifest and its masks."""
     out, texts, lines, counts = Path(out).resolve(), defaultdict(list), [], Counter()
     require(not out.exists() or not any(out.iterdir()), f"{out} is not empty: choose another")
     images, categories, annotations = read_lists(
@@ -85,7 +82,7 @@ def convert(instances, captions, folder, out):
             texts[caption["image_id"]].append(caption["caption"])
     used = sum(map(len, texts.values()))
     print(f"captions: {used} used, {len(all_captions) - used} empty or of unknown pictures")
-    require(used, f"{captions}: not of the pictures of {instances}")
+    require(used, f"{captions}: not of the pictures in {instances}")
 
     for number, p in enumerate(tqdm(images, "pictures", disable=None)):
         p["file"], said = Path(folder).resolve() / p["file_name"], (p.get("width"), p.get("height"))
@@ -102,7 +99,7 @@ def convert(instances, captions, folder, out):
         p = pictures.get(item["image_id"])
         try:
             mask = Image.fromarray(object_mask(item, p, whats[number][1], times[whats[number]]))
-        except ValueError as reason:
+        except (TypeError, ValueError) as reason:
             counts[str(reason)] += 1
             continue
         counts["used"] += 1

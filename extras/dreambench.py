@@ -3,9 +3,9 @@
     python -m extras.dreambench out/full dreambench_plus/data --out=out/full/dreambench_plus --n=4
     python -m extras.dreambench out/full dreambooth/dataset --out=out/full/dreambench --n=4
 
-DreamBench++'s data has images/**/N.jpg and captions/**/N.txt, a label and then a prompt a line. DreamBench's
-dataset has SUBJECT/*.jpg, the first of which is the reference, and prompts_and_classes.txt. --out gets
-src_image, text and tgt_image, each with SUBJECT/PROMPT_SAMPLE.jpg or .txt.
+DreamBench++'s data has images/**/N.jpg and captions/**/N.txt, a label and then a prompt a line; DreamBench's
+SUBJECT/*.jpg, the first of which is the reference, and prompts_and_classes.txt. --out gets src_image, text
+and tgt_image, each with SUBJECT/PROMPT_SAMPLE.jpg or .txt.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tokenizer import require
 
 
 def visible(folder, suffixes):
-    """{name without suffix: file} of the files below a folder with these suffixes, but for hidden ones."""
+    """{name without suffix: file} of the files below a folder with these suffixes."""
     found = {}
     for file in walk(folder):
         if file.suffix.lower() in suffixes:
@@ -34,11 +34,11 @@ def visible(folder, suffixes):
 
 
 def dreambench(file):
-    """(name, picture, label, prompts) of DreamBench's subjects. Its text file has lines SUBJECT,LABEL and two
+    """(name, picture, label, prompts) of DreamBench's subjects. The file has lines SUBJECT,LABEL and two
     lists of 'a {0} {1} on ...'.format(...), the second for cats and dogs; {0} is DreamBooth's rare word."""
     text = "\n".join(read_words(file)[0])
     lists = [re.findall(r"^'(.*)'\.format", part, re.M) for part in text.split("Live Subject Prompts")]
-    require(len(lists) == 2 and all(lists), f"{file}: must have two lists of 'a {{0}} {{1}}'.format()")
+    require(len(lists) == 2 and all(lists), f"{file}: must have two lists of prompts")
     for name, label in re.findall(r"^([^\s,']+),\s*([^,'\n]*[^,'\s])$", text, re.M)[1:]:  # without the head
         pictures = visible(file.parent / name, PICTURES)
         require(pictures, f"{file}: there is no picture in {name}")
@@ -54,17 +54,13 @@ def dreambench_plus(folder):
     for path, file in captions.items():
         label, *prompts = read_words(file)[0] or [""]
         require(prompts, f"{file}: must have a label, then prompts, a line each")
-        group = re.sub("^(animal|human)$", r"live_subject_\1", file.parent.name)
-        name = re.sub(r"\W+", "_", f"{group}_{Path(path).name}_{label.lower()}")
-        yield name, pictures[path], label, prompts
+        yield re.sub(r"\W+", "_", f"{path}_{label.lower()}"), pictures[path], label, prompts
 
 
 def draw(pipeline, subjects, out, n):
     """Draw each prompt n times, in the scorer's layout. Raises ValueError first if anything is wrong."""
-    texts, files = [], {}
-    for name, file, label, prompts in subjects:
-        other = files.setdefault(name.casefold(), file)
-        require(other is file, f"{file} and {other} would share the folder {name}")
+    texts = []
+    for _, file, label, prompts in subjects:
         texts.append([check_words(pipeline, f"{object_line(label)}\n{prompt}") for prompt in prompts])
         for text in texts[-1]:
             pipeline.collate.encode(text, 1)

@@ -6,9 +6,9 @@
 
 A name must not tell what an emoji looks like, or a model learns 1,118 drawings by heart. So where a training
 reference shows one alone, 70% of the prompts say `symbol`, half of these show halves of two, and all have one
-of 48 looks (channels swapped, mirrored, turned). `tiny` with --train_scale=3 --vqgan.codebook_size=1024, 41
-minutes of a core, drew the right one of 1,280 for 21.9% of held-out prompts (the tokenizer alone: 93%);
-without halves, 12 looks: 11.3%; and all names: 4.9%; and one look: 1.4%.
+of 48 looks (channels swapped, mirrored, turned). `tiny` with --train_scale=3 --vqgan.codebook_size=1024 then
+drew the right one for 21.9% of held-out prompts; without halves, 12 looks: 11.3%; and all names: 4.9%; and
+one look: 1.4%.
 """
 
 import functools

@@ -1,16 +1,15 @@
 """Go on from a trained run: with your own pictures, another mix, or more steps.
 
-    python -m extras.finetune tiny --start_from=trained/tiny --instruct.steps=300 --out=out/more
-
 The last weights of --start_from become this run's stage `align`, from which `instruct` starts. Its tokenizer
 stays, its text tokenizer learns new words. Other arguments are train.py's; all sizes must be as they were.
 
-For example, trained on pictures of some pets, and then on four of a new one, rex/1.jpg and so on with captions
-like "Rex on a sofa" in rex/1.txt, it draws Rex elsewhere:
+For example, train on pictures of some pets, then at a tenth of the learning rates on four of a new one, with
+"Rex on the grass" in rex/1.txt and so on:
 
     python train.py tiny --data=pets --out=out/pets
-    python -m extras.finetune tiny --start_from=out/pets --data=rex --instruct.steps=200 --out=out/rex
-    python sample.py out/rex "Rex on a bed"
+    python -m extras.finetune tiny --start_from=out/pets --data=rex --out=out/rex \\
+        --instruct.steps=60 --instruct.lr=3e-4 --instruct.muon_lr=8e-4
+    python sample.py out/rex "Rex on the grass"
 """
 
 import argparse
@@ -25,19 +24,19 @@ from tokenizer import TextTokenizer, file_hash, require, write_json
 
 
 def extended(words, others):
-    """A TextTokenizer with another's pieces too, its own ids the same. A SentencePiece model is a protobuf
-    message, whose list of pieces goes on with those that are written after its end."""
+    """A TextTokenizer with another's pieces too, its own ids the same: SentencePiece's models are protobuf
+    messages, whose list of pieces goes on with what is written after their end."""
     proto = words.proto
     for piece in map(others.pieces.id_to_piece, range(3, others.pieces.vocab_size())):
         if words.pieces.piece_to_id(piece) == words.UNKNOWN:
             piece = piece.encode()
-            require(len(piece) < 120, f"{piece.decode()}: such a long word cannot be added")
-            proto += bytes([10, len(piece) + 2, 10, len(piece)]) + piece  # 10: a list's item, an item's text
+            require(len(piece) < 120, f"{piece.decode()} is too long a word")
+            proto += bytes([10, len(piece) + 2, 10, len(piece)]) + piece  # 10: a piece, its text
     return TextTokenizer(proto)
 
 
 def take_over(start, out, source):
-    """Copy what a run starts from into its folder: `start`, the folder of a finished stage."""
+    """Copy what a run starts from into its folder. start: the folder of a finished stage."""
     weights, record = file_hash(start / "model.safetensors"), out / "align" / "stage.json"
     if record.is_file() and json.loads(record.read_text()).get("imported from") == weights:
         return
@@ -52,7 +51,7 @@ def take_over(start, out, source):
         for name in ("config.json", "model.safetensors"):
             shutil.copy(folder / name, out / stage)
         (out / "spiece.model").write_bytes(words.proto)
-        write_json(out / stage / "stage.json", origin)  # align's comes last: now all is there
+        write_json(out / stage / "stage.json", origin)  # align's comes last
 
 
 def main(arguments):

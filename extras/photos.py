@@ -2,15 +2,16 @@
 
     python -m extras.photos small --data=pets --lpips=weights    # with any arguments of train.py
 
-The squared error alone turns hair, leaves and grass grey, the mean of all that they could be. LPIPS compares
-features of VGG16 (arXiv 1801.03924), and the discriminator, which `small` and `full` have anyway, sharpens.
-The folder --lpips holds torchvision's `vgg16-397923af.pth` and `vgg.pth`, the LPIPS project's heads (v0.1).
+The squared error alone turns hair, leaves and grass grey, the mean of all that they could be. LPIPS (arXiv
+1801.03924) compares features of VGG16. Its folder holds torchvision's `vgg16-397923af.pth` and the LPIPS
+project's `vgg.pth` (v0.1).
 """
 
 import argparse
 import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 import torch.nn as nn
@@ -20,8 +21,8 @@ import train
 from sample import cli
 from tokenizer import TokenizerStage, TokenizerStageConfig, file_hash, require
 
-FILES = {"vgg16-397923af.pth": "features.", "vgg.pth": "lin"}  # and how the names of their tensors begin
-WIDTHS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)  # VGG16; 0: max-pool
+FILES = {"vgg16-397923af.pth": "features.", "vgg.pth": "lin"}  # and how their tensors' names begin
+WIDTHS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)  # 0: max-pool
 
 
 class LPIPS(nn.Module):
@@ -34,16 +35,16 @@ class LPIPS(nn.Module):
             layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()] if width else [nn.MaxPool2d(2)]
             before = width or before
         self.features = nn.Sequential(*layers)
-        heads = [nn.Conv2d(width, 1, 1, bias=False) for width in (64, 128, 256, 512, 512)]  # before max-pools
+        heads = (nn.Conv2d(width, 1, 1, bias=False) for width in (64, 128, 256, 512, 512))
         self.heads = nn.ModuleList(nn.ModuleDict({"model": nn.Sequential(nn.Identity(), h)}) for h in heads)
         for part, (file, prefix) in zip((self.features, self.heads), FILES.items()):
             try:
                 loaded = torch.load(folder / file, map_location="cpu", weights_only=True)
-                names = [name for name in loaded if name.startswith(prefix)]
-                part.load_state_dict({name.removeprefix(prefix): loaded[name] for name in names})
-                require(all(loaded[name].isfinite().all() for name in names), "not finite")
+                own = {k.removeprefix(prefix): v for k, v in loaded.items() if k.startswith(prefix)}
+                part.load_state_dict(own)
+                require(all(tensor.isfinite().all() for tensor in own.values()), "not finite")
             except Exception as error:  # torch.load raises whatever the damage suggests
-                error = " ".join(str(error).split())[:200]
+                error = shorten(str(error), 200)
                 raise ValueError(f"{folder / file} is broken or of another network ({error})") from None
         self.requires_grad_(False)
 
@@ -60,9 +61,9 @@ class LPIPS(nn.Module):
 
 @dataclass(frozen=True)
 class PhotosStageConfig(TokenizerStageConfig):
-    """Training of a tokenizer for photographs."""
+    """With the hashes of LPIPS' files, so that a run goes on only with the same."""
 
-    lpips: str = ""                 # hashes of LPIPS' files: a run goes on only with the same
+    lpips: str = ""
 
 
 class PhotosStage(TokenizerStage):

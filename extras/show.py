@@ -40,7 +40,7 @@ def chart(lines):
 
     for step, loss in zip(np.linspace(0, last, 6), np.geomspace(low, high, 6)):
         x, y = at(step, loss)
-        parts += f'<path d="M44 {y}H410"/><text x=0 y={y + 5}>{loss:.2g}</text>'
+        parts += f'<path d="M44 {y}H410"/><text x=0 y={y + 5}>{loss:.3g}</text>'
         parts += f"<text x={x - 10} y=228>{step:.0f}</text>"
     for name, line in lines.items():  # the last point twice: a line of one point is a dot
         points = " ".join("%.1f,%.1f" % at(*point) for point in line + line[-1:])
@@ -146,11 +146,11 @@ def inside(pipeline, prompt):
     """What the page shows of the drawing of one prompt, a Sample."""
     text, vqgan, n_patch = pipeline.text_tokenizer, pipeline.vqgan, pipeline.model.config.image_tokens
     codes, chances, attention = look(pipeline, prompt)
-    others = chances.scatter(1, codes.T, 2.0).topk(6).indices  # the drawn one first
+    others = chances.scatter(1, codes.T, 2.0).topk(5).indices  # the drawn one first
     ids = torch.tensor(pipeline.collate.encode(prompt.prompt, len(prompt.images)))
     is_word, to_prompt, to_codes = ids != text.image_id, attention[:, : len(ids)], attention[:, len(ids) :]
     to_images = to_prompt[:, ~is_word].split(n_patch, 1)[: len(prompt.images)]
-    p, words, *seen = ((1000 * x).round().int().tolist()  # for a short page
+    p, words, *seen = ((1000 * x).round().int().tolist()
                        for x in (chances.gather(1, others), to_prompt[:, is_word], to_codes, *to_images))
     names = (text.pieces.id_to_piece(i).replace("▁", " ") for i in ids[is_word].tolist())
     drawn, side, n = to_picture(vqgan.decode(codes)[0]), vqgan.config.grid_size, round(n_patch**0.5)
@@ -180,10 +180,10 @@ polyline { fill: none; stroke: currentColor }
 .row { display: flex; gap: 20px }
 .row > * { flex: 1 }
 .row b { white-space: pre-wrap; font-weight: normal }
-#picture figure, input { width: 100% }
-#best div { background: url(SHEET) 0 / 600% }
+#picture figure, input { width: 100%; accent-color: #d9702e }
+#best div { background: url(SHEET) 0 / 500% }
 #seen figure { width: 240px }
-i { background: #fbfaf6 }
+i { background: #fbfaf6; color: #d9702e }
 [data-p]::after { content: attr(data-p) }
 span { display: inline-block; padding: 2px 6px }
 span::after { display: block; font-size: 11px }
@@ -195,17 +195,17 @@ nearer is remembered. Last is what the tokenizer makes of the picture asked for.
 <h2>Inside one drawing</h2><p>Click a code, or move the slider. Probabilities are the model's, before guidance
 and temperature; attention is averaged over layers and heads.</p>
 <div class=row><div id=picture>PICTURE<input type=range></div>
-<div><b>PROMPT</b><p>Drawn code, and the best others</p><div id=best>CARDS</div><p>Attention</p>WORDS
+<div><b>PROMPT</b><p>Drawn code, and the best others</p><div id=best>CARDS</div><p>Attention</p><p>WORDS</p>
 <div id=seen>SEEN</div></div></div><h2>How it was made</h2>COMMAND<script>
 const D = DATA, N = D.p.length, all = (selector, part = document) => part.querySelectorAll(selector)
 const [slider] = all('input'), percent = w => (w / 10).toFixed(1) + '%'
 function show(k) {
   slider.value = k
   all('#picture i').forEach((c, i) => {
-    c.style = i == k ? 'background: none; outline: 3px solid #d9702e' : `opacity: ${i < k ? 0 : .85}`
+    c.style = i == k ? 'background: none; outline: 3px solid; z-index: 1' : `opacity: ${i < k ? 0 : .85}`
   })
   all('#best figure').forEach((f, i) => {
-    f.firstChild.style.backgroundPosition = `${20 * i}% ${100 * k / (N - 1)}%`
+    f.firstChild.style.backgroundPosition = `${25 * i}% ${100 * k / (N - 1)}%`
     f.lastChild.dataset.p = `${D.codes[k][i]}: ${percent(D.p[k][i])}`
   })
   all('span').forEach((w, i) => {
@@ -245,7 +245,7 @@ def page(pipeline, prompt, stage):
     pool = [seen[i].target for i in range(min(2000, seen.count))]
     values = {"TITLE": escape(stage.parent.name), "CURVES": curves(stage.parent),
               "GUESS": f"{np.log(run.vqgan.codebook_size):.2f}", "COMMAND": escape(made_by(run)),
-              "POOL": str(len(pool)), "CARDS": "<figure><div></div><figcaption></figcaption></figure>" * 6,
+              "POOL": str(len(pool)), "CARDS": "<figure><div></div><figcaption></figcaption></figure>" * 5,
               **drawings(pipeline, samples, pool), **inside(pipeline, prompt)}
     return re.sub("|".join(values), lambda key: values[key[0]], PAGE)
 

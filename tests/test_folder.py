@@ -57,10 +57,6 @@ def refused(folder, message):
     return str(error.value)
 
 
-def names(folder):
-    return [p.name for p in Folder(folder, 32).pictures]
-
-
 def samples_of(folder, task, count=20, **options):
     dataset = folder.dataset({task: 1.0}, 0, **options)
     return [dataset[i] for i in range(count)]
@@ -73,7 +69,8 @@ def test_hidden_files_and_system_folders_are_never_data(tmp_path):
     for hidden in (".ipynb_checkpoints", ".Trash-1000", ".thumbnails", "@eaDir", "__MACOSX", "#recycle",
                    "$RECYCLE.BIN", "System Volume Information", "lost+found", "deep/.git", "deep/@eadir"):
         add(tmp_path / hidden, "old", "an old, wrong caption", mask=False)
-    assert names(tmp_path) == ["dog"] and "old" not in Folder(tmp_path, 32).notes
+    folder = Folder(tmp_path, 32)
+    assert [p.name for p in folder.pictures] == ["dog"] and "old" not in folder.notes
 
 
 def test_companions_are_found_whatever_their_case_and_unicode_form(tmp_path):
@@ -121,7 +118,7 @@ def test_folders_that_cannot_be_used_are_named(tmp_path, monkeypatch):
         refused(tmp_path, "deep: .*cannot be listed .*Permission denied")
     (tmp_path / "deep" / "up").symlink_to(tmp_path)
     try:  # a way in circles must not make forty copies of all
-        assert names(tmp_path) == ["deep/dog"]
+        assert [p.name for p in Folder(tmp_path, 32).pictures] == ["deep/dog"]
     except ValueError as error:
         assert "up" in str(error)
 
@@ -164,7 +161,7 @@ def test_unclear_words_are_refused_by_name(words, message, tmp_path):
 def test_what_looks_like_a_mask_is_not_trained_on(mask, tmp_path):
     for name in ("dog", "masked ball", "damask", "unmasked dog", "segway"):
         add(tmp_path, name, mask=False)
-    assert len(names(tmp_path)) == 5
+    assert len(Folder(tmp_path, 32).pictures) == 5
     save(tmp_path / mask, draw(BLACK, WHITE))
     refused(tmp_path, f"{mask}.* mask")
     os.rename(tmp_path / mask, tmp_path / "dgo.mask.png")
@@ -249,15 +246,11 @@ def test_samples_of_every_task(tmp_path):
     assert folder.tasks == set(train.TASKS)
 
 
-def test_a_subject_is_a_folder_of_several_pictures_beside_others(tmp_path):
-    make_pets(tmp_path, 1)
-    assert "subject_driven" not in Folder(tmp_path, 32).tasks  # one folder of pictures is not one subject
-    make_pets(tmp_path, 3), add(tmp_path / "alone", "x", "a box"), add(tmp_path, "loose", mask=False)
-    folder = Folder(tmp_path, 32)
-    assert {p.subject for p in folder.pictures} == {"pet_0", "pet_1", "pet_2", ""} and len(folder.groups) == 5
-
-
 def test_a_tenth_is_held_out_subjects_as_a_whole(tmp_path):
+    make_pets(tmp_path / "few", 1), add(tmp_path / "few" / "alone", "x", "a box")
+    assert "subject_driven" not in Folder(tmp_path / "few", 32).tasks  # one folder is not one subject
+    add(tmp_path / "few" / "alone", "y", "a box"), add(tmp_path / "few", "loose", mask=False)
+    assert {p.subject for p in Folder(tmp_path / "few", 32).pictures} == {"pet_0", "alone", ""}
     folder = Folder(make_pets(tmp_path / "many", 20, 3), 32)
     seen, look = {False: set(), True: set()}, folder.look
 
@@ -278,7 +271,7 @@ def test_a_tenth_is_held_out_subjects_as_a_whole(tmp_path):
 
 
 def test_training_crops_and_mirrors_at_random_unless_words_say_left_or_right(tmp_path):
-    for name, words in (("a", "a box"), ("b", "a box on the LEFT"), ("c", "the right, bright box"), ("d", "box")):
+    for name, words in zip("abcd", ("a box", "a box on the LEFT", "the right, bright box", "box")):
         add(tmp_path, name, f"{words}\nobject: box", size=(40, 64))
     folder = Folder(tmp_path, 32)
     folder.held_out[:] = folder.of == 3
@@ -315,8 +308,7 @@ def test_tiny_objects_are_named_at_the_start_not_in_training(tmp_path):
 
 
 def test_all_bad_files_are_named_at_once(tmp_path):
-    for name in "abcde":
-        add(tmp_path, name)
+    [add(tmp_path, name) for name in "abcde"]
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     (tmp_path / "d.png").unlink()
     (tmp_path / "d.png").symlink_to("nowhere.png")
@@ -329,7 +321,7 @@ def test_a_large_set_is_read_when_it_is_needed_and_gives_the_same(tmp_path, monk
     whole = Folder(make_pets(tmp_path), 32)
     monkeypatch.setattr(data, "KEEP", 5000)
     lazy = Folder(tmp_path, 32)
-    assert len(lazy.kept) < len(whole.kept) == 12 and lazy.digest == whole.digest and lazy.tasks == whole.tasks
+    assert len(lazy.kept) < len(whole.kept) == 12 and lazy.digest == whole.digest
     for task in whole.tasks:
         for a, b in zip(samples_of(whole, task), samples_of(lazy, task)):
             assert a.prompt == b.prompt and (a.target == b.target).all()
@@ -338,7 +330,8 @@ def test_a_large_set_is_read_when_it_is_needed_and_gives_the_same(tmp_path, monk
 
 # --- Runs
 def run(folder, out, *arguments):
-    train.main(["tiny", *SMALL, *few_steps(steps=2, global_batch=4), f"--data={folder}", f"--out={out}", *arguments])
+    keys = few_steps(steps=2, global_batch=4)
+    train.main(["tiny", *SMALL, *keys, f"--data={folder}", f"--out={out}", *arguments])
 
 
 def test_a_run_ends_with_pictures_and_what_to_try(tmp_path, capsys):
@@ -361,7 +354,8 @@ def test_a_run_ends_with_pictures_and_what_to_try(tmp_path, capsys):
 @pytest.mark.parametrize("keys, message", [
     (["--align.mix=recovery:1,text_to_image:1"], "recovery.*--align.mix"),
     (["--align.mix=segmentation:1", "--instruct.mix=recovery:1"], "recovery, segmentation.*--instruct.mix"),
-    (["--model.context=20"], "tokens.*--model.context"), (["--model.text.vocab_size=99"], r"size=99: .*\d\d\d")])
+    (["--model.context=20"], "tokens.*--model.context"),
+    (["--model.text.vocab_size=99"], r"vocab_size=99: .*\d\d\d")])
 def test_what_cannot_work_is_refused_before_training(keys, message, tmp_path):
     add(tmp_path / "pets", "dog", "a dog and many words more than there is room for", mask=False)
     with pytest.raises(ValueError, match=message):
@@ -380,14 +374,14 @@ def test_the_same_pictures_are_the_same_data_wherever_they_are(tmp_path, monkeyp
         run(spelling, "out", "--stage=tokenizer")
         assert "pet_" not in capsys.readouterr().out
     assert same_weights(load_file("out/tokenizer/model.safetensors"), weights)
-    add(tmp_path / "moved" / "pet_1", "2", "a box on ground 0", ground=GREEN)  # mended: it goes on, and is named
-    run("moved", "out", "--stage=tokenizer")
+    add(tmp_path / "moved" / "pet_1", "2", "a box on ground 0", ground=GREEN)
+    run("moved", "out", "--stage=tokenizer")  # with a mended picture it goes on, and names it
     said = capsys.readouterr().out
     assert "changed" in said and "pet_1/2" in said and said.count("pet_") == 1 and "already" in said
     add(tmp_path / "moved" / "pet_1", "3", "a box on ground 0")
     with pytest.raises(ValueError, match="data=12 pictures.*13 pictures"):
         run("moved", "out", "--stage=tokenizer")
-    add(tmp_path / "moved" / "pet_1", "2", "a zebra")  # without its row in the word table it would be unknown
+    add(tmp_path / "moved" / "pet_1", "2", "a zebra")  # for which the word table has no row
     with pytest.raises(ValueError, match="spiece.model.*zebra"):
         run("moved", "out")
 
@@ -402,7 +396,7 @@ def test_what_is_learnt_by_heart_is_said_and_the_best_weights_are_kept(tmp_path,
 
     monkeypatch.setattr(train, "note_best", falls_then_rises)
     make_pets(tmp_path / "pets")
-    run(tmp_path / "pets", tmp_path / "out", "--tokenizer.steps=1", "--pretrain.steps=4", "--align.steps=1", "--instruct.steps=1")
+    run(tmp_path / "pets", tmp_path / "out", *few_steps(steps=1), "--pretrain.steps=4")
     said, kept = capsys.readouterr().out, load_file(tmp_path / "out" / "pretrain" / "model.safetensors")
     assert same_weights(kept, seen[2]) and not same_weights(kept, seen[4])
     assert "pretrain: " in said and "weights of step 2" in said and "heart" in said

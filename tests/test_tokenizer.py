@@ -266,14 +266,6 @@ def test_unknown_words_are_told():
     assert ours.encode("beach.") == ours.encode("beach .") and {"dog", "w8999"} <= set(ours.known_words())
 
 
-def test_a_text_model_that_is_extended_keeps_its_ids():
-    ours = TextTokenizer.train(["a dog on the beach"])
-    longer = ours.extended("A zebra on the beach, a zebra")
-    assert longer.unknown_words("a zebra, on the beach") == [] and longer.digest != ours.digest
-    assert longer.encode("a dog")[:-1] == ours.encode("a dog")[:-1]
-    assert longer.vocab_size == ours.vocab_size + 2 and ours.extended("a dog").proto == ours.proto
-
-
 # --- Configurations, files and folders
 def test_a_configuration_becomes_flat_keys_and_comes_back():
     run = train.PRESETS["tiny"]

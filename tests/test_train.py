@@ -4,7 +4,6 @@ KILLS=20 python -m pytest tests/test_train.py -k killed    # more kills than the
 """
 
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -96,7 +95,7 @@ def weights(out, stage):
 
 
 def log_of(out, stage):
-    lines = map(json.loads, (out / stage / "log.jsonl").read_text().splitlines())
+    lines = train.read_log(out / stage / "log.jsonl")
     return [{key: value for key, value in line.items() if key != "samples_per_s"} for line in lines]
 
 
@@ -287,7 +286,7 @@ def test_a_full_disk_costs_no_more_than_what_did_not_fit(trained, tmp_path, monk
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = capsys.readouterr().err
     assert said.count("state.pt could not be written") == 2 and said.count(f"{log}: ") == 2
-    assert [line["step"] for line in log_of(tmp_path, "pretrain")] == [1, 4, 5]
+    assert {1, 5} <= {line["step"] for line in train.read_log(log)} <= {1, 4, 5}
     assert state_of(tmp_path, "pretrain")["step"] == 4 and not list(log.parent.glob("*.tmp"))
     run(tmp_path, "--stage=pretrain")
     assert same_weights(weights(tmp_path, "pretrain"), weights(trained, "pretrain"))
@@ -630,7 +629,7 @@ def test_command_lines_become_runs(monkeypatch, capsys):
     train.main(["--help"])
     text = capsys.readouterr().out
     for key in train.flatten(config):
-        assert re.search(rf"^    {key.rpartition('.')[2]}: .*#.*\w", text, re.M), key
+        assert re.search(rf"^    {key.rpartition('.')[2]}: \w+ = ", text, re.M), key
 
 
 @pytest.mark.parametrize("arguments, message", [

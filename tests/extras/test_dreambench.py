@@ -66,13 +66,9 @@ def test_it_is_written_as_the_scorer_reads_it_without_hidden_files(bench, run, t
     (f"images/{RING}.jpg", b"no picture", "07.jpg: not a readable image"),
     (f"images/{RING}.png", b"", "07.png and .*07.jpg have one name"),
     (f"images/{RING}.jpg", None, "only one of images and captions has object/07"),
-    ("more", None, "07.jpg and .*07.jpg would share the folder object_07_ring"),
 ])
 def test_what_is_wrong_is_named_before_anything_is_drawn(name, content, message, bench, run, tmp_path):
-    if name == "more":
-        for kind in ("images", "captions"):
-            shutil.copytree(bench / kind / "object", bench / kind / "more/object")
-    elif content is None:
+    if content is None:
         (bench / name).unlink()
     else:
         (bench / name).write_bytes(content)

@@ -89,7 +89,7 @@ def test_it_trains_and_scores(world, tmp_path, monkeypatch, capsys):
     emoji.main(["tiny", *SMALL, *few_steps(steps=1, global_batch=2), f"--out={out}"])
     monkeypatch.setattr(sample, "score", functools.partial(sample.score, prompts=8))
     emoji.main(["score", str(out)])
-    assert "true renders   cp 1.000  pf 1.000" in capsys.readouterr().out and (out / "scores.json").is_file()
+    assert "true renders  cp 1.000  pf 1.000" in capsys.readouterr().out and (out / "scores.json").is_file()
     (tmp_path / "font.ttf").write_bytes(b"another font")
     for arguments, message in ((["tiny", "--data=x", "--stage=align"], "--data=x: leave it out"),
                                (["score", str(out)], "trained on other data")):

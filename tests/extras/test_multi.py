@@ -3,7 +3,6 @@
 import random
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,7 +37,6 @@ def logits(model, samples):
 
 
 def test_a_prompt_alone_is_as_in_a_batch(model):
-    """Prompts of five images and of none, padded to one length."""
     samples = samples_of(8, text_to_image=1, segmentation=1, multi_image=1, in_context=1)
     assert {len(s.images) for s in samples} == {0, 1, 2, 5}
     together = logits(model, samples)
@@ -48,24 +46,21 @@ def test_a_prompt_alone_is_as_in_a_batch(model):
 
 def test_a_batch_without_images_trains_every_weight_that_others_train(model):
     """Distributed training waits for each gradient, so zeros must come where there are no images."""
-    model.train()
-    logits(model, samples_of(3, multi_image=1)).logsumexp(-1).mean().backward()
-    trained = {name for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    logits(model, samples_of(3, text_to_image=1)).logsumexp(-1).mean().backward()
-    assert trained == {name for name, p in model.named_parameters() if p.grad is not None}
-    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-    assert model.decoder.output.weight.grad.any() and "encoder.connector.blocks.1.mlp.2.weight" in trained
+    trained = []
+    for task in ("multi_image", "text_to_image"):
+        model.train().zero_grad()
+        logits(model, samples_of(3, **{task: 1})).logsumexp(-1).mean().backward()
+        trained.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert trained[0].keys() == trained[1].keys() and trained[0]["encoder.connector.queries"].any()
+    assert all(grad.isfinite().all() for grad in trained[1].values())
 
 
 def test_the_connector_by_hand(model):
-    """Queries and words attend to each other, then the queries alone to the patches; padding is not read."""
     connector, generator = model.encoder.connector, torch.Generator().manual_seed(1)
     patches, words = (torch.randn(2, n, 32, generator=generator) for n in (4, 6))
 
     def attend(attention, x, y):
-        q, k, v = attention.q(x), attention.k(y), attention.v(y)
-        heads = zip(q.split(16, -1), k.split(16, -1), v.split(16, -1))
+        heads = zip(*(z.split(16, -1) for z in (attention.q(x), attention.k(y), attention.v(y))))
         return attention.out(torch.cat([(q @ k.mT / 4).softmax(-1) @ v for q, k, v in heads], -1))
 
     x = torch.cat([connector.queries.expand(2, -1, -1), connector.word_in(words)], 1)
@@ -87,13 +82,8 @@ def test_words_and_pictures_reach_their_own_prompt(model):
     before = logits(model, samples)
     picture = replace(samples[1], images=[samples[1].images[0], 255 - samples[1].images[1]])
     words = replace(samples[2], prompt=samples[2].prompt.replace("background", "half"))
-    seen = []
-    model.encoder.connector.register_forward_hook(lambda module, inputs, output: seen.append(output))
     after = logits(model, [samples[0], picture, words, samples[3]])
     assert (before != after).flatten(1).any(1).tolist() == [False, True, True, False]
-    logits(model, [samples[0], picture, *samples[2:]])
-    changed = (seen[0] != seen[1]).flatten(1).any(1)  # the connector itself reads the words
-    assert changed.tolist() == [False] * 4 + [True] * 2 + [False] * 2
 
 
 def test_multi_image_shows_each_subject_alone():
@@ -122,8 +112,8 @@ def test_in_context_pairs_follow_one_rule_that_no_word_tells():
         s = data.TASKS["in_context"](WORLD, random.Random(i), held_out := i % 2 == 1)
         rule = random.Random(i).choice(new if held_out else seen)
         before = judge.read(s.images[::2])
-        for scene, after in zip(before, (*s.images[1::2], s.target), strict=True):
-            assert (WORLD.draw(multi.follow(rule, scene)) == after).all()
+        afters = [WORLD.draw(multi.follow(rule, scene)) for scene in before]
+        assert all((a == b).all() for a, b in zip(afters, (*s.images[1::2], s.target), strict=True))
         assert s.scene == multi.follow(rule, before[2]) and (WORLD.draw(before[2]) == s.images[4]).all()
         subjects = [p.subject for scene in (before[2], s.scene) for p in scene.subjects]
         assert held_out or set(subjects) <= set(WORLD.train_subjects)
@@ -137,10 +127,9 @@ def test_the_command_trains_and_draws(tmp_path, monkeypatch):
     out, keys = tmp_path / "query", ["--model.connector=query", "--instruct.mix=in_context:1,multi_image:1"]
     multi.main(["train", "tiny", *few_steps(steps=2, global_batch=4), *keys, "--model.n_query=2",
                 "--device=cpu", f"--out={out}"])
-    Image.fromarray(WORLD.draw(star(0, 5, "striped", 5))).save(tmp_path / "star.png")
+    Image.fromarray(WORLD.draw(star(0, 5, "striped", 5))).save(tmp_path / "s.png")
     prompt = r"The star in <image>.\nThe star in <image>.\nA big star at the top on a green background"
-    images = [f"--images={tmp_path / 'star.png'}"] * 2
-    multi.main(["sample", str(out), prompt, *images, f"--out={tmp_path / 'drawn.png'}"])
-    assert np.asarray(Image.open(tmp_path / "drawn.png")).shape == (256, 256, 3)
+    multi.main(["sample", str(out), prompt, *[f"--images={tmp_path}/s.png"] * 2, f"--out={tmp_path}/a.png"])
+    assert Image.open(tmp_path / "a.png").size == (256, 256)
     with pytest.raises(ValueError, match="draw: the first argument must be train or sample"):
         multi.main(["draw"])
