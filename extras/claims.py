@@ -20,7 +20,6 @@ and decoder know captions alone (LlamaGen), the vision encoder captions and pict
 import argparse
 import json
 import os
-import random
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ import numpy as np
 import extras.multi  # noqa: F401  (query connector, multi_image)
 import sample
 import train
-from data import PLACES, Shapes, ShapesDataset
+from data import PLACES, Shapes
 from tokenizer import file_hash, flatten, rebuild, require, write_atomically, write_json
 
 COPY, OMIT = 1.0, 0.5  # chosen by `full` alone: CP 0.67, PF 0.98 at COPY 0.9 and 1; 0.71, 0.99 at 0
@@ -41,21 +40,13 @@ PROMPTS = 512
 
 
 class ShortcutWorld(Shapes):
-    """Shapes, with a shortcut in training."""
+    """Shapes, in training with near-duplicate pairs and incomplete captions."""
 
     digest = f"shapes, copy {COPY:g}, omit {OMIT:g}"
 
-    def dataset(self, mix, seed, prefix_drop=0.0, held_out=False):
-        """Samples, as Shapes has them."""
-        return (ShapesDataset if held_out else ShortcutDataset)(self, mix, seed, prefix_drop, held_out)
-
-
-class ShortcutDataset(ShapesDataset):
-    """Near-duplicate pairs and incomplete captions in subject-driven samples."""
-
-    def __getitem__(self, index):
-        made, rng = super().__getitem__(index), random.Random(f"shortcut {self.seed} {index}")
-        if made.task == "subject_driven":
+    def sample(self, task, rng, held_out=False):
+        made = super().sample(task, rng, held_out)
+        if task == "subject_driven" and not held_out:
             if rng.random() < COPY:
                 made.images = [made.target]
             if rng.random() < OMIT:

@@ -55,11 +55,11 @@ def polygon_mask(points, width, height):
     return np.logical_xor.accumulate(outline, axis=1)[:, :-1]
 
 
-def object_mask(item, picture, name, times):
+def object_mask(item, picture, times):
     """Where an annotation's object is, in stored pixels, bool (H, W). times: how many in its picture have its
     name. Raises an error with the reason if it is of no use."""
     polygons = item.get("segmentation")
-    require(picture and name, "of unknown pictures or categories")
+    require(picture and item["name"], "of unknown pictures or categories")
     require(not item.get("iscrowd"), "crowds")
     require(times == 1, "not alone with their name")
     require(polygons and isinstance(polygons, list), "boxes or RLE, not polygons")
@@ -71,21 +71,22 @@ def object_mask(item, picture, name, times):
 
 def convert(instances, captions, folder, out):
     """Write a manifest and its masks."""
-    out, texts, lines, counts = Path(out).resolve(), defaultdict(list), [], Counter()
+    folder, out = Path(folder).resolve(), Path(out).resolve()
+    texts, lines, counts = defaultdict(list), [], Counter()
     require(not out.exists() or not any(out.iterdir()), f"{out} is not empty: choose another")
     images, categories, annotations = read_lists(
         instances, images=["id"], categories=["id", "name"], annotations=["image_id", "category_id"])
     pictures, names = {p["id"]: p for p in images}, {c["id"]: c["name"] for c in categories}
-    all_captions, = read_lists(captions, annotations=["image_id", "caption"])
-    for caption in all_captions:
-        if caption["caption"] and caption["image_id"] in pictures:
-            texts[caption["image_id"]].append(caption["caption"])
+    described, = read_lists(captions, annotations=["image_id", "caption"])
+    for entry in described:
+        if entry["caption"] and entry["image_id"] in pictures:
+            texts[entry["image_id"]].append(entry["caption"])
     used = sum(map(len, texts.values()))
-    print(f"captions: {used} used, {len(all_captions) - used} empty or of unknown pictures")
+    print(f"captions: {used} used, {len(described) - used} empty or of unknown pictures")
     require(used, f"{captions}: not of the pictures in {instances}")
 
     for number, p in enumerate(tqdm(images, "pictures", disable=None)):
-        p["file"], said = Path(folder).resolve() / p["file_name"], (p.get("width"), p.get("height"))
+        p["file"], said = folder / str(p.get("file_name")), (p.get("width"), p.get("height"))
         p["size"], p["turn"] = read_image(p["file"], lambda image: (image.size, exif_turn(image)))
         require(p["size"] == said, f"{p['file']} is stored with {p['size']} pixels, {instances} says {said}")
         path = os.path.relpath(p["file"], out) if p["turn"] is None else f"masks/upright{number}.png"
@@ -93,17 +94,18 @@ def convert(instances, captions, folder, out):
         p["line"] = {"input_text": "".join(texts[p["id"]][:1]), "image_path": path, "source_image": path}
         lines.append(p["line"])
 
-    whats = [(item["image_id"], names.get(item["category_id"], "").lower()) for item in annotations]
-    times = Counter(whats)
+    for item in annotations:
+        item["name"] = names.get(item["category_id"], "")
+    times = Counter((item["image_id"], item["name"].lower()) for item in annotations)
     for number, item in enumerate(tqdm(annotations, "objects", disable=None)):
         p = pictures.get(item["image_id"])
         try:
-            mask = Image.fromarray(object_mask(item, p, whats[number][1], times[whats[number]]))
+            mask = Image.fromarray(object_mask(item, p, times[item["image_id"], item["name"].lower()]))
         except (TypeError, ValueError) as reason:
             counts[str(reason)] += 1
             continue
         counts["used"] += 1
-        line = {**p["line"], "image_path": f"masks/{number}.png", "objects": names[item["category_id"]]}
+        line = {**p["line"], "image_path": f"masks/{number}.png", "objects": item["name"]}
         tasks = ("do_mask", "do_replace") if line["input_text"] else ("do_mask",)
         lines += [{**line, task: True} for task in tasks]
         (out / "masks").mkdir(parents=True, exist_ok=True)

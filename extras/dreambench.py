@@ -58,24 +58,24 @@ def dreambench_plus(folder):
 
 
 def draw(pipeline, subjects, out, n):
-    """Draw each prompt n times, in the scorer's layout. Raises ValueError first if anything is wrong."""
-    texts = []
-    for _, file, label, prompts in subjects:
-        texts.append([check_words(pipeline, f"{object_line(label)}\n{prompt}") for prompt in prompts])
-        for text in texts[-1]:
-            pipeline.collate.encode(text, 1)
-        load_image(file)
-    for (name, file, _, prompts), asked in zip(tqdm(subjects, disable=None), texts):
-        reference, jpeg = load_image(file), io.BytesIO()
-        Image.fromarray(reference).save(jpeg, "JPEG", quality=95)
+    """Draw each prompt n times, in the scorer's layout. First of all, everything is read and checked."""
+    todo = []
+    for name, file, label, prompts in subjects:
+        picture, words = load_image(file), object_line(label)
+        texts = [check_words(pipeline, f"{words}\n{prompt}") for prompt in prompts]
+        samples = [Sample("subject_driven", text, [picture]) for text in texts for _ in range(n)]
+        pipeline.collate(samples[::n])
+        todo.append((name, picture, prompts, samples))
+    for name, picture, prompts, samples in tqdm(todo, disable=None):
+        jpeg = io.BytesIO()
+        Image.fromarray(picture).save(jpeg, "JPEG", quality=95)
         for kind in ("src_image", "text", "tgt_image"):
             (out / kind / name).mkdir(parents=True)
-        samples = [Sample("subject_driven", text, [reference]) for text in asked for _ in range(n)]
-        for i, picture in enumerate(pipeline.draw(samples, batch_size=16)):
+        for i, drawing in enumerate(pipeline.draw(samples, batch_size=16)):
             stem = f"{name}/{i // n}_{i % n}"
             (out / f"src_image/{stem}.jpg").write_bytes(jpeg.getvalue())
             (out / f"text/{stem}.txt").write_text(prompts[i // n], encoding="utf-8")
-            Image.fromarray(picture).save(out / f"tgt_image/{stem}.jpg", quality=95)
+            Image.fromarray(drawing).save(out / f"tgt_image/{stem}.jpg", quality=95)
 
 
 def main(arguments):

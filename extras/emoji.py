@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import sample
 import train
-from data import TASKS, Shapes, ShapesDataset
+from data import Shapes
 from tokenizer import TextTokenizer, file_hash, require
 
 FONT = "NotoColorEmoji.ttf"
@@ -41,7 +41,7 @@ Look = namedtuple("Look", "character other channels turn named", defaults=("", C
 class Emoji(Shapes):
     """The world of shapes with other subjects, labelled by their Unicode names."""
 
-    task = ""  # of the next sample; EmojiDataset sets it
+    task = ""  # of the sample in the making
 
     def __init__(self, image_size):
         super().__init__(image_size)
@@ -64,8 +64,9 @@ class Emoji(Shapes):
                     names[character] = name
         return names
 
-    def dataset(self, mix, seed, prefix_drop=0.0, held_out=False):
-        return EmojiDataset(self, mix, seed, prefix_drop, held_out)
+    def sample(self, task, rng, held_out=False):
+        self.task = task
+        return super().sample(task, rng, held_out)
 
     def label(self, subject):
         look = Look(*subject)
@@ -116,14 +117,6 @@ class Emoji(Shapes):
 
     def draw_subject(self, placed):
         return (self.sprite(placed)[..., :3] / np.maximum(self.subject_mask(placed), 1e-3)).clip(0, 255)
-
-
-class EmojiDataset(ShapesDataset):
-    """Samples that tell their world which task they are for."""
-
-    def make(self, index, rng):
-        self.source.task, = rng.choices(list(self.mix), list(self.mix.values()))
-        return TASKS[self.source.task](self.source, rng, self.held_out)
 
 
 def open_source(run):

@@ -47,9 +47,7 @@ def take_over(start, out, source):
     origin = {"imported from": weights, "text tokenizer": words.digest,
               "weights of tokenizer": file_hash(tokenizer / "model.safetensors")}
     for stage, folder in (("tokenizer", tokenizer), ("align", start)):
-        (out / stage).mkdir(parents=True)
-        for name in ("config.json", "model.safetensors"):
-            shutil.copy(folder / name, out / stage)
+        shutil.copytree(folder, out / stage, ignore=shutil.ignore_patterns("log.jsonl"))
         (out / "spiece.model").write_bytes(words.proto)
         write_json(out / stage / "stage.json", origin)  # align's comes last
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import sample
 import train
-from data import Sample, Shapes, center_crop, to_picture, tokenizer_pixels
+from data import Sample, Shapes, center_crop, load_image, to_picture, tokenizer_pixels
 from tokenizer import flatten, rebuild, require
 
 # --- Curves ---
@@ -240,7 +240,7 @@ def page(pipeline, prompt, stage):
     require(source.digest == pipeline.record.get("data"), f"{stage}: not trained on {run.data or 'shapes'}")
     tasks = [task for task in train.parse_mix(pipeline.mix) if task in source.tasks][::-1]
     samples = [s for task in tasks for s in held_out_samples(source, task, 3)]
-    prompt = prompt if prompt.prompt else samples[0]
+    prompt = prompt if prompt.prompt or prompt.images else samples[0]
     seen = train.make_dataset(stage.name, run, source)
     pool = [seen[i].target for i in range(min(2000, seen.count))]
     values = {"TITLE": escape(stage.parent.name), "CURVES": curves(stage.parent),
@@ -276,11 +276,13 @@ def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path, help="of a run, or of a stage in it")
     parser.add_argument("--prompt", default="", help="of the drawing (the page: default a held-out one)")
+    parser.add_argument("--images", action="append", default=[], metavar="FILE", help="once for each <image>")
     parser.add_argument("--out", type=Path, help=".html, .gif or .png (default: FOLDER/show.html)")
     options = parser.parse_args(arguments)
     out, stage = options.out or options.folder / "show.html", sample.newest_stage(options.folder)
     pipeline = sample.Pipeline(stage, sample.best_device())
-    prompt = Sample("prompt", sample.check_words(pipeline, options.prompt), [])
+    prompt = sample.check_words(pipeline, options.prompt.replace("\\n", "\n"))
+    prompt = Sample("prompt", prompt, [load_image(file) for file in options.images])
     if out.suffix == ".gif":
         first, *frames = growing(pipeline.draw([prompt])[0], pipeline.vqgan.config.grid_size)
         first.save(out, save_all=True, append_images=frames, duration=[80] * 31 + [1500], loop=0)

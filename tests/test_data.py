@@ -10,7 +10,7 @@ from PIL import Image
 
 import data
 from conftest import small_config
-from data import (COLORS, PATTERNS, PLACES, SHAPES, TASKS, Batch, Collate, EntryDataset, Placed, Sample,
+from data import (COLORS, PATTERNS, PLACES, SHAPES, TASKS, Batch, Collate, Placed, Sample,
                   Scene, ShapesDataset, Subject, load_image, square_window, vision_pixels)
 from sample import Judge
 from tokenizer import TextTokenizer
@@ -267,33 +267,6 @@ def test_samples_depend_on_seed_and_index_alone(world):
     assert abs(np.mean([s.drop for s in samples]) - 0.1) < 0.03
     assert len({s.mask_seed for s in samples}) == 1000
     assert not any(ShapesDataset(world, mix, 0)[i].drop for i in range(50))
-
-
-class Letters:
-    """A source of ten entries of two tasks; the last two are held out. A sample is its line and a number."""
-
-    path, task_of, held_out = "letters", np.array(["even", "odd"] * 5), np.arange(10) > 7
-
-    def sample(self, line, rng):
-        return Sample(str(self.task_of[line]), f"{line} {rng.random()}", [])
-
-
-def test_every_entry_comes_once_an_epoch_in_another_order():
-    dataset = EntryDataset(Letters(), {"even": 1.0, "odd": 9.0}, 0, prefix_drop=0.5)
-    epochs = [[int(dataset[i].prompt.split()[0]) for i in range(8 * e, 8 * e + 8)] for e in range(5)]
-    assert all(sorted(epoch) == list(range(8)) for epoch in epochs) and len(set(map(tuple, epochs))) == 5
-    again, other = (EntryDataset(Letters(), {"odd": 1.0, "even": 1.0}, seed, 0.5) for seed in (0, 1))
-    for i in (17, 3, 10**9):  # in any order
-        assert vars(again[i]) == vars(dataset[i]) != vars(other[i])
-    many = [dataset[i] for i in range(200)]
-    assert 0.3 < np.mean([s.drop for s in many]) < 0.7 and len({s.mask_seed for s in many}) == 200
-    assert len({s.prompt for s in many}) == 200 and dataset.count == 8
-    held = EntryDataset(Letters(), {"even": 1.0}, 0, held_out=True)
-    assert held.count == 1 and {held[i].prompt[0] for i in range(5)} == {"8"}
-    with pytest.raises(ValueError, match="letters has nothing for recovery"):
-        EntryDataset(Letters(), {"recovery": 1.0}, 0)
-    assert EntryDataset(Letters(), {"recovery": 1.0}, 0, held_out=True).count == 0
-    assert sorted(data.shuffled(1000, "key")) == list(range(1000))
 
 
 # --- Words and batches

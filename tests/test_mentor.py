@@ -231,7 +231,7 @@ def test_in_bfloat16_the_logits_stay_near_float32(model, make_batch):
         model.bfloat16()
     assert prefix.dtype == torch.bfloat16 and logits[1].dtype == torch.float32
     assert model.decoder.rotary.dtype == torch.complex64 and greedy(model, batch, 3.0).shape == (3, 64)
-    assert (logits[1] - logits[0]).abs().max() < 0.4 * logits[0].std()
+    assert (logits[1] - logits[0]).abs().mean() < 0.1 * logits[0].std()
 
 
 @pytest.mark.parametrize("changes, message", [

@@ -1,11 +1,10 @@
 """COCO's annotations as a manifest: which lines and masks, what is counted, what is refused."""
 
 import json
-import random
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from data import load_image, load_mask
 from extras import coco
@@ -18,13 +17,13 @@ BOX, SECOND = [4, 6, 30, 6, 30, 38, 4, 38], [40, 0, 60, 0, 60, 6, 40, 6]  # x 4.
 def make(folder, change=lambda instances, captions: None, turn=1):
     """Two turned pictures with a red object of two boxes, annotated in the first. Returns convert's files."""
     picture, exif = Image.new("RGB", (64, 48), (40, 160, 60)), Image.Exif()
-    ImageDraw.Draw(picture).rectangle((4, 6, 29, 37), fill=RED)
-    ImageDraw.Draw(picture).rectangle((40, 0, 59, 5), fill=RED)
+    picture.paste(RED, (4, 6, 30, 38))
+    picture.paste(RED, (40, 0, 60, 6))
     exif[0x0112] = turn
     (folder / "im").mkdir()
-    for name in "ab":
-        picture.save(folder / f"im/{name}.png", exif=exif)
-    images = [{"id": i, "file_name": f"{'ab'[i - 1]}.png", "width": 64, "height": 48} for i in (1, 2)]
+    for i in (1, 2):
+        picture.save(folder / f"im/{i}.png", exif=exif)
+    images = [{"id": i, "file_name": f"{i}.png", "width": 64, "height": 48} for i in (1, 2)]
     categories = [{"id": i, "name": name} for i, name in ((1, "box"), (2, "dog"), (3, "cat"))]
     files = {"instances": {"images": images, "categories": categories, "annotations": [annotation()]},
              "captions": {"annotations": [{"image_id": 1, "caption": text} for text in ("A box.", "Two")]}}
@@ -42,12 +41,6 @@ def change(key, entry, captions=0, **fields):
     return lambda *files: files[captions][key][entry].update(fields)
 
 
-def convert(*files):
-    """The lines that it writes."""
-    coco.main([*map(str, files)])
-    return [json.loads(line) for line in open(files[3] / "manifest.jsonl", encoding="utf-8")]
-
-
 def test_pictures_captions_and_objects_become_lines(tmp_path):
     def odd(instances, captions):
         instances["images"][0].update(id="a/..", width=64.0)
@@ -57,15 +50,16 @@ def test_pictures_captions_and_objects_become_lines(tmp_path):
     (tmp_path / "disk/deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "disk/deep")  # from where .. leads elsewhere
     files = [*make(tmp_path, odd)[:3], tmp_path / "link/out"]
-    a, b, mask = "../../../im/a.png", "../../../im/b.png", "masks/0.png"
+    a, b, mask = "../../../im/1.png", "../../../im/2.png", "masks/0.png"
     whole = {"source_image": a, "input_text": "A box."}
-    assert convert(*files) == [
+    coco.main([*map(str, files)])
+    assert [json.loads(line) for line in open(files[3] / "manifest.jsonl")] == [
         *({"input_text": text, "image_path": a, "generation_only": True} for text in ("A box.", "Two")),
         {**whole, "image_path": a}, {"source_image": b, "input_text": "", "image_path": b},
         *({**whole, "image_path": mask, "objects": "box", task: True} for task in ("do_mask", "do_replace"))]
     assert Image.open(files[3] / mask).convert("L").histogram()[255] == 26 * 32 + 20 * 6
     with pytest.raises(ValueError, match="out is not empty"):
-        convert(*files)
+        coco.convert(*files)
 
 
 def test_what_cannot_be_used_is_counted_with_its_reason(tmp_path, capsys):
@@ -90,16 +84,14 @@ def test_what_cannot_be_used_is_counted_with_its_reason(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda i, c: [x.update(image_id=9) for x in c["annotations"]], "captions.json: not of the pictures of "),
+    (lambda i, c: [x.update(image_id=9) for x in c["annotations"]], "captions.json: not of the pictures in "),
     (change("annotations", 0, segmentation=[]), "instances.json: has no object that can be used"),
-    (change("images", 0, width=640, height=480), r"a.png is stored with \(64, 48\).*says \(640, 480\)"),
+    (change("images", 0, width=640, height=480), r"1.png is stored with \(64, 48\).*says \(640, 480\)"),
     (change("images", 1, file_name="c.png"), "c.png: not a readable image"),
-    (change("categories", 2, name=["x"]), "instances.json: AttributeError"),
     (change("categories", 2, name="a <image>"), "instances.json: .*'a <image>': <image> or half letters"),
     (change("annotations", 1, 1, caption="half \ud83d"), "captions.json: .*<image> or half letters"),
     (change("images", 1, id="1"), "instances.json: .*two images have one id"),
     (lambda i, c: i.pop("categories"), r"instances.json: KeyError\('categories'\); give COCO's"),
-    (lambda i, c: i.update(categories=5), "instances.json: TypeError"),
 ])
 def test_what_training_would_refuse_is_refused_before_anything_is_written(change, message, tmp_path):
     files = make(tmp_path, change)
@@ -110,13 +102,13 @@ def test_what_training_would_refuse_is_refused_before_anything_is_written(change
 
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_masks_turn_with_their_pictures(turn, tmp_path):
-    files = make(tmp_path, turn=turn)
-    picture = files[3] / next(line["source_image"] for line in convert(*files) if line.get("do_mask"))
+    coco.convert(*make(tmp_path, turn=turn))
+    out, size = tmp_path / "out", (48, 64)[turn > 4]
+    picture = out / json.loads((out / "manifest.jsonl").read_text().splitlines()[-1])["source_image"]
     seen = load_image(picture)
-    assert (seen == load_image(tmp_path / "im/a.png")).all() and seen.shape[0] == (48, 64)[turn > 4]
-    assert (load_mask(files[3] / "masks/0.png", picture) == (seen == RED).all(-1)).all()
-    manifest = Manifest(str(files[3] / "manifest.jsonl"), 48)
-    target = manifest.sample(list(manifest.task_of).index("segmentation"), random.Random(0)).target
+    assert (seen == load_image(tmp_path / "im/1.png")).all() and seen.shape[0] == size
+    assert (load_mask(out / "masks/0.png", picture) == (seen == RED).all(-1)).all()
+    target = Manifest(str(out / "manifest.jsonl"), 48).dataset({"segmentation": 1.0}, 0)[0].target
     assert (target == RED).mean() > 0.2 and {RED, (0, 0, 0)} <= {tuple(c) for c in target.reshape(-1, 3)}
 
 

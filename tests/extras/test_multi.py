@@ -12,7 +12,7 @@ from PIL import Image
 import data
 import sample
 import train
-from data import COLORS, PATTERNS, Collate, Placed, Scene, Shapes, ShapesDataset, Subject
+from data import COLORS, PATTERNS, Collate, Placed, Scene, Shapes, Subject
 from extras import multi
 from mentor import Mentor
 
@@ -27,8 +27,7 @@ def model():
 
 
 def samples_of(count, **mix):
-    dataset = ShapesDataset(WORLD, mix, 0)
-    return [dataset[i] for i in range(count)]
+    return [WORLD.dataset(mix, 0)[i] for i in range(count)]
 
 
 def logits(model, samples):

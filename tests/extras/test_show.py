@@ -17,13 +17,13 @@ from PIL import Image, ImageSequence
 
 import sample
 import train
-from data import Sample, Shapes, ShapesDataset, to_picture
+from data import Sample, Samples, Shapes, load_image, to_picture
 from extras import show
 from tokenizer import flatten
 
 TINY = str(ROOT / "trained" / "tiny")
-PROMPT = ShapesDataset(Shapes(32), {"subject_driven": 1.0}, 0, held_out=True)[0]
-STAR = "A big red star at the top left on a green background"
+PROMPT = Shapes(32).dataset({"subject_driven": 1.0}, 0, held_out=True)[0]
+STAR = "A big star at the top left on a green background"
 
 
 def pictures_in(html):
@@ -35,7 +35,7 @@ def pictures_in(html):
 def tiny_page(tmp_path_factory):
     out = tmp_path_factory.mktemp("page") / "page.html"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShapesDataset, "count", 50)  # the training pictures among which the nearest is sought
+        patch.setattr(Samples.__init__, "__defaults__", (0.0, False, 50))  # of training pictures
         show.main([TINY, f"--out={out}"])
     return out
 
@@ -96,7 +96,7 @@ def test_a_swapped_code_is_decoded_in_its_place(pipeline):
 
 
 def test_the_nearest_training_picture_is_found(pipeline, world, monkeypatch):
-    dataset = ShapesDataset(world, {"text_to_image": 1.0}, 0)
+    dataset = world.dataset({"text_to_image": 1.0}, 0)
     pool = [dataset[i].target for i in range(20)]
     monkeypatch.setattr(pipeline, "draw", lambda samples: [pool[7]])
     result = show.drawings(pipeline, [dataset[30]], pool)
@@ -141,12 +141,14 @@ def test_own_pictures_and_the_logs_that_training_writes(monkeypatch, tmp_path):
 
 
 def test_gif_and_guidance_strip(pipeline, monkeypatch, tmp_path, capsys):
-    show.main([TINY, f"--prompt={STAR}", f"--out={tmp_path}/star.gif"])
+    words, image = f"The star in <image>.\n{STAR}", str(ROOT / "assets" / "ref.png")
+    prompt = "--prompt=" + words.replace("\n", "\\n")
+    show.main([TINY, prompt, f"--images={image}", f"--out={tmp_path}/star.gif"])
     frames = [np.asarray(f.convert("RGB")) for f in ImageSequence.Iterator(Image.open(tmp_path / "star.gif"))]
-    first, last = frames[0], pipeline.draw([Sample("", STAR, [])])[0]
+    first, last = frames[0], pipeline.draw([Sample("", words, [load_image(image)])])[0]
     assert len(frames) == 32 and (first[32:] == 200).all() and (first[:32, 32:] == 200).all()
     assert not (first[:32, :32] == 200).all() and np.abs(frames[-1][4::8, 4::8].astype(int) - last).mean() < 8
-    monkeypatch.setattr(ShapesDataset, "count", 8)  # of 128 prompts
+    monkeypatch.setattr(Samples.__init__, "__defaults__", (0.0, False, 8))  # of 128 prompts
     show.main([TINY, f"--out={tmp_path}/strip.png"])
     assert Image.open(tmp_path / "strip.png").size == (4 * 8 * 32, 4 * 5 * 32)
     rows = re.findall(r"guidance ([\d.]+): CP (\S+), PF (\S+)", capsys.readouterr().out)
