@@ -32,7 +32,8 @@ from tokenizer import TextTokenizer, require
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 EXIF_TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
-              6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}  # of EXIF's orientation tag
+              6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
+ORIENTATION = 0x0112  # EXIF's tag, whose values EXIF_TURNS knows
 
 
 def read_image(path, use):
@@ -44,18 +45,13 @@ def read_image(path, use):
         raise ValueError(f"{path}: not a readable image ({error})") from None
 
 
-def exif_turn(image):
-    """How an opened image must be turned to look right, or None."""
-    return EXIF_TURNS.get(image.getexif().get(0x0112))  # ImageOps.exif_transpose fails at any other odd tag
-
-
 def load_image(path, least=0):
     """An image file as it looks: turned by its EXIF tag, 16 bits scaled to 8, the first frame, transparency
     on white, without ICC profiles. With `least` a JPEG is decoded smaller, but not below it."""
     def use(image):
         if least:
             image.draft(None, (least, least))
-        turn = exif_turn(image)
+        turn = EXIF_TURNS.get(image.getexif().get(ORIENTATION))  # ImageOps.exif_transpose fails at any other
         image = image if turn is None else image.transpose(turn)
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
@@ -69,7 +65,7 @@ def load_image(path, least=0):
 def load_mask(path, picture_path):
     """Where a mask's object is, bool (H, W): the alpha of a cut-out, or the larger of two grey values, with
     smooth edges."""
-    size, turn = read_image(picture_path, lambda image: (image.size, exif_turn(image)))
+    size, tag = read_image(picture_path, lambda image: (image.size, image.getexif().get(ORIENTATION)))
     (grey, alpha), lossy = read_image(path, lambda image: (
         [*map(np.asarray, image.convert("LA").split())], image.format in ("JPEG", "WEBP")))
     mask = grey if alpha.min() == 255 else alpha
@@ -79,7 +75,7 @@ def load_mask(path, picture_path):
     require(len(values) == 2 or len(values) > (1 if lossy else 8) and edges < 0.15,
             f"{path}: no clear mask, with values {values[:9]}: write 255 for the object, else 0")
     require(mask.shape[::-1] == size, f"{path}: the mask has {mask.shape[::-1]} pixels, its picture {size}")
-    require(turn is None, f"{picture_path} has an EXIF turn, and {path} is turned or not: save both upright")
+    require(tag not in EXIF_TURNS, f"{picture_path} has an EXIF turn, and so may {path}: save both upright")
     return mask > middle
 
 
@@ -307,7 +303,7 @@ class Shapes:
         return self.random_scene(rng, self.random_subjects(rng, 2 if rng.random() < 0.1 else 1, held_out))
 
 
-# --- The tasks (MENTOR section 3.2): random scenes become a prompt, reference images and a target ---
+# --- The tasks (MENTOR section 3.2) ---
 
 
 @dataclass
@@ -374,7 +370,7 @@ def paste_distorted(cut_out, mask, background, rng):
     height, width = mask.shape[:2]
     sprite = Image.fromarray(np.concatenate([cut_out, (mask * 255).astype(np.uint8)], axis=-1), "RGBa")
     left, top, right, bottom = sprite.getchannel("a").getbbox()
-    # homogeneous matrices from new pixels to old: from the new centre, undistort, to the old centre
+    # homogeneous, from new pixels to old: from the new centre, undistort, to the old centre
     undistort, scale = np.eye(3), rng.uniform(0.6, 1.1)
     if rng.random() < 0.5:
         angle = np.radians(rng.uniform(-20, 20))
@@ -402,7 +398,7 @@ def subject_driven(world, rng, held_out=False):
 
 TASKS = {f.__name__: f for f in (text_to_image, reconstruction, segmentation, recovery, subject_driven)}
 
-# --- Your own pictures, with captions and masks beside them ---
+# --- Your own pictures ---
 
 PICTURES, CAPTIONS, MASK = (".jpg", ".jpeg", ".png", ".webp"), (".txt", ".caption"), ".mask.png"
 SYSTEM_FOLDERS = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found")
@@ -417,11 +413,9 @@ def walk(folder):
         raise ValueError(f"{error.filename}: this folder cannot be listed ({error.strerror})")
     seen = set()
     for path, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        if os.path.realpath(path) in seen:  # a link leads back
-            folders.clear()
-            continue
         seen.add(os.path.realpath(path))
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and f.lower() not in SYSTEM_FOLDERS)
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f.lower() not in SYSTEM_FOLDERS
+                            and os.path.realpath(Path(path, f)) not in seen)  # a link may lead back
         yield from (Path(path, f) for f in sorted(files) if not f.startswith("."))
 
 
@@ -457,7 +451,7 @@ class Folder:
         require(self.path.is_dir(), f"--data={folder}: there is no such folder")
         self.pictures, self.notes = self.find()
 
-        # groups are a subject's pictures or a single one; some, chosen by name, are held out, never all
+        # groups: a subject's pictures or a single one; some are held out, by their names, never all
         self.groups, held = defaultdict(list), np.zeros(len(self.pictures), bool)
         for i, p in enumerate(self.pictures):
             self.groups[p.subject or p.name].append(i)
@@ -468,7 +462,8 @@ class Folder:
         # what a task needs beside a picture: the pictures for it, held out or not
         needs = {"text_to_image": "file", "reconstruction": "file", "segmentation": "mask",
                  "recovery": "mask", "subject_driven": "subject"}
-        self.usable = {(task, part): [i for i in np.flatnonzero(held == part) if getattr(self.pictures[i], need)]
+        self.usable = {(task, part): [i for i, p in enumerate(self.pictures)
+                                      if held[i] == part and getattr(p, need)]
                        for task, need in needs.items() for part in (False, True)}
         self.tasks = {task for task in needs if self.usable[task, False]}
 
@@ -513,8 +508,8 @@ class Folder:
                            f"{len(masks)} masks, {len(subjects)} subjects; ignored: {ignored}")
 
     def open_all(self):
-        """Read all pictures, to know now what is wrong. Sets `kept`, {i: read(i)} of those that there is room
-        for, and `contents`, {name: hash of the files and words}."""
+        """Read all pictures, to know now what is wrong. Keeps as many as there is room for, and a hash of the
+        files and words of each."""
         room, problems = KEEP, []
         for i, p in enumerate(tqdm(self.pictures, "opening pictures", disable=not sys.stderr.isatty())):
             try:
@@ -580,8 +575,8 @@ class Folder:
 
 
 def square_window(shape, box, rng=None):
-    """Slices (rows, columns) of a square in a picture of shape (H, W) that shows the box (left, top, right,
-    bottom) as far as it fits: the largest, most central one; with rng any, of 0.8 to 1 of its side."""
+    """Slices (rows, columns) of a square of a picture of shape (H, W) that shows the box (left, top, right,
+    bottom) as far as it fits: the largest, most central one, or with rng any of 0.8 to 1 of its side."""
     side = round(min(shape[:2]) * (rng.uniform(0.8, 1.0) if rng else 1))
     (left, top, right, bottom), window = box, []
     for first, last, length in ((top, bottom, shape[0]), (left, right, shape[1])):
@@ -592,13 +587,13 @@ def square_window(shape, box, rng=None):
 
 
 def square_of_object(picture, mask, size, rng=None):
-    """A picture's square that shows its object (square_window), and its mask, at size x size.
-
-    uint8 (H, W, 3), bool (H, W) -> uint8 (size, size, 3), float32 (size, size, 1) in [0, 1].
-    """
+    """A picture's square that shows its object, and its mask, at size x size: uint8 (H, W, 3), bool (H, W) ->
+    uint8 (size, size, 3), float32 (size, size, 1) in [0, 1]."""
     window = square_window(mask.shape, Image.fromarray(mask).getbbox() or (0, 0, 0, 0), rng)
     small = center_crop(mask[window].astype(np.uint8) * 255, size)[..., None]
-    require(rng or small.max() > 127, f"the object cannot be seen at {size} x {size} pixels")
+    if rng and small.max() < 128:  # cut away by chance
+        return square_of_object(picture, mask, size)
+    require(small.max() > 127, f"the object cannot be seen at {size} x {size} pixels")
     return center_crop(picture[window], size), small.astype(np.float32) / 255
 
 
@@ -623,9 +618,6 @@ class Samples(torch.utils.data.Dataset):
         rng = random.Random(f"{self.seed} {index}")
         drop = rng.random() < self.prefix_drop
         return replace(self.make(index, rng), drop=drop, mask_seed=rng.getrandbits(63))
-
-
-ShapesDataset = Samples
 
 
 @dataclass

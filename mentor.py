@@ -7,8 +7,7 @@ image.
     hidden states --Projector--> prefix --ImageDecoder--> image codes, one after the other (eqs. 1 and 2)
 
 One sequence, no cross-attention: the decoder sees [prefix | codes] and predicts the next code. The file
-follows the data: configuration, vision encoder (CLIP), connector, text encoder (T5), the three as one,
-projector, decoder (Llama with LlamaGen's 2-D rotary embedding), and Mentor, the whole.
+follows the data, from the configuration to Mentor, the whole.
 
 Shapes: B samples, M images in all prompts together, L text positions, P prefix positions, N = grid_size**2
 codes, D the width of the module in question, V codebook_size.
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 
 from tokenizer import require
 
-# --- Configuration: the defaults are the published model ---
+# --- Configuration (default: the published model) ---
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ class VisionEncoder(nn.Module):
         return self.post_norm(self.blocks[-1](features)[:, 0])
 
 
-# --- Connectors: from patch features to tokens of the text encoder ---
+# --- Connectors ---
 
 
 class MLPConnector(nn.Module):
@@ -346,7 +345,7 @@ class Projector(nn.Module):
 def rotary_table(grid_size, head_width, base=10000.0):
     """Rotations as unit complex numbers, (1 + N, head_width / 2): row 0 for the prefix, which is not rotated,
     row 1 + k for code k. Half of a head's pairs rotate with the code's row in the grid, half with its column
-    (LlamaGen 2.2, whose code multiplies the prefix's queries and keys by zero; MENTOR mended that)."""
+    (LlamaGen 2.2)."""
     frequency = base ** (-torch.arange(head_width // 4) / (head_width // 4))  # (hd / 4,)
     k = torch.arange(grid_size**2)[:, None]
     angles = torch.cat([k // grid_size * frequency, k % grid_size * frequency], 1)  # (N, hd / 2)
@@ -479,8 +478,8 @@ def sequence_order(lengths, n_prefix, n_code):
         p p p . . a b c      0 1 2 5 6 7 3 4      p p p a b c . .
         p p p p p a b c      0 1 2 3 4 5 6 7      p p p p p a b c
 
-    With the padding last, plain causal attention is exact: no code sees it. (The released code pads in front,
-    with a dense mask; as the prefix has no positions, both compute the same.)
+    With the padding last, plain causal attention is exact: no code sees it. (The released code pads in front
+    and needs a dense mask.)
     """
     t, n = torch.arange(n_prefix + n_code, device=lengths.device)[None], lengths[:, None]
     code, padding = n_prefix + t - n, t - n_code
@@ -516,7 +515,7 @@ class Mentor(nn.Module):
         positions = (order - P + 1).clamp(min=0)        # 0 in the prefix, 1 + k at code k
         hidden = self.decoder(x, positions)
         predicts = lengths[:, None] - 1 + torch.arange(N, device=codes.device)  # from the prefix's last on
-        return hidden.gather(1, predicts[..., None].expand(-1, -1, hidden.shape[-1]))  # no others need the head
+        return hidden.gather(1, predicts[..., None].expand(-1, -1, x.shape[-1]))  # no others need the head
 
     def prefill(self, prefix, lengths):
         """Read the prefix (B, P, D) of lengths (B,) -> logits of the first code (B, V) float32, a KVCache."""

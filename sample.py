@@ -137,13 +137,9 @@ class Pipeline:
             codes.append(generate(self.model, self.collate(part).to(self.device), sampling, chance))
         return [to_picture(image) for image in self.vqgan.decode(torch.cat(codes))]
 
-    def rebuild(self, pictures):
-        """The pictures as the tokenizer alone makes them: the best that the model could draw."""
-        return through_codes(self.vqgan, pictures)
-
 
 def through_codes(vqgan, pictures):
-    """Pictures of any size, encoded and decoded: uint8 (S, S, 3) each."""
+    """Pictures of any size, made by the tokenizer alone, uint8 (S, S, 3): the best of what models draw."""
     device, size = vqgan.quantize.embedding.weight.device, vqgan.config.image_size
     images = torch.stack([tokenizer_pixels(p, size) for p in pictures]).to(device)
     return [to_picture(image) for image in vqgan.decode(vqgan.encode(images))]
@@ -197,8 +193,7 @@ class Judge:
 
 def judge_pictures(judge, pictures, samples):
     """CP, concept preservation: how many of the subject's attributes are as in the reference. PF, prompt
-    following: how many of background colour, background pattern, place and size are as asked. Mean shares.
-    (The paper lets a vision-language model grade both.)"""
+    following: how many of background colour, background pattern, place and size are as asked. Mean shares."""
     marks = []
     for seen, sample in zip(judge.read(pictures), samples, strict=True):
         (a,), (b,) = seen.subjects, sample.scene.subjects
@@ -209,35 +204,22 @@ def judge_pictures(judge, pictures, samples):
     return {"cp": cp, "pf": pf, "cp_pf": cp * pf, "cp_over_pf": cp / max(pf, 1e-9)}
 
 
-def segmentation_iou(pictures, samples):
-    """Intersection over union of the pixels with a channel above 64, not black; a mean over the pictures."""
-    masks = [(p.max(-1) > 64, s.target.max(-1) > 64) for p, s in zip(pictures, samples, strict=True)]
-    return float(np.mean([(a & b).sum() / max((a | b).sum(), 1) for a, b in masks]))
-
-
 def score(pipeline, out, world=None, prompts=512):
-    """Score a model on a world's held-out subjects: print a table, write scores.json and sheet.png to `out`."""
+    """Score a model on a world's held-out subjects: print a table, write scores.json and sheet.png."""
     world = world or Shapes(pipeline.size)
     require(pipeline.record.get("data") == world.digest, "this model was trained on other data")
 
-    def samples(task, count):
-        dataset = world.dataset({task: 1.0}, "scores", held_out=True)
-        return [dataset[i] for i in range(count)]
-
-    subject, cut = samples("subject_driven", prompts), samples("segmentation", prompts // 4)
-    # three bounds: true renders test the judge, no model is better than its tokenizer, and copies of the
-    # reference have all CP and little PF
-    ways = {"model": pipeline.draw, "true renders": lambda part: [s.target for s in part],
-            "tokenizer": lambda part: pipeline.rebuild([s.target for s in part]),
-            "copying": lambda part: [center_crop(s.images[0], pipeline.size) for s in part]}
-    judge, scores = Judge(world), {}
-    for name, way in ways.items():
-        drawn = way(subject)
-        row = scores[name] = {**judge_pictures(judge, drawn, subject),
-                              "segmentation_iou": segmentation_iou(way(cut), cut)}
+    dataset = world.dataset({"subject_driven": 1.0}, "scores", held_out=True)
+    samples = [dataset[i] for i in range(prompts)]
+    targets = [s.target for s in samples]
+    # no model is better than its tokenizer, true renders test the judge, copies have all CP and little PF
+    pictures = {"model": pipeline.draw(samples), "tokenizer": through_codes(pipeline.vqgan, targets),
+                "true renders": targets, "copying": [s.images[0] for s in samples]}
+    judge = Judge(world)
+    scores = {name: judge_pictures(judge, drawn, samples) for name, drawn in pictures.items()}
+    for name, row in scores.items():
         print(f"{name:13}", "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
-        if name == "model":
-            save_sheet({"held-out subjects": (subject[:12], drawn)}, out / "sheet.png")
+    save_sheet({"held-out subjects": (samples[:12], pictures["model"])}, out / "sheet.png")
     write_json(out / "scores.json", {**scores.pop("model"), "prompts": prompts, "bounds": scores})
 
 

@@ -2,10 +2,9 @@
 
     image (B, 3, S, S) in [-1, 1] --Encoder--> z --VectorQuantizer--> codes (B, N) --PixelDecoder--> image
 
-It is LlamaGen's VQ-16 (arXiv 2406.06525, section 2.1), whose `vq_ds16_t2i.pt` loads name for name: encoder
-and decoder of taming-transformers (arXiv 2012.09841) around a codebook of many vectors with few dimensions.
-The text tokenizer turns words into ids. Last comes what all files share: user errors, configurations as flat
-keys, a model as a folder.
+It is LlamaGen's VQ-16 (arXiv 2406.06525), name for name: encoder and decoder of taming-transformers (arXiv
+2012.09841) around a codebook of many vectors with few dimensions. The text tokenizer turns words into ids.
+Last comes what all files share: user errors, configurations as flat keys, a model as a folder.
 """
 
 import hashlib
@@ -64,8 +63,8 @@ def group_norm(channels, groups):
 
 
 def start_silent(conv):
-    """Zero the last layer of a residual branch. A new VQGAN is then purely local, and a code says more about
-    its own cell: attention and norms over the image come in only where training wants them."""
+    """Zero the last layer of a residual branch. A new VQGAN is then local, and a code says more about its own
+    cell: norms and attention over the image come in where training wants them."""
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)
 
@@ -315,9 +314,9 @@ def consistency_loss(z, kept):
 
 
 def spread_codes(z, size, generator):
-    """Codes (size, C) for features z (M, C): k-means++ (Arthur and Vassilvitskii, 2007), which draws each
-    centre far from those before, then one step of k-means. The 16th power of the distance, not the square,
-    prefers rare content to a second code for common content: between the two, a model could only guess."""
+    """Codes (size, C) for features z (M, C): k-means++, which draws each centre far from those before, then
+    one step of k-means. The 16th power of the distance, not the square, prefers rare content to a second code
+    for common content: between the two, a model could only guess."""
     z = F.normalize(z.float(), dim=-1)
     centers, distance = z[:1], torch.full_like(z[:, 0], torch.inf)
     while len(centers) < size:
@@ -351,7 +350,7 @@ def hinge_d_loss(real, fake):
 
 def adaptive_weight(reconstruction, adversarial, last_layer, average):
     """VQGAN's balance of two losses (arXiv 2012.09841, eq. 7): the ratio of their gradients' lengths at the
-    last layer. average: over all processes."""
+    last layer."""
     norms = [average(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]).norm()
              for loss in (reconstruction, adversarial)]
     return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach()
@@ -522,7 +521,7 @@ class TextTokenizer:
         return cls(model.getvalue())
 
 
-# --- Shared by all files: user errors, configurations as flat keys, a model as a folder ---
+# --- Shared by all files ---
 
 
 def require(right, message):

@@ -160,7 +160,7 @@ class Machine:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(parts, tensor.contiguous())
-        # all processes compute the same loss, and DDP divides the sum of their gradients by their number
+        # all processes compute this loss, and DDP divides the sum of their gradients by their number
         parts[self.rank] = tensor + (self.world_size - 1) * (tensor - tensor.detach())
         return torch.cat(parts)
 
@@ -355,7 +355,7 @@ def make_dataset(name, run, source, held_out=False):
 
 
 def check_same(folder, old, new):
-    """Refuse a folder that was made with other keys than this run's, naming the first."""
+    """Refuse a folder that was made with other keys, naming the first."""
     for key in sorted(old.keys() | new.keys()):
         require(old.get(key) == new.get(key) or key.startswith("model.sampling."),
                 f"{folder} has {key}={old.get(key)}, this run {new.get(key)}: choose another --out")
@@ -421,8 +421,8 @@ def leave_signals(worker):
 
 
 def make_batches(dataset, collate, config, run, machine, start):
-    """This process's micro-batches from step `start` on: all that a checkpoint must know about the data, as a
-    sample depends on its index alone."""
+    """This process's micro-batches from step `start` on, which is all that a checkpoint must know of the data:
+    a sample depends on its index alone."""
     micro, accumulate = micro_batches(config, run, machine)
     firsts = (step * config.global_batch + (machine.rank * accumulate + m) * micro
               for step in range(start, config.steps) for m in range(accumulate))
@@ -458,11 +458,10 @@ def train_stage(name, run, machine, source, text_tokenizer):
     micro, accumulate = micro_batches(config, run, machine)
     validate = partial(held_out_loss, stage, held_out, collate, micro, machine)
     log = Log(name, run, machine, start)
-    for part, module in stage.model.named_children():
-        trained = sum(p.numel() * p.requires_grad for p in module.parameters())
-        machine.say(f"{name}: {part} trains {trained:,} of {sum(p.numel() for p in module.parameters()):,}")
-    machine.say(f"{name}: {config.steps} steps of {config.global_batch} = {machine.world_size} processes x "
-                f"{accumulate} x {micro}, from step {start}")
+    trains = {part: sum(p.numel() for p in module.parameters() if p.requires_grad)
+              for part, module in stage.model.named_children()}
+    machine.say(f"{name}: parameters that train {trains}, {config.steps} steps of {config.global_batch} = "
+                f"{machine.world_size} processes x {accumulate} x {micro}, from step {start}")
 
     best = best if dataset.count < math.inf else None  # few samples may be learnt by heart
     with stop_signals() as stop:
@@ -478,8 +477,7 @@ def train_stage(name, run, machine, source, text_tokenizer):
 
 
 def train_steps(stage, run, config, machine, batches, optimizers, log, start, best, validate, stop):
-    """The loop. best: keeps the weights with the smallest held-out loss, or None; validate(): that loss;
-    stop: the signals received."""
+    """The loop. best: the weights with the smallest held-out loss, or None; validate(): that loss."""
     accumulate, wrapped = micro_batches(config, run, machine)[1], stage.train()
     trained = [p for p in stage.parameters() if p.requires_grad]
     if machine.world_size > 1:
@@ -554,7 +552,7 @@ def note_best(best, held_out, step, stage, log):
 
 
 def read_log(file):
-    """The lines of a log.jsonl, if there are any, without those that a full disk has cut."""
+    """The lines of a log.jsonl, but for those that a full disk has cut."""
     lines = []
     for line in file.read_text().splitlines() if file.is_file() else ():
         with suppress(ValueError):
@@ -749,9 +747,7 @@ def start_run(run, machine, source):
         machine.say(f"data: {source.notes}; changed since the last run: {', '.join(changed) or 'nothing'}")
         unknown = words.unknown_words(" ".join(source.prompts()))
         require(not unknown, f"{out}/spiece.model lacks {', '.join(unknown)}: choose another --out")
-        collate = Collate(words, run.model, run.vqgan.image_size)
-        for prompt in source.prompts():
-            collate.encode(prompt, 1)  # one that is too long is refused now, not after minutes
+        Collate(words, run.model, run.vqgan.image_size).encode(max(source.prompts(), key=len), 1)  # fits?
     if machine.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "spiece.model", lambda path: path.write_bytes(words.proto))

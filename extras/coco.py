@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import exif_turn, load_image, read_image
+from data import EXIF_TURNS, ORIENTATION, load_image, read_image
 from sample import cli
 from tokenizer import require, write_atomically
 
@@ -87,7 +87,8 @@ def convert(instances, captions, folder, out):
 
     for number, p in enumerate(tqdm(images, "pictures", disable=None)):
         p["file"], said = folder / str(p.get("file_name")), (p.get("width"), p.get("height"))
-        p["size"], p["turn"] = read_image(p["file"], lambda image: (image.size, exif_turn(image)))
+        p["size"], tag = read_image(p["file"], lambda image: (image.size, image.getexif().get(ORIENTATION)))
+        p["turn"] = EXIF_TURNS.get(tag)
         require(p["size"] == said, f"{p['file']} is stored with {p['size']} pixels, {instances} says {said}")
         path = os.path.relpath(p["file"], out) if p["turn"] is None else f"masks/upright{number}.png"
         lines += [{"input_text": t, "image_path": path, "generation_only": True} for t in texts[p["id"]]]

@@ -2,7 +2,7 @@
 
     python -m extras.plan full --micro_batch=8 --gpus=8 --tflops=989 --gigabytes=80 --share=0.4
 
-Keys of train.py, then cards like an H100 and the share of their peak (the paper: 0.18).
+Keys of train.py, then the cards, and the share of their peak that is used (the paper: 0.18).
 """
 
 import argparse
@@ -41,8 +41,8 @@ def weights(module):
 def forward_pass(pretrain, model, tokens, images, s, checkpoint):
     """One sample's way: [(part, FLOPs, bytes kept for gradients)].
 
-    A block keeps its two inputs (4 bytes a value), what its matrices read (s bytes, each its cast), q, k, v,
-    attention's output, the MLP's values, and a byte for each dropout; with checkpoint one at a time does.
+    A block keeps its inputs (4 bytes a value), what its matrices read (s bytes, and a cast each), q, k, v,
+    attention's output, the MLP's values, a byte for each dropout; with checkpoint one block at a time.
     """
     def kept(layers, width, block):
         return 4 * layers * width + block if checkpoint else layers * block
@@ -111,10 +111,9 @@ def main(arguments):
             flops, memory = costs(name, replace(run, checkpoint=checkpoint), machine, tokens, images)
             hours = config.steps * config.global_batch * flops / rate
             most = (sum(memory.values()) - min(memory["activations"], memory.get("codes", 0))) / 2**30
-            print(name, *["--checkpoint"] * checkpoint, f"{hours:.3g} h, {flops:.3g} FLOPs a sample,",
-                  f"{memory['gradients'] // 4:,} of {memory['weights'] // 4:,} weights train\n    GiB:",
-                  *(f"{what} {size / 2**30:.3g}," for what, size in memory.items()), f"at most {most:.3g}:",
-                  "fits" if most < 0.94 * cards.gigabytes else "does not fit")  # CUDA's own
+            fits = "fits" if most < 0.94 * cards.gigabytes else "does not fit"  # CUDA takes the rest
+            print(f"{name}{' --checkpoint' * checkpoint}: {hours:.3g} h, {flops:.3g} FLOPs a sample, "
+                  f"at most {most:.3g} GiB: {fits}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ check   lists a manifest's lines that are wrong, or name a file that is, and wri
 train   is train.py with a manifest as --data. Behind recovery's objects come pictures of the folder
         --backgrounds, or else of other such lines.
 
-docs/released.md leads from the downloads to the paper's model.
+docs/released.md leads from downloads to the paper's model.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import extras.multi  # noqa: F401  (for its task and its connector)
+import extras.multi  # noqa: F401  (its task and its connector)
 import sample
 import train
 from data import (PICTURES, TASKS, Folder, Sample, center_crop, load_image, load_mask, object_line,
@@ -126,11 +126,11 @@ def import_weights(arguments):
     run, into = train.parse(rest), given.pop("into", "pretrain")
     out, tensors = Path(run.out), {}
     require(into in ("pretrain", "align", "instruct"), f"--into={into}: must be pretrain, align or instruct")
-    require(not out.exists(), f"{out} exists already: choose another --out")
+    require(not out.exists(), f"{out} exists already: choose another")
     spiece = Path(given.pop("spiece", f"{given.get('t5', '--spiece=FOLDER')}/spiece.model"))
     text_tokenizer = TextTokenizer(spiece.read_bytes())
 
-    # see that all fits before anything is written
+    # all must fit before anything is written
     torch.manual_seed(run.seed)
     with torch.device("meta"):
         model, vqgan = Mentor(run.model), VQGAN(run.vqgan)
@@ -167,7 +167,7 @@ def import_weights(arguments):
 
 def export_weights(arguments):
     """Write a run's newest stage and its VQGAN under their released names."""
-    require(len(arguments) == 2, "export: needs a run's folder and a new folder")
+    require(len(arguments) == 2, "export: needs a run's folder and a new one")
     stage, out = sample.newest_stage(arguments[0]), Path(arguments[1])
     tensors = {released_name(n): t for n, t in read_weights(stage).items()}
     tensors[f"{LANGUAGE}encoder.embed_tokens.weight"] = tensors[f"{LANGUAGE}shared.weight"]
@@ -225,7 +225,7 @@ def read_entry(line):
     else:
         lines = [object_line(label) for label in labels]
         prompts = ["\n".join(lines if task == "segmentation" else [*lines, text])]
-    prompts[-1].encode()  # raises ValueError at half a character
+    prompts[-1].encode()  # ValueError at half a character
     count = prompts[-1].count("<image>")
     require(count == len(files), f"{prompts[-1]!r:.80} has {count} <image>, but {task} {len(files)} images")
     masked = field == "image_path" and task in ("segmentation", "recovery", "multi_image")
@@ -259,8 +259,8 @@ def entry_sample(entry, root, size, rng, background):
 
 
 class Manifest(Folder):
-    """A manifest as a source of samples. Its lines are checked, but only their places kept: millions fit. A
-    fiftieth of the pictures is held out."""
+    """A manifest as a source. Its lines are checked, but `usable` keeps only their places in bytes: millions
+    fit. A fiftieth of the pictures is held out."""
 
     def __init__(self, path, size, backgrounds=""):
         """size: pixels per side of the targets; backgrounds: a folder."""
@@ -324,12 +324,12 @@ def fault(root, line):
 
 
 def check(arguments):
-    """Open every file of a manifest, list the lines that are wrong, and write the others."""
+    """Open every file of a manifest, list its wrong lines, and write the others."""
     given, rest = own_options(arguments, ["clean"])
     require(len(rest) == 1, "check: needs one manifest")
     path, clean, right = Path(rest[0]), Path(given.get("clean", "")), []
-    new = not given or clean.parent == path.parent and not clean.exists()
-    require(new, f"--clean={clean}: must be a new file in the folder of {path}")
+    new = clean.parent == path.parent and not clean.exists()
+    require(new or not given, f"--clean={clean}: must be a new file in the folder of {path}")
     lines, look = open(path, "rb").readlines(), functools.partial(fault, path.parent)
     faults = DataLoader(lines, batch_size=None, num_workers=os.cpu_count(), collate_fn=look)
     for number, wrong in enumerate(tqdm(faults, "opening files", disable=None), 1):

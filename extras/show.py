@@ -95,7 +95,7 @@ def features(pipeline, pictures):
 def drawings(pipeline, samples, pool):
     """A row of pictures for each sample, and the means of the numbers below them."""
     asked, rows = [s.target for s in samples], ""
-    drawn, made = pipeline.draw(samples), pipeline.rebuild(asked)
+    drawn, made = pipeline.draw(samples), sample.through_codes(pipeline.vqgan, asked)
     near, which = (features(pipeline, drawn + asked) @ features(pipeline, pool).T).max(1)
     near, usual = near.chunk(2)
     for i, s in enumerate(samples):

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from data import Collate, Shapes, ShapesDataset  # noqa: E402
+from data import Collate, Shapes, Samples  # noqa: E402
 from mentor import DecoderConfig, Mentor, MentorConfig, TextConfig, VisionConfig  # noqa: E402
 from sample import Pipeline  # noqa: E402
 
@@ -103,7 +103,7 @@ def make_batch(world, text_tokenizer):
     """make_batch(config, count, task=share, ...) -> a Batch of that many samples; without tasks, of all."""
 
     def make(config, count, seed=0, **mix):
-        dataset = ShapesDataset(world, mix or dict.fromkeys(train.TASKS, 1.0), seed)
+        dataset = Samples(world, mix or dict.fromkeys(train.TASKS, 1.0), seed)
         return Collate(text_tokenizer, config, world.image_size)([dataset[i] for i in range(count)])
 
     return make

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import train
 from conftest import ROOT, randomize, small_config
-from data import Collate, Shapes, ShapesDataset
+from data import Collate, Shapes, Samples
 from mentor import Mentor
 from sample import Pipeline, generate
 from tokenizer import VQGAN
@@ -81,7 +81,7 @@ def test_a_decode_step_is_one_program(text_tokenizer):
 
 def step_difference(device, dtype):
     """Relative differences of a step of tiny on the CPU and on the device: [of the loss, of the gradient]."""
-    dataset, results = ShapesDataset(Shapes(32), dict.fromkeys(train.TASKS, 1.0), 0), []
+    dataset, results = Samples(Shapes(32), dict.fromkeys(train.TASKS, 1.0), 0), []
     batch = Collate(Shapes(32).text_tokenizer(), TINY.model, 32)([dataset[i] for i in range(16)])
     codes = torch.arange(16)[:, None] * torch.arange(64) % 64  # the tokenizer's may differ by a near tie
     for where in ("cpu", device):
@@ -98,7 +98,7 @@ def step_difference(device, dtype):
 @torch.no_grad()
 def same_codes(device, dtype, compile=False):
     """Share of codes that trained/tiny draws greedily on the device as on the CPU in float32."""
-    dataset, codes, folder = ShapesDataset(Shapes(32), {"subject_driven": 1.0}, 0), [], ROOT / "trained/tiny"
+    dataset, codes, folder = Samples(Shapes(32), {"subject_driven": 1.0}, 0), [], ROOT / "trained/tiny"
     for where, exact in (("cpu", True), (device, dtype == torch.float32)):
         pipeline = Pipeline(folder, "cpu") if exact else Pipeline(folder, where, compile)
         model = pipeline.model.to(where) if exact else pipeline.model.bfloat16()

@@ -11,7 +11,7 @@ from PIL import Image
 import data
 from conftest import small_config
 from data import (COLORS, PATTERNS, PLACES, SHAPES, TASKS, Batch, Collate, Placed, Sample,
-                  Scene, ShapesDataset, Subject, load_image, square_window, vision_pixels)
+                  Scene, Samples, Subject, load_image, square_window, vision_pixels)
 from sample import Judge
 from tokenizer import TextTokenizer
 
@@ -20,7 +20,7 @@ NOISE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
 
 def samples_of(world, task, count, **options):
-    dataset = ShapesDataset(world, {task: 1.0}, 0, **options)
+    dataset = Samples(world, {task: 1.0}, 0, **options)
     return [dataset[i] for i in range(count)]
 
 
@@ -256,7 +256,7 @@ def test_paste_distorted():
 # --- Datasets
 def test_samples_depend_on_seed_and_index_alone(world):
     mix = {"text_to_image": 3.0, "segmentation": 1.0}
-    first, again, other = (ShapesDataset(world, mix, seed, 0.1) for seed in (5, 5, 6))
+    first, again, other = (Samples(world, mix, seed, 0.1) for seed in (5, 5, 6))
     for i in (1000, 3, 10**12):
         a, b = first[i], again[i]
         assert (a.prompt, a.drop, a.mask_seed) == (b.prompt, b.drop, b.mask_seed)
@@ -266,7 +266,7 @@ def test_samples_depend_on_seed_and_index_alone(world):
     assert abs(np.mean([s.task == "segmentation" for s in samples]) - 0.25) < 0.05
     assert abs(np.mean([s.drop for s in samples]) - 0.1) < 0.03
     assert len({s.mask_seed for s in samples}) == 1000
-    assert not any(ShapesDataset(world, mix, 0)[i].drop for i in range(50))
+    assert not any(Samples(world, mix, 0)[i].drop for i in range(50))
 
 
 # --- Words and batches
@@ -298,7 +298,7 @@ def test_prompts_that_do_not_fit_are_refused(text_tokenizer):
 
 
 def test_a_batch_of_samples(world, text_tokenizer, monkeypatch):
-    dataset = ShapesDataset(world, {"subject_driven": 1.0, "text_to_image": 1.0}, 0, prefix_drop=0.5)
+    dataset = Samples(world, {"subject_driven": 1.0, "text_to_image": 1.0}, 0, prefix_drop=0.5)
     samples = [dataset[i] for i in range(16)] + [Sample("two", "a <image> <image>", [NOISE] * 2, NOISE)]
     collate = Collate(text_tokenizer, small_config(text_tokenizer), 16)
     batch, images = collate(samples), [vision_pixels(image, 32) for s in samples for image in s.images]

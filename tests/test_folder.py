@@ -266,7 +266,7 @@ def test_a_tenth_is_held_out_subjects_as_a_whole(tmp_path):
     add(tmp_path / "two", "a", mask=False), add(tmp_path / "two", "b", mask=False)
     assert [len(i) for i in map(Folder(tmp_path / "two", 32).usable.get, PARTS)] == [1, 1]
     (tmp_path / "two" / "b.png").unlink()
-    assert [len(i) for i in map(Folder(tmp_path / "two", 32).usable.get, PARTS)] == [1, 0]  # training needs it
+    assert [len(i) for i in map(Folder(tmp_path / "two", 32).usable.get, PARTS)] == [1, 0]  # it is needed
 
 
 def test_training_crops_and_mirrors_at_random_unless_words_say_left_or_right(tmp_path):
@@ -298,12 +298,15 @@ def test_tiny_objects_are_named_at_the_start_not_in_training(tmp_path):
         for i, size in enumerate(range(40, 130, 13)):
             box = np.s_[7 + i : 7 + i + edge, 11 : 11 + edge]
             add(tmp_path, f"{edge}{i}", "object: dot", size=(size, size), box=box)
+    add(tmp_path, "wide", "object: dots", size=(40, 120))
+    save(tmp_path / "wide.mask.png", (np.arange(4800).reshape(40, 120) % 120 % 50 < 9) * np.uint8(255))
     for line in refused(tmp_path, "files cannot be used:").splitlines()[1:]:
         for suffix in (".png", ".mask.png", ".txt"):
             os.unlink(line.strip().partition(".png:")[0].removesuffix(".mask") + suffix)
     folder = Folder(tmp_path, 32)
-    assert len(folder.pictures) > 20
-    assert all(s.target.any() for s in samples_of(folder, "segmentation", 8 * len(folder.pictures)))
+    assert len(folder.pictures) > 20 and folder.pictures[-1].name == "wide"
+    for task in ("segmentation", "recovery"):
+        assert all(s.target.any() for s in samples_of(folder, task, 8 * len(folder.pictures)))
 
 
 def test_all_bad_files_are_named_at_once(tmp_path):

@@ -15,9 +15,9 @@ from torch._subclasses import FakeTensorMode
 
 import sample
 from conftest import ROOT, contents
-from data import Placed, Sample, Scene, ShapesDataset
+from data import Placed, Sample, Scene, Samples
 from mentor import SamplingConfig
-from sample import Judge, Pipeline, choose, filter_logits, judge_pictures, segmentation_iou
+from sample import Judge, Pipeline, choose, filter_logits, judge_pictures, through_codes
 from tokenizer import TextTokenizer
 
 TRAINED = ROOT / "trained" / "tiny"
@@ -25,7 +25,7 @@ PROMPT = "A big red star at the top left on a green background"
 
 
 def held_out(world, task, count):
-    dataset = ShapesDataset(world, {task: 1.0}, "scores", held_out=True)
+    dataset = Samples(world, {task: 1.0}, "scores", held_out=True)
     return [dataset[i] for i in range(count)]
 
 
@@ -84,7 +84,7 @@ def test_the_trained_model_draws_what_it_is_told(pipeline, world):
     scores = judge_pictures(Judge(world), pipeline.draw(asked), asked)
     assert scores["cp"] > 0.6 and scores["pf"] > 0.9
     targets = [s.target for s in held_out(world, "text_to_image", 8)]
-    rebuilt = pipeline.rebuild([np.repeat(np.repeat(t, 2, 0), 2, 1) for t in targets])  # of any size
+    rebuilt = through_codes(pipeline.vqgan, [np.repeat(np.repeat(t, 2, 0), 2, 1) for t in targets])  # of any size
     errors = [np.square((a.astype(float) - b) / 255).mean() ** 0.5 for a, b in zip(rebuilt, targets, strict=True)]
     assert np.mean(errors) < 0.08
 
@@ -154,25 +154,15 @@ def test_copying_the_reference_follows_the_prompt_by_chance_only(world, judge):
     assert copied["cp"] == 1 and copied["pf"] == pytest.approx(0.2446, abs=5e-5)
 
 
-def test_pixel_scores():
-    black, white = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
-    half, dark = white.copy(), white.copy()
-    half[:2], dark[:2] = 0, 64
-    asked = [Sample("", "", [], half)]
-    assert segmentation_iou([half], asked) == segmentation_iou([dark], asked) == 1  # 64 is still black
-    assert segmentation_iou([white, black], asked * 2) == 0.25
-
-
-def test_a_perfect_model_has_perfect_scores(world, tmp_path, capsys):
-    perfect = SimpleNamespace(size=32, record={"data": "shapes"})
+def test_a_perfect_model_has_perfect_scores(pipeline, tmp_path, capsys):
+    perfect = SimpleNamespace(size=32, record={"data": "shapes"}, vqgan=pipeline.vqgan)
     perfect.draw = lambda samples: [s.target for s in samples]
-    perfect.rebuild = lambda pictures: [picture // 2 for picture in pictures]
     sample.score(perfect, tmp_path, prompts=12)
     scores = json.loads((tmp_path / "scores.json").read_text())
     for row in (scores, scores["bounds"]["true renders"]):
-        assert row["cp"] == row["pf"] == row["segmentation_iou"] == 1
+        assert row["cp"] == row["pf"] == 1
     assert scores["bounds"]["copying"]["cp"] == 1 > 0.7 > scores["bounds"]["copying"]["pf"]
-    assert scores["prompts"] == 12
+    assert 1 > scores["bounds"]["tokenizer"]["cp"] > 0.8 and scores["prompts"] == 12
     assert len(capsys.readouterr().out.splitlines()) == 4 and (tmp_path / "sheet.png").is_file()
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -20,18 +21,17 @@ TINY = train.PRESETS["tiny"]
 @pytest.fixture
 def once(monkeypatch):
     """Everything that is timed runs once and takes a millisecond."""
-    monkeypatch.setattr(bench, "median_seconds", lambda functions, device, rounds=0:
-                        {name: (function(), 1e-3)[1] for name, function in functions.items()})
+    monkeypatch.setattr(bench, "median_seconds", lambda function, device: (function(), 1e-3)[1])
 
 
 @torch.no_grad()
 def test_drawing_without_a_cache_gives_the_same_logits(model):
     (logits, cache, _), read = bench.start(model, 2, 9)
-    without, seen = bench.cache_free(model, *read), []
+    without, unread = bench.cache_free(model, *read), deepcopy(cache)
     for _ in range(5):
         codes = logits.argmax(-1)
         logits = model.decode_step(codes, cache)
-        torch.testing.assert_close(without(codes, seen), logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(without(codes, unread), logits, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def test_the_drawing_that_is_timed_is_the_samplers(model, make_batch):
     hidden, no, read = model.encoder(batch), torch.zeros(2, dtype=torch.bool), []
     prefix = torch.cat([model.projector(hidden, batch.lengths, drop) for drop in (no, ~no)])
     step = lambda codes, cache: read.append(codes) or model.decode_step(codes, cache)
-    bench.draw(step, *model.prefill(prefix, batch.lengths.repeat(2)), chances[1], 63)
+    bench.drawing(step, *model.prefill(prefix, batch.lengths.repeat(2)), chances[1], 63)()
     assert torch.equal(torch.stack(read, 1), codes[:, :63].repeat(2, 1)) and codes.unique().numel() > 9
 
 
@@ -65,9 +65,8 @@ def test_the_released_codes_way_gives_the_same_losses_and_gradients(text_tokeniz
 def test_both_benchmarks_print_their_lines(once, capsys):
     bench.main(["tiny", "--device=cpu", "--instruct.global_batch=2"])
     out = capsys.readouterr().out
-    assert "KV cache" in out and "cache-free" in out
-    assert "64 prompts: 5.12e+05 codes/s, 0.125 ms a step" in out
-    assert out.count("instruct, 2 samples") == 2 and "GB/s" in out
+    assert " 1 prompts, cache-free: 3.2e+04 codes/s" in out and "64 prompts, KV cache: 2.048e+06 codes/s" in out
+    assert out.count("instruct, 2 samples") == 2
 
 
 def options(tmp_path, part):
@@ -78,7 +77,7 @@ def options(tmp_path, part):
 
 
 @pytest.mark.parametrize("part, lines", [
-    ("draw", ["limits", "1 eager", "2 graph, filled part, two products", "2 compiled"]),
+    ("draw", ["copy", "1 eager", "2 graph", "2 compiled"]),
     ("instruct", ["as it is", "kernels, shares", "compiled blocks"])])
 def test_parts_of_the_gpu_check_run_on_a_cpu(part, lines, once, tmp_path):
     torch._dynamo.reset()
@@ -94,6 +93,5 @@ def test_each_part_has_a_process_and_a_time_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "PARTS", {"presets": 1, "memory": 60})
     gpu.main(["--small", "--device=cpu", f"--out={tmp_path / 'gpu.json'}"])
     written = json.loads((tmp_path / "gpu.json").read_text())
-    assert written["card"] == "CPU" and written["presets"]["whole part"]["exit_code"] == "time is up"
-    large, next_run = written["memory"]["too large"], written["memory"]["the next run"]
-    assert large["exit_code"] == 2 and "pretended" in large["says"] and next_run["exit_code"] == 0
+    assert written["card"] == "CPU" and written["presets"]["whole part"]["exit_code"] == -9
+    assert [result["exit_code"] for result in written["memory"].values()] == [0, 0, 0]

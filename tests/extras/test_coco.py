@@ -14,6 +14,10 @@ RED = (220, 30, 30)
 BOX, SECOND = [4, 6, 30, 6, 30, 38, 4, 38], [40, 0, 60, 0, 60, 6, 40, 6]  # x 4..29, y 6..37; x 40..59, y 0..5
 
 
+def annotation(category=1, picture=1, segmentation=(BOX, SECOND), **more):
+    return {"image_id": picture, "category_id": category, "segmentation": segmentation, **more}
+
+
 def make(folder, change=lambda instances, captions: None, turn=1):
     """Two turned pictures with a red object of two boxes, annotated in the first. Returns convert's files."""
     picture, exif = Image.new("RGB", (64, 48), (40, 160, 60)), Image.Exif()
@@ -23,18 +27,15 @@ def make(folder, change=lambda instances, captions: None, turn=1):
     (folder / "im").mkdir()
     for i in (1, 2):
         picture.save(folder / f"im/{i}.png", exif=exif)
-    images = [{"id": i, "file_name": f"{i}.png", "width": 64, "height": 48} for i in (1, 2)]
-    categories = [{"id": i, "name": name} for i, name in ((1, "box"), (2, "dog"), (3, "cat"))]
-    files = {"instances": {"images": images, "categories": categories, "annotations": [annotation()]},
-             "captions": {"annotations": [{"image_id": 1, "caption": text} for text in ("A box.", "Two")]}}
-    change(*files.values())
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    return [folder / name for name in ("instances.json", "captions.json", "im", "out")]
-
-
-def annotation(category=1, picture=1, segmentation=(BOX, SECOND), **more):
-    return {"image_id": picture, "category_id": category, "segmentation": segmentation, **more}
+    instances = {"images": [{"id": i, "file_name": f"{i}.png", "width": 64, "height": 48} for i in (1, 2)],
+                 "categories": [{"id": i, "name": name} for i, name in ((1, "box"), (2, "dog"), (3, "cat"))],
+                 "annotations": [annotation()]}
+    captions = {"annotations": [{"image_id": 1, "caption": text} for text in ("A box. \n", "Two")]}
+    change(instances, captions)
+    files = [folder / name for name in ("instances.json", "captions.json", "im", "out")]
+    for file, content in zip(files, (instances, captions)):
+        file.write_text(json.dumps(content))
+    return files
 
 
 def change(key, entry, captions=0, **fields):
@@ -44,15 +45,12 @@ def change(key, entry, captions=0, **fields):
 def test_pictures_captions_and_objects_become_lines(tmp_path):
     def odd(instances, captions):
         instances["images"][0].update(id="a/..", width=64.0)
-        instances["annotations"][0].update(image_id="a/..", category_id="1")
-        captions["annotations"] = [{"image_id": "a/..", "caption": text} for text in ("A box. \n", "Two")]
+        for entry in (*instances["annotations"], *captions["annotations"]):
+            entry.update(image_id="a/..", category_id="1")
 
-    (tmp_path / "disk/deep").mkdir(parents=True)
-    (tmp_path / "link").symlink_to(tmp_path / "disk/deep")  # from where .. leads elsewhere
-    files = [*make(tmp_path, odd)[:3], tmp_path / "link/out"]
-    a, b, mask = "../../../im/1.png", "../../../im/2.png", "masks/0.png"
+    coco.main([*map(str, files := make(tmp_path, odd))])
+    a, b, mask = "../im/1.png", "../im/2.png", "masks/0.png"
     whole = {"source_image": a, "input_text": "A box."}
-    coco.main([*map(str, files)])
     assert [json.loads(line) for line in open(files[3] / "manifest.jsonl")] == [
         *({"input_text": text, "image_path": a, "generation_only": True} for text in ("A box.", "Two")),
         {**whole, "image_path": a}, {"source_image": b, "input_text": "", "image_path": b},
@@ -66,11 +64,11 @@ def test_what_cannot_be_used_is_counted_with_its_reason(tmp_path, capsys):
     def more(instances, captions):
         shapes = [[], {"size": [48, 64], "counts": [3072]}, None, [[1, 1, 3, 1, 3, 3]],
                   [[0, 0, 64, 0, 64, 48, 0, 48]], [[0]], BOX, ["x"], [[1e400, 0, 3, 9]]]
-        instances["categories"] += [{"id": i, "name": f"c{i}"} for i in range(4, 13)]
-        instances["categories"] += [{"id": 20, "name": " Dog"}, {"id": 21, "name": " "}]
-        instances["annotations"] += [annotation(4 + i, segmentation=shape) for i, shape in enumerate(shapes)]
-        instances["annotations"] += [annotation(2), annotation(20), annotation(3, iscrowd=1),
-                                     annotation(3, 99), annotation(77), annotation(21)]
+        names = {20: " Dog", 21: " ", **{4 + i: f"{i}" for i in range(len(shapes))}}
+        instances["categories"] += [{"id": i, "name": name} for i, name in names.items()]
+        instances["annotations"] += [
+            *(annotation(4 + i, segmentation=shape) for i, shape in enumerate(shapes)), annotation(2),
+            annotation(20), annotation(3, iscrowd=1), annotation(3, 99), annotation(77), annotation(21)]
         captions["annotations"] += [{"image_id": 99, "caption": "x"}, {"image_id": 2, "caption": " \n"}]
 
     coco.convert(*make(tmp_path, more))
@@ -103,12 +101,12 @@ def test_what_training_would_refuse_is_refused_before_anything_is_written(change
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_masks_turn_with_their_pictures(turn, tmp_path):
     coco.convert(*make(tmp_path, turn=turn))
-    out, size = tmp_path / "out", (48, 64)[turn > 4]
-    picture = out / json.loads((out / "manifest.jsonl").read_text().splitlines()[-1])["source_image"]
+    manifest = tmp_path / "out/manifest.jsonl"
+    picture = tmp_path / "out" / json.loads(manifest.read_text().splitlines()[-1])["source_image"]
     seen = load_image(picture)
-    assert (seen == load_image(tmp_path / "im/1.png")).all() and seen.shape[0] == size
-    assert (load_mask(out / "masks/0.png", picture) == (seen == RED).all(-1)).all()
-    target = Manifest(str(out / "manifest.jsonl"), 48).dataset({"segmentation": 1.0}, 0)[0].target
+    assert (seen == load_image(tmp_path / "im/1.png")).all() and seen.shape[0] == (48, 64)[turn > 4]
+    assert (load_mask(tmp_path / "out/masks/0.png", picture) == (seen == RED).all(-1)).all()
+    target = Manifest(str(manifest), 48).dataset({"segmentation": 1.0}, 0)[0].target
     assert (target == RED).mean() > 0.2 and {RED, (0, 0, 0)} <= {tuple(c) for c in target.reshape(-1, 3)}
 
 

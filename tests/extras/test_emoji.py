@@ -47,8 +47,8 @@ def test_an_eighth_is_held_out_and_every_word_is_known(world):
     train, held = set(world.train_subjects), set(world.held_out_subjects)
     assert len(world.subjects) == 60 and train | held == set(world.subjects) and not train & held
     assert 2 < len(held) < 15 and world.label(("⌚",)) == "watch" and read_back(world, world.subjects)
-    prompts = [world.dataset(dict.fromkeys(TASKS, 1.0), 0, held_out=held)[i].prompt
-               for i in range(60) for held in (False, True)]
+    datasets = [world.dataset(dict.fromkeys(TASKS, 1.0), 0, held_out=held) for held in (False, True)]
+    prompts = [dataset[i].prompt for dataset in datasets for i in range(60)]
     assert not world.text_tokenizer().unknown_words(" ".join([*prompts, *world.names.values()]))
 
 
@@ -63,11 +63,9 @@ def test_other_looks_are_for_training_references_alone(world, task):
     assert {look.channels for look in seen} == {*CHANNELS} and {look.turn for look in seen} == {*range(8)}
     hidden, halves = [look for look in seen if not look.named], [look for look in seen if look.other]
     assert set(halves) <= set(hidden) and {(look.other,) for look in halves} <= set(world.train_subjects)
-    if task == "recovery":  # its reference shows others, too
-        assert not hidden
-    else:
-        assert {world.label(look) for look in hidden} == {"symbol"}
-        assert 0.55 < len(hidden) / len(seen) < 0.85 and 0.3 < len(halves) / len(hidden) < 0.7
+    shares = len(hidden) / len(seen), len(halves) / max(1, len(hidden))
+    assert shares == (0, 0) if task == "recovery" else 0.55 < shares[0] < 0.85 and 0.3 < shares[1] < 0.7
+    assert {world.label(look) for look in hidden} <= {"symbol"}
     assert all(s.named for i in range(20) for s in world.random_subjects(random.Random(i), 2))
 
 
@@ -106,4 +104,5 @@ def test_a_font_is_needed_and_noto_has_1280_emoji(monkeypatch):
     except ValueError as error:
         pytest.skip(str(error))
     assert len(world.subjects) == 1280 and len(world.held_out_subjects) == 162
-    assert read_back(world, world.held_out_subjects[:30])
+    world.subjects = world.held_out_subjects  # to judge faster
+    assert read_back(world, world.subjects[:30])

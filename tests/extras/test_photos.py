@@ -11,6 +11,7 @@ from extras.photos import LPIPS
 
 CONVOLUTIONS = {0: 64, 2: 64, 5: 128, 7: 128, 10: 256, 12: 256, 14: 256, 17: 512, 19: 512, 21: 512, 24: 512,
                 26: 512, 28: 512}  # {number: width} as torchvision has them
+MEAN, STD = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])[..., None, None]
 HEADS = {f"lin{i}.model.1.weight": torch.rand(1, 64 << min(i, 3), 1, 1) for i in range(5)}
 
 
@@ -28,8 +29,7 @@ def weights(tmp_path_factory):
 
 def test_distance_is_that_of_vgg16s_features(weights):
     def features(x):
-        mean, std = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
-        x = (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        x = (x - MEAN) / STD
         for number in CONVOLUTIONS:
             if number in (5, 10, 17, 24):  # after a max-pool
                 yield x / x.norm(dim=1, keepdim=True)
@@ -47,12 +47,12 @@ def test_distance_is_that_of_vgg16s_features(weights):
     assert b.grad.any() and all(p.grad is None and not p.requires_grad for p in lpips.parameters())
 
 
-def test_weights_that_are_missing_or_broken_are_named(tmp_path, monkeypatch):
+def test_weights_that_are_broken_or_others_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(photos, "WIDTHS", ())  # and so without VGG's 60 MB
     torch.save({}, tmp_path / "vgg16-397923af.pth")
     file, name = tmp_path / "vgg.pth", "lin2.model.1.weight"
     for wrong, problem in (({}, "0.model.1"), (HEADS | {name: torch.rand(1, 9, 1, 1)}, "size mismatch"),
-                           (HEADS | {name: HEADS[name] / 0}, "not finite"), ([5], ""), (5, "")):
+                           (HEADS | {name: HEADS[name] / 0}, "not finite"), (5, "")):
         torch.save(wrong, file)
         with pytest.raises(ValueError, match=f"vgg.pth is broken or of another network.*{problem}"):
             LPIPS(tmp_path)
@@ -69,8 +69,6 @@ def test_the_tokenizer_trains_with_it_and_goes_on_only_with_the_same(weights, tm
     calls = []  # VGG16 itself would take long
     monkeypatch.setattr(LPIPS, "forward", lambda self, a, b: calls.append(1) or 7 * (a - b).abs().mean())
     keys = ["tiny", *SMALL, "--stage=tokenizer", "--tokenizer.steps=2", "--tokenizer.global_batch=2"]
-    with pytest.raises(OSError, match="/no/vgg16-397923af.pth"):
-        photos.main([*keys, "--lpips=/no"])
     photos.main([*keys, f"--out={tmp_path}", f"--lpips={weights[0]}"])
     assert len(calls) > 2
     stage, (a, b) = photos.PhotosStage(weights[0], train.parse(keys), CPU, None), torch.rand(2, 2, 3)

@@ -5,9 +5,11 @@ import os
 import pickle
 import random
 import re
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,19 +25,16 @@ from mentor import Mentor
 from sample import Pipeline
 from tokenizer import VQGAN
 
-# Weights
-
 
 def write_released(folder, model, vqgan, proto):
     """Weights as people have them: folders of CLIP and a sharded T5, and files. Returns an import's keys."""
     names = {released_name(n): t.detach() for n, t in model.state_dict().items()}
     part = lambda start: {n.removeprefix(start): t for n, t in names.items() if n.startswith(start)}
+    clip = part(VISION.removesuffix("vision_model.")) | {"text_model.a": torch.zeros(1)}
+    t5 = [*part(LANGUAGE).items()]
     for name in ("clip", "t5"):
         (folder / name).mkdir()
-    others = {"text_model.a": torch.zeros(1), "logit_scale": torch.zeros(1)}
-    clip = part(VISION.removesuffix("vision_model.")) | others
     save_file(clip, folder / "clip" / "model.safetensors")
-    t5 = [*part(LANGUAGE).items()]
     for i in range(2):
         torch.save(dict(t5[i::2]), folder / "t5" / f"pytorch_model-0000{i + 1}-of-00002.bin")
     (folder / "t5" / "spiece.model").write_bytes(proto)
@@ -65,7 +64,7 @@ def test_parts_in_then_everything_out_and_in_has_the_same_bits(files, tmp_path, 
     keys, model, vqgan = files
     out = run_import(tmp_path / "out", keys)
     said = capsys.readouterr().out
-    assert re.search(r"/clip: \d+ tensors, 2 left aside", said) and "vq.pt: 179 tensors, 1 left" in said
+    assert "clip: 39 tensors, 1 left aside" in said and "vq.pt: 179 tensors, 1 left aside" in said
     assert same_weights(Pipeline(out, "cpu").model, model) and same_weights(Pipeline(out, "cpu").vqgan, vqgan)
     assert f'"t5": "{tmp_path}/t5"' in (out / "pretrain" / "stage.json").read_text()
     released.main(["export", str(out), f"{tmp_path}/new"])
@@ -76,22 +75,20 @@ def test_parts_in_then_everything_out_and_in_has_the_same_bits(files, tmp_path, 
     assert codes.pop("quantize.codebook_used").shape == (65536,) and same_weights(codes, vqgan.state_dict())
 
     halves = {n: t.bfloat16() for n, t in whole.items()}
-    torch.save({"model": halves}, tmp_path / "halves.pt")
-    keys = {key: f"--{key}={tmp_path}/{file}" for key, file in (
-        ("mentor", "halves.pt"), ("vq", "new/vq.pt"), ("spiece", "t5/spiece.model"))}
-    again = run_import(tmp_path / "again", keys, "--into=instruct")
-    tensors = load_file(again / "instruct" / "model.safetensors")
+    torch.save({"model": halves}, tmp_path / "new" / "halves.pt")
+    keys = {"spiece": f"--spiece={tmp_path}/t5/spiece.model", "vq": f"--vq={tmp_path}/new/vq.pt",
+            "mentor": f"--mentor={tmp_path}/new/halves.pt"}
+    run_import(tmp_path / "again", keys, "--into=instruct")
+    tensors = load_file(tmp_path / "again" / "instruct" / "model.safetensors")
     assert same_weights({released_name(n): t for n, t in tensors.items()}, halves)  # still of 16 bits
-    assert Pipeline(again, "cpu").model
 
 
 def test_training_goes_on_from_imported_parts_and_nothing_is_overwritten(files, tmp_path):
     out = run_import(tmp_path / "out", files[0])
-    steps = ["--align.steps=1", "--align.global_batch=2", "--align.mix=text_to_image:1"]
-    train.main(["tiny", *SMALL, f"--out={out}", "--stage=align", *steps])
+    train.main(["tiny", *SMALL, f"--out={out}", "--stage=align", *few_steps(steps=1, global_batch=2)])
     assert Pipeline(out / "align", "cpu")
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match="out exists already: choose another --out"):
+    with pytest.raises(ValueError, match="out exists already: choose another"):
         run_import(out, files[0])
     for more, error in (([], ValueError), ([str(out)], FileExistsError)):
         with pytest.raises(error, match="export: needs|File exists"):
@@ -99,29 +96,15 @@ def test_training_goes_on_from_imported_parts_and_nothing_is_overwritten(files, 
     assert contents(tmp_path) == before
 
 
-def test_a_table_of_other_length_is_fitted_and_said(files, tmp_path, capsys):
-    keys, model, _ = files
-    for rows in (80, 128):
-        out = run_import(tmp_path / f"{rows}", keys, f"--model.context={rows}")
-        assert f"the unconditional table had 96 rows, now it has {rows}" in capsys.readouterr().out
-        table = Pipeline(out, "cpu").model.projector.unconditional
-        assert len(table) == rows and torch.equal(table[-80:], model.projector.unconditional[-80:])
-    assert 0.1 < table[:32].std() < 1
-
-
 def test_what_does_not_fit_is_named_and_nothing_written(files, tmp_path):
-    keys, model, vqgan = files
-    odd = read_weights(tmp_path / "generator.pt") | {"layers.9.odd": torch.zeros(1)}
-    torch.save(odd, tmp_path / "odd.pt")
-    torch.save({released_name(n): t for n, t in model.state_dict().items()}, tmp_path / "whole.pt")
-    infinite = {"encoder.conv_in.bias": torch.full((8,), torch.inf)}
-    torch.save(vqgan.state_dict() | infinite, tmp_path / "inf.pt")
+    keys, generator, vq = files[0], read_weights(tmp_path / "generator.pt"), read_weights(tmp_path / "vq.pt")
+    torch.save(generator | {"layers.9.odd": torch.zeros(1)}, tmp_path / "odd.pt")
+    torch.save(vq | {"encoder.conv_in.bias": torch.full((8,), torch.inf)}, tmp_path / "inf.pt")
     for source, key, more, message in (
             ("connector", "", "", 'Missing.*"encoder.connector.fc1.weight"'),
             ("", "", "--model.decoder.width=64", "size mismatch for .*decoder.output.weight"),
             ("generator", f"--generator={tmp_path}/odd.pt", "", 'Unexpected.*"layers.9.odd"'),
-            ("", "", f"--mentor={tmp_path}/whole.pt", "--mentor=.* came from elsewhere already"),
-            ("clip", "--clip=new", "", 'Missing.*"encoder.vision'),
+            ("", "", f"--mentor={tmp_path}/generator.pt", "--mentor=.* came from elsewhere already"),
             ("", "", "--into=tokenizer", "--into=tokenizer: must be pretrain, align or instruct"),
             ("vq", "", "", "import: needs .*--vq"), ("vq", "--vq=new", "", "^new: no weights"),
             ("vq", f"--vq={tmp_path}/inf.pt", "", "inf.pt: encoder.conv_in.bias is not finite"),
@@ -132,15 +115,19 @@ def test_what_does_not_fit_is_named_and_nothing_written(files, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_new_connector_among_released_parts(files, tmp_path):
-    keys, model, _ = files
-    keys["connector"] = "--connector=new"
-    old = {n: t for n, t in model.state_dict().items() if ".connector." not in n}
+def test_a_new_connector_and_a_table_of_other_length(files, tmp_path, capsys):
+    keys, old = files[0] | {"connector": "--connector=new"}, files[1].state_dict()
+    old_table = old.pop("projector.unconditional")
     query = ["--model.connector=query", "--model.n_query=4"]
-    for more, part in (([], "encoder.connector.fc1.weight"), (query, "encoder.connector.queries")):
-        weights = load_file(run_import(tmp_path / part, keys, *more) / "pretrain" / "model.safetensors")
-        assert weights[part].std() > 0 and len({released_name(n) for n in weights}) == len(weights)
-        assert all(torch.equal(weights[n], t) for n, t in old.items())
+    for more, part, rows in (([], "fc1.weight", 80), (query, "queries", 128)):
+        out = run_import(tmp_path / part, keys, f"--model.context={rows}", *more)
+        assert f"the unconditional table had 96 rows, now it has {rows}" in capsys.readouterr().out
+        weights = load_file(out / "pretrain" / "model.safetensors")
+        table = weights["projector.unconditional"]
+        assert len(table) == rows and torch.equal(table[-80:], old_table[-80:])
+        assert weights[f"encoder.connector.{part}"].std() > 0
+        assert all(torch.equal(weights[n], t) for n, t in old.items() if ".connector." not in n)
+    assert 0.1 < table[:32].std() < 1 and len({released_name(n) for n in weights}) == len(weights)
 
 
 class Evil:
@@ -151,16 +138,15 @@ class Evil:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_files_that_hold_no_weights_are_named_and_run_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tensors, file = {"a": torch.zeros(100)}, lambda name, content: (tmp_path / name).write_bytes(content)
-    file("evil.bin", pickle.dumps({"model": Evil()}))
-    torch.save({"model": tensors, "args": Namespace(evil=Evil())}, "options.pt")
-    torch.save([1, 2], "list.pt")
-    torch.save({"model": {"a": 1}}, "numbers.pt")
-    torch.save(tensors, "whole.pt")
+    tensors = {"a": torch.zeros(100)}
+    for name, content in (("options", {"model": tensors, "args": Namespace(evil=Evil())}), ("list", [1, 2]),
+                          ("numbers", {"model": {"a": 1}}), ("whole", tensors)):
+        torch.save(content, f"{name}.pt")
     save_file(tensors, "whole.safetensors")
+    Path("evil.bin").write_bytes(pickle.dumps({"model": Evil()}))
     for name in ("whole.pt", "whole.safetensors"):
-        file(f"cut_{name}", (tmp_path / name).read_bytes()[:200])
-        file(name.replace("whole", "lfs"), b"version https://git-lfs.github.com/spec/v1\nsize 9\n")
+        Path(f"cut_{name}").write_bytes(Path(name).read_bytes()[:200])
+        Path(name.replace("whole", "lfs")).write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
     for name, reason in (
             ("evil.bin", ""), ("options.pt", "asks for .*system, which may run code"), ("list.pt", ""),
             ("numbers.pt", ""), ("cut_whole.pt", ""), ("cut_whole.safetensors", ""),
@@ -187,8 +173,6 @@ def test_full_size_has_the_published_parameters():
             block + "0.layer.0.SelfAttention.relative_attention_bias.weight"} <= names
 
 
-# Manifests
-
 GREEN, RED, BLUE, BLACK, WHITE = (0, 160, 0), (200, 0, 0), (0, 0, 220), (0, 0, 0), (255, 255, 255)
 BOX = np.s_[4:12, 8:20]  # where the red object stands
 
@@ -201,13 +185,13 @@ def picture(ground=GREEN, box=BOX, color=RED, size=(32, 32)):
 
 
 def save(path, pixels, **options):
-    path.parent.mkdir(exist_ok=True)
     Image.fromarray(pixels).save(path, **options)
 
 
 @pytest.fixture
 def folder(tmp_path):
     """scene.png with a red box, mask.png of it, second.png (a mask of 0 and 1 elsewhere), blue.png."""
+    (tmp_path / "behind").mkdir()
     save(tmp_path / "scene.png", picture())
     save(tmp_path / "mask.png", picture(BLACK, color=WHITE))
     save(tmp_path / "second.png", picture(BLACK, np.s_[20:30, 2:6], (1, 1, 1))[..., 0])
@@ -238,9 +222,9 @@ def samples(folder, record, count=20, size=32):
 
 
 def test_text_to_image_reconstruction_and_segmentation(folder):
-    for drawn in samples(folder, T2I):
-        assert (drawn.task, drawn.prompt, drawn.images) == ("text_to_image", "a red box on green", [])
-        assert (drawn.target == picture()).all()
+    drawn, = samples(folder, T2I, 1)
+    assert (drawn.task, drawn.prompt, drawn.images) == ("text_to_image", "a red box on green", [])
+    assert (drawn.target == picture()).all()
     rebuilt = samples(folder, RECONSTRUCTION)
     assert all((s.target == picture()).all() and (s.images[0] == picture()).all() for s in rebuilt)
     assert {s.prompt for s in rebuilt} == {"The image is <image>", "The image is <image>\na red box on green"}
@@ -250,22 +234,18 @@ def test_text_to_image_reconstruction_and_segmentation(folder):
 
 
 def test_recovery_pastes_only_the_object_on_another_picture(folder):
-    areas = set()
     for drawn in samples(folder, RECOVERY):
         assert drawn.prompt == "The box in <image>.\na box on green" and (drawn.target == picture()).all()
         red, green, blue = drawn.images[0].reshape(-1, 3).T.astype(int)
         assert (green == 0).all() and (red > 150).sum() > 20 and (blue > 200).sum() > 500  # nothing else
-        areas.add(int((red > 100).sum()))
-    assert len(areas) > 5
     save(folder / "behind/dog.mask.png", picture(BLACK))  # no background
     (folder / "behind/same.png").symlink_to("../scene.png")  # never behind itself
     grounds = {tuple(s.images[0][31, 31]) for s in samples(folder, RECOVERY)}
     assert BLUE in grounds and not {GREEN, BLACK} & grounds
-    other = {**RECOVERY, "source_image": "blue.png"}
-    for records in ([RECOVERY, T2I], [RECOVERY, {**RECOVERY, "source_image": "./scene.png"}]):
-        with pytest.raises(ValueError, match="m.jsonl line [12]: no other picture .*--backgrounds"):
+    for records in ([T2I, RECOVERY], [T2I, RECOVERY, {**RECOVERY, "source_image": "./scene.png"}]):
+        with pytest.raises(ValueError, match="m.jsonl line [23]: no other picture .*--backgrounds"):
             Manifest(write(folder, records), 32).sample("recovery", random.Random(0))
-        manifest = Manifest(write(folder, [*records, other]), 32)  # those of the other lines
+        manifest = Manifest(write(folder, [*records, {**RECOVERY, "source_image": "blue.png"}]), 32)
         for drawn in (manifest.sample("recovery", random.Random(i)) for i in range(20)):
             assert {tuple(drawn.target[31, 31]), tuple(drawn.images[0][31, 31])} >= {BLUE, GREEN}
 
@@ -294,9 +274,9 @@ def test_the_square_moves_to_show_all_objects(folder):
     save(folder / "scene.png", picture(box=box, size=wide))
     save(folder / "mask.png", picture(BLACK, box, WHITE, wide))
     save(folder / "second.png", picture(BLACK, np.s_[8:24, 84:94], WHITE, wide))
-    for record, expected in ((SEGMENTATION, picture(BLACK, np.s_[8:24, 22:32])),
-                             (MULTI, picture(GREEN, np.s_[8:24, 8:18]))):
-        assert (samples(folder, record, 1)[0].target == expected).all()
+    cut, both = (samples(folder, record, 1)[0].target for record in (SEGMENTATION, MULTI))
+    assert (cut == picture(BLACK, np.s_[8:24, 22:32])).all()
+    assert (both == picture(GREEN, np.s_[8:24, 8:18])).all()
 
 
 def test_whole_prompts_and_the_forms_of_the_released_manifests():
@@ -324,14 +304,13 @@ def test_jpeg_masks_are_read_and_are_no_references(folder):
 
 
 @pytest.mark.parametrize("record, message", [
-    ("{oops", "not one JSON object"), ("[1]", "not one JSON object"), ("[" * 99_999, "not one JSON object"),
-    ("", "not one JSON object"), ({**T2I, "image_path": "scene.pgn"}, "scene.pgn"),
-    ({**T2I, "image_path": 7}, "image_path=7: "), ({**CUT, "source_image": "other.png"}, "other.png"),
-    ({**MULTI, "objects": []}, "objects=.*needs 1"), ({}, "image_path=None: reconstruction"),
+    ("{oops", "not one JSON object"), ("[" * 99_999, "not one JSON object"), ("", "not one JSON object"),
+    ("[1]", "not one JSON object"), ({}, "image_path=None: reconstruction needs 1"),
+    ({**T2I, "image_path": "scene.pgn"}, "scene.pgn"), ({**CUT, "source_image": "other.png"}, "other.png"),
+    ({**CUT, "objects": " "}, "objects=' '"), ({**MULTI, "objects": []}, "objects=.*needs 1"),
     ({**CUT, "source_image": None}, "source_image=None: subject_driven needs 1"),
     ({**T2I, "image_path": ["scene.png", "blue.png"]}, "image_path=.*text_to_image needs 1"),
-    ({**T2I, "input_text": {"a": 1}}, "input_text=.*needs 1"), ({**CUT, "objects": " "}, "objects=' '"),
-    ({**T2I, "input_text": ""}, "input_text='': text_to_image needs a caption"),
+    ({**T2I, "input_text": 7}, "input_text=7: "), ({**T2I, "input_text": ""}, "input_text='': .* a caption"),
     ({**SUBJECT, "input_text": "The image is <image>"}, "input_text='': subject_driven needs a caption"),
     ({**T2I, "input_text": "half \ud83d"}, "surrogates not allowed"),
     ({**T2I, "input_text": "in <image>"}, "'in <image>' has 1 <image>, but text_to_image 0"),
@@ -339,15 +318,13 @@ def test_jpeg_masks_are_read_and_are_no_references(folder):
     ({**T2I, "generation_only": "false"}, "'generation_only': 'false'.*only one of them"),
     ({**RECOVERY, "do_mask": True}, "do_mask.*do_replace.*only one of them"),
     ({**RECONSTRUCTION, "source_image": "blue.png"}, "source_image: not scene.png as image_path"),
-    ({**MULTI, "objects": ["box"]}, "image_path=.*multi_image needs 1"),
     ({**MULTI, "objects": ["box", "bar", "lid"]}, "image_path=.*multi_image needs 3"),
-    ({**SEGMENTATION, "objects": ["box", "bar"]}, "objects=.*segmentation needs 1"),
-    ({**SEGMENTATION, "objects": "box <image>"}, "has 2 <image>")])
+    ({**SEGMENTATION, "objects": ["box", "bar"]}, "objects=.*segmentation needs 1")])
 def test_a_wrong_line_stops_a_run(folder, record, message):
     path, wrong = folder / "m.jsonl", record if isinstance(record, str) else json.dumps(record)
-    path.write_text("\n".join([json.dumps(T2I), wrong, json.dumps(SEGMENTATION)]))
+    path.write_text(f"{json.dumps(T2I)}\n{wrong}\n{json.dumps(SEGMENTATION)}")
     with pytest.raises(ValueError, match=f"m.jsonl line 2: .*{message}"):
-        Manifest(str(path), 32)
+        Manifest(path, 32)
 
 
 def test_check_opens_every_file_and_writes_the_right_lines(folder, capsys):
@@ -362,19 +339,14 @@ def test_check_opens_every_file_and_writes_the_right_lines(folder, capsys):
              "the object ": {**SEGMENTATION, "image_path": "dot.png", "source_image": "vast.png"},
              "lost.png": {**T2I, "image_path": "lost.png"}, "objects=7": {**SUBJECT, "objects": 7}}
     path, right = write(folder, ALL + [*wrong.values()]), write(folder, ALL, "right.jsonl")
-    for more in ([], [f"--clean={folder}/clean.jsonl"]):
-        released.main(["check", path, *more])
-        said = capsys.readouterr().out
-        assert [*re.findall(r"m.jsonl line (\d+)", said)] == [str(7 + i) for i in range(len(wrong))]
-        assert all(re.search(f"line {n}: .*{reason}", said) for n, reason in enumerate(wrong, 7)), said
-        assert "7 lines are wrong, 6 right" in said
+    released.main(["check", path, f"--clean={folder}/clean.jsonl"])
+    said = capsys.readouterr().out
+    assert all(re.search(f"m.jsonl line {n}: .*{reason}", said) for n, reason in enumerate(wrong, 7)), said
+    assert said.endswith("7 lines are wrong, 6 right\n") and said.count("\n") == 8
     assert (folder / "clean.jsonl").read_text() == open(right).read()
     for clean in ("behind/clean.jsonl", "m.jsonl"):
         with pytest.raises(ValueError, match="must be a new file in the folder of"):
             released.main(["check", path, f"--clean={folder}/{clean}"])
-    with pytest.raises(ValueError, match="m.jsonl line 2: .*cut.png: not a readable image"):
-        manifest = Manifest(write(folder, [SEGMENTATION, wrong["cut.png"]]), 32)
-        manifest.sample("text_to_image", random.Random(0))
 
 
 def test_a_picture_is_held_out_with_all_its_lines(folder):
@@ -382,23 +354,19 @@ def test_a_picture_is_held_out_with_all_its_lines(folder):
         (folder / f"{i}.png").symlink_to("scene.png")
     records = [{**record, "image_path": f"{i}.png"} for i in range(500) for record in (T2I, {})]
     manifest = Manifest(write(folder, records), 32)
-    pictures = {key: {manifest.entry(i).picture for i in starts} for key, starts in manifest.usable.items()}
-    for task in ("text_to_image", "reconstruction"):
-        assert pictures[task, True] == pictures["text_to_image", True] and 3 < len(pictures[task, True]) < 20
-        assert not pictures[task, True] & pictures[task, False]
-        assert manifest.dataset({task: 1.0}, 0, held_out=True).count == len(pictures[task, True])
+    kept, held = ({task: {manifest.entry(i).picture for i in manifest.usable[task, part]}
+                   for task in ("text_to_image", "reconstruction")} for part in (False, True))
+    assert 3 < len(held["reconstruction"]) < 20 and held["reconstruction"] == held["text_to_image"]
+    assert not any(held[task] & kept[task] for task in kept)
 
 
 def test_a_digest_is_of_contents_not_of_places(folder):
-    path, moved = write(folder, [SEGMENTATION]), folder / "moved"
-    for name in ("scene.png", "mask.png", "m.jsonl"):
-        moved.mkdir(exist_ok=True)
-        (moved / name).write_bytes((folder / name).read_bytes())
+    path, moved = write(folder, [SEGMENTATION]), folder / "moved" / "m.jsonl"
+    shutil.copytree(folder, moved.parent)
     digest = Manifest(path, 32).digest
-    assert Manifest(str(moved / "m.jsonl"), 32).digest == digest
-    assert Manifest(path, 32, folder / "behind").digest != digest
-    save(moved / "mask.png", picture(BLACK, np.s_[3:9, 4:5], WHITE))
-    assert Manifest(str(moved / "m.jsonl"), 32).digest != digest
+    assert Manifest(moved, 32).digest == digest != Manifest(path, 32, folder / "behind").digest
+    save(folder / "moved" / "mask.png", picture(BLACK, np.s_[3:9, 4:5], WHITE))
+    assert Manifest(moved, 32).digest != digest
 
 
 def test_a_run_on_a_manifest_trains_draws_and_goes_on_only_with_the_same(folder):
@@ -409,7 +377,7 @@ def test_a_run_on_a_manifest_trains_draws_and_goes_on_only_with_the_same(folder)
     assert Pipeline(folder / "out", "cpu").text_tokenizer.unknown_words("The bar in a box on green") == []
     with pytest.raises(ValueError, match="data"):
         released.main([*run, f"--data={write(folder, ALL * 2)}", f"--backgrounds={folder}/behind"])
-    command = f"{sys.executable} -m extras.released train tiny --data=lost.jsonl".split()
+    command = [sys.executable, "-m", "extras.released", "train", "tiny", "--data=lost.jsonl"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "lost.jsonl" in done.stderr
 
@@ -421,12 +389,11 @@ def test_full_size_in_and_out(tmp_path, text_tokenizer):
     full = train.PRESETS["full"]
     with torch.device("meta"):
         model, vqgan = Mentor(full.model).bfloat16(), VQGAN(full.vqgan).bfloat16()
-    for module in (model, vqgan):
-        new = lambda tensor: torch.empty_like(tensor, device="cpu").uniform_(-0.03, 0.03)
-        module.load_state_dict({n: new(t) for n, t in module.state_dict().items()}, assign=True)
+    for p in (*model.to_empty(device="cpu").parameters(), *vqgan.to_empty(device="cpu").parameters()):
+        p.data.uniform_(-0.03, 0.03)
     keys = write_released(tmp_path, model, vqgan, text_tokenizer.proto)
     released.main(["import", "full", f"--out={tmp_path}/out", *keys.values()])
     released.main(["export", f"{tmp_path}/out", f"{tmp_path}/new"])
     weights = {released_name(n): t for n, t in model.state_dict().items()}
-    for source, name, expected in (("mentor", "mentor.pt", weights), ("vq", "vq.pt", vqgan.state_dict())):
-        assert same_weights(released.released_tensors(source, tmp_path / "new" / name), expected)
+    for source, expected in (("mentor", weights), ("vq", vqgan.state_dict())):
+        assert same_weights(released.released_tensors(source, tmp_path / f"new/{source}.pt"), expected)
