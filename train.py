@@ -421,7 +421,7 @@ def leave_signals(worker):
 
 
 def make_batches(dataset, collate, config, run, machine, start):
-    """This process's micro-batches from step `start` on, which is all that a checkpoint must know of the data:
+    """This process's micro-batches from step `start` on, all that a checkpoint must know of the data:
     a sample depends on its index alone."""
     micro, accumulate = micro_batches(config, run, machine)
     firsts = (step * config.global_batch + (machine.rank * accumulate + m) * micro

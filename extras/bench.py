@@ -82,7 +82,7 @@ def cache_free(model, prefix, lengths):
 
 
 def bench_drawing(run, device):
-    """Print codes/s with and without the KV cache, and of many prompts at once."""
+    """Print codes/s without and with the KV cache."""
     model, n_prefix, count = new_model(run, device).eval(), run.model.image_tokens + 20, 32
     for prompts, cached in ((1, False), (1, True), (4, True), (16, True), (64, True)):
         started, read = start(model, prompts, n_prefix)
@@ -137,7 +137,7 @@ def take_step(stage, optimizers, losses):
 
 
 def bench_training(run, machine):
-    """Print samples/s of instruct's step, as it is and as in the released code."""
+    """Print samples/s of instruct's step."""
     micro, _ = train.micro_batches(run.instruct, run, machine)
     batch = made_up(run, micro, run.model.image_tokens + 20, machine.device)
     stage, optimizers = new_stage("instruct", run, machine)

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def note(o, name, **values):
-    """Print a result and write it at once: what comes later may fail."""
+    """Print a result and write it at once."""
     values = {key: float(f"{x:.4g}") if isinstance(x, float) else x for key, x in values.items()}
     results = json.loads(Path(o.out).read_text())
     results.setdefault(o.part, {})[name] = values
@@ -39,7 +39,7 @@ def note(o, name, **values):
 
 
 def agree(o):
-    """A training step and greedy codes beside the CPU's, which tests/test_cuda.py bounds."""
+    """A training step and greedy codes beside the CPU's."""
     sys.path.append(str(ROOT / "tests"))
     if not importlib.util.find_spec("pytest"):
         sys.modules["pytest"] = MagicMock()
@@ -208,11 +208,11 @@ def main(arguments):
     parser.add_argument("--part")
     o, end = parser.parse_args(arguments), time.monotonic() + 470
     require(o.device.type != "cuda" or torch.cuda.is_available(), "no CUDA here; try --small --device=cpu")
-    name = torch.cuda.get_device_name(o.device) if o.device.type == "cuda" else "CPU"
+    name = torch.cuda.get_device_name() if o.device.type == "cuda" else "CPU"
     o.peak = 989e12 if re.search("H[12]00", name) else 312e12  # FLOPs/s, an A100's
     if o.part:
         return globals().get(o.part, training)(o)
-    write_json(o.out, {"card": name, "torch": torch.__version__, "python": sys.version.split()[0]})
+    write_json(o.out, {"card": name, "torch": torch.__version__, "python": sys.version})
     for o.part, limit in PARTS.items():
         started = time.monotonic()
         command = ["timeout", "-s", "KILL", str(max(1, min(limit, end - started))), sys.executable, "-m",

@@ -2,17 +2,18 @@ r"""Released files: weights into a run's folder and out of it, and the published
 
     python -m extras.released import full --out=out/full --mentor=stage2.pt --vq=vq.pt --spiece=spiece.model
     python -m extras.released export out/full exported
-    python -m extras.released check manifest.jsonl --clean=clean.jsonl
+    python -m extras.released check manifest.jsonl --run=out/full
     python -m extras.released train full --stage=align --out=out/full --data=clean.jsonl
 
 import  makes finished stages: of --vq the tokenizer, and --into=pretrain (default), align or instruct of
         --mentor, MENTOR's checkpoint, or its parts, --clip, --t5, --generator and --connector (or `new`).
 export  writes a run's newest stage and its VQGAN as the released code reads them.
-check   lists a manifest's lines that are wrong, or name a file that is, and writes the others to --clean.
+check   lists a manifest's lines that are wrong, name a file that is, or have prompts too long for --run, and
+        writes the others beside it, to --clean (clean.jsonl).
 train   is train.py with a manifest as --data. Behind recovery's objects come pictures of the folder
         --backgrounds, or else of other such lines.
 
-docs/released.md leads from downloads to the paper's model.
+docs/released.md leads to the paper's model.
 """
 
 import argparse
@@ -126,7 +127,6 @@ def import_weights(arguments):
     run, into = train.parse(rest), given.pop("into", "pretrain")
     out, tensors = Path(run.out), {}
     require(into in ("pretrain", "align", "instruct"), f"--into={into}: must be pretrain, align or instruct")
-    require(not out.exists(), f"{out} exists already: choose another")
     spiece = Path(given.pop("spiece", f"{given.get('t5', '--spiece=FOLDER')}/spiece.model"))
     text_tokenizer = TextTokenizer(spiece.read_bytes())
 
@@ -156,7 +156,7 @@ def import_weights(arguments):
     except RuntimeError as error:  # it lists all names and shapes that do not fit
         raise ValueError(" ".join(str(error).split())) from None
 
-    out.mkdir(parents=True)
+    out.mkdir(parents=True)  # overwrites nothing
     write_atomically(out / "spiece.model", lambda file: file.write_bytes(text_tokenizer.proto))
     record = {"imported from": given, "text tokenizer": text_tokenizer.digest}
     for folder, module in ((out / "tokenizer", vqgan), (out / into, model)):
@@ -232,8 +232,16 @@ def read_entry(line):
     return Entry(task, prompts, picture, files, masked)
 
 
-def entry_sample(entry, root, size, rng, background):
-    """The Sample of an entry of files in `root`; background(file): what to put behind the object of one."""
+def another(files, file, rng):
+    """The picture in one of some files, but not in this one."""
+    for other in rng.sample(files, min(100, len(files))):
+        if not other.samefile(file):
+            return load_image(other)
+    raise ValueError("no other picture to put behind the object: give --backgrounds")
+
+
+def entry_sample(entry, root, size, rng, backgrounds=None):
+    """The Sample of an entry with files in `root`; behind recovery's object, one of `backgrounds`, or its own."""
     task, file, prompt = entry.task, root / entry.picture, rng.choice(entry.prompts)
     picture = load_image(file)
     if not entry.masked:
@@ -249,7 +257,8 @@ def entry_sample(entry, root, size, rng, background):
     if task == "segmentation":
         return Sample(task, prompt, [whole], cut_out)
     if task == "recovery":
-        images = [paste_distorted(cut_out, mask, center_crop(background(file), size), rng)]
+        other = picture if backgrounds is None else another(backgrounds, file, rng)
+        images = [paste_distorted(cut_out, mask, center_crop(other, size), rng)]
     else:
         for mask in masks:  # each object on a black square: what its box shows, or it alone
             part = Image.fromarray(picture if rng.random() < 0.5 else picture * mask[..., None])
@@ -276,7 +285,7 @@ class Manifest(Folder):
             self.usable[task, zlib.crc32(picture.encode()) % 50 == 0].append(start)
             start += len(line)
         self.tasks = {task for task in TASKS if self.usable[task, False]}
-        self.backgrounds = self.usable["recovery", False]
+        self.backgrounds = [self.root / self.entry(i).picture for i in self.usable["recovery", False]]
         if backgrounds:
             self.backgrounds = [file for file in walk(backgrounds)
                                 if file.suffix.lower() in PICTURES and ".mask." not in file.name]
@@ -294,19 +303,10 @@ class Manifest(Folder):
     def sample(self, task, rng, held_out=False):
         start = rng.choice(self.usable[task, held_out])
         try:
-            background = functools.partial(self.background, rng)
-            return entry_sample(self.entry(start), self.root, self.size, rng, background)
+            return entry_sample(self.entry(start), self.root, self.size, rng, self.backgrounds)
         except ValueError as error:
             number = 1 + open(self.path, "rb").read(start).count(b"\n")
             raise ValueError(f"{self.path} line {number}: {error}") from None
-
-    def background(self, rng, file):
-        """Another picture, to put behind the object of a file."""
-        for other in rng.sample(self.backgrounds, min(100, len(self.backgrounds))):
-            other = other if isinstance(other, Path) else self.root / self.entry(other).picture
-            if not other.samefile(file):
-                return load_image(other)
-        raise ValueError("no other picture to put behind the object: give --backgrounds")
 
 
 def train_on(arguments):
@@ -315,31 +315,34 @@ def train_on(arguments):
     train.main(rest, lambda run: Manifest(run.data, run.vqgan.image_size, **given))
 
 
-def fault(root, line):
+def fault(root, collate, line):
     """What is wrong with a manifest's line, or None."""
     try:
-        entry_sample(read_entry(line), root, 512, random.Random(0), load_image)
+        entry = read_entry(line)
+        entry_sample(entry, root, 512, random.Random(0))
+        if collate:
+            collate.encode(entry.prompts[-1], len(entry.files))
     except (ValueError, OSError) as error:
         return str(error)
 
 
 def check(arguments):
     """Open every file of a manifest, list its wrong lines, and write the others."""
-    given, rest = own_options(arguments, ["clean"])
+    given, rest = own_options(arguments, ["clean", "run"])
     require(len(rest) == 1, "check: needs one manifest")
-    path, clean, right = Path(rest[0]), Path(given.get("clean", "")), []
-    new = clean.parent == path.parent and not clean.exists()
-    require(new or not given, f"--clean={clean}: must be a new file in the folder of {path}")
-    lines, look = open(path, "rb").readlines(), functools.partial(fault, path.parent)
+    path, right = Path(rest[0]), []
+    clean = path.with_name(given.get("clean", "clean.jsonl"))
+    require(not clean.exists(), f"{clean} exists already: choose another --clean")
+    collate = sample.Pipeline(given["run"], "cpu").collate if "run" in given else None
+    lines, look = open(path, "rb").readlines(), functools.partial(fault, path.parent, collate)
     faults = DataLoader(lines, batch_size=None, num_workers=os.cpu_count(), collate_fn=look)
-    for number, wrong in enumerate(tqdm(faults, "opening files", disable=None), 1):
+    for number, wrong in enumerate(tqdm(faults, "checking", disable=None), 1):
         if wrong:
             print(f"{path} line {number}: {wrong}")
         else:
             right.append(lines[number - 1])
     print(f"{len(lines) - len(right)} lines are wrong, {len(right)} right")
-    if given:
-        write_atomically(clean, lambda file: file.write_bytes(b"".join(right)))
+    write_atomically(clean, lambda file: file.write_bytes(b"".join(right)))
 
 
 def main(arguments):

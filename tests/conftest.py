@@ -18,6 +18,7 @@ from sample import Pipeline  # noqa: E402
 torch.set_num_threads(1)  # tensors this small are slower on two, and much slower where other work runs
 
 # The smallest models, as keys of train.py after a preset that draws 32 pixels.
+FIVE = tuple(train.TASKS)  # before extras add theirs
 SMALL = ["--vqgan.ch=8", "--vqgan.ch_mult=1,1,1", "--vqgan.num_res_blocks=1", "--vqgan.norm_groups=4",
          "--vqgan.z_channels=8", "--vqgan.codebook_size=32", "--model.vision.width=16",
          "--model.vision.n_head=2", "--model.vision.n_layer=2", "--model.vision.mlp_width=32",
@@ -103,7 +104,7 @@ def make_batch(world, text_tokenizer):
     """make_batch(config, count, task=share, ...) -> a Batch of that many samples; without tasks, of all."""
 
     def make(config, count, seed=0, **mix):
-        dataset = Samples(world, mix or dict.fromkeys(train.TASKS, 1.0), seed)
+        dataset = Samples(world, mix or dict.fromkeys(FIVE, 1.0), seed)
         return Collate(text_tokenizer, config, world.image_size)([dataset[i] for i in range(count)])
 
     return make

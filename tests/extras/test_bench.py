@@ -65,7 +65,8 @@ def test_the_released_codes_way_gives_the_same_losses_and_gradients(text_tokeniz
 def test_both_benchmarks_print_their_lines(once, capsys):
     bench.main(["tiny", "--device=cpu", "--instruct.global_batch=2"])
     out = capsys.readouterr().out
-    assert " 1 prompts, cache-free: 3.2e+04 codes/s" in out and "64 prompts, KV cache: 2.048e+06 codes/s" in out
+    assert " 1 prompts, cache-free: 3.2e+04 codes/s" in out
+    assert "64 prompts, KV cache: 2.048e+06 codes/s" in out
     assert out.count("instruct, 2 samples") == 2
 
 
