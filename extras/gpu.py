@@ -1,4 +1,4 @@
-"""All that has to be known about a GPU, in eight minutes; docs/gpu.md says what the numbers mean.
+"""All about a GPU in eight minutes; docs/gpu.md says what the numbers mean.
 
     python -m extras.bench gpu [--out=gpu.json]
     python -m extras.bench gpu --small --device=cpu     # shrunken: does every part run to its end?
@@ -54,7 +54,7 @@ def agree(o):
 
 @torch.no_grad()
 def by_hand(model, cache):
-    """decode_step recorded once as a CUDA graph, then replayed with one launch."""
+    """decode_step recorded as a CUDA graph, replayed with one launch."""
     codes, graph = cache.slot.new_zeros(len(cache.mask)), torch.cuda.CUDAGraph()
     model.decode_step(codes, cache)  # libraries load their kernels
     with torch.cuda.graph(graph):
@@ -95,7 +95,7 @@ def draw(o):
         counters.clear()
         begun, options = time.perf_counter(), {"mode": "reduce-overhead"} if cuda else {"backend": "eager"}
         step = torch.compile(model.decode_step, fullgraph=True, **options)
-        bench.drawing(step, logits, cache, generators, 3)()  # compiles, warms up, records
+        bench.drawing(step, logits, cache, generators, 3)()  # compiles, records
         measure("compiled", step, cache, compile_s=time.perf_counter() - begun,
                 programs=counters["stats"]["unique_graphs"], skipped=counters["inductor"]["cudagraph_skips"])
         measure("graph", by_hand(model, part) if cuda else model.decode_step, part)
@@ -217,5 +217,5 @@ def main(arguments):
         started = time.monotonic()
         command = ["timeout", "-s", "KILL", str(max(1, min(limit, end - started))), sys.executable, "-m",
                    "extras.bench", "gpu", *arguments, f"--part={o.part}", f"--out={Path(o.out).resolve()}"]
-        code = subprocess.run(command, cwd=ROOT).returncode  # -9: `timeout` has ended all that it started
+        code = subprocess.run(command, cwd=ROOT).returncode  # -9: time was up
         note(o, "whole part", seconds=time.monotonic() - started, exit_code=code)

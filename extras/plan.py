@@ -2,7 +2,7 @@
 
     python -m extras.plan full --micro_batch=8 --gpus=8 --tflops=989 --gigabytes=80 --share=0.4
 
-Keys of train.py, then the cards, and the share of their peak that is used (the paper: 0.18).
+Keys of train.py; cards, and the share of their peak that is used (the paper: 0.18).
 """
 
 import argparse

@@ -8,8 +8,8 @@ r"""Released files: weights into a run's folder and out of it, and the published
 import  makes finished stages: of --vq the tokenizer, and --into=pretrain (default), align or instruct of
         --mentor, MENTOR's checkpoint, or its parts, --clip, --t5, --generator and --connector (or `new`).
 export  writes a run's newest stage and its VQGAN as the released code reads them.
-check   lists a manifest's lines that are wrong, name a file that is, or have prompts too long for --run, and
-        writes the others beside it, to --clean (clean.jsonl).
+check   lists a manifest's lines that are wrong, name a file that is, or are too long for --run, and writes
+        the others to --clean=NAME beside it (clean.jsonl).
 train   is train.py with a manifest as --data. Behind recovery's objects come pictures of the folder
         --backgrounds, or else of other such lines.
 
@@ -156,7 +156,7 @@ def import_weights(arguments):
     except RuntimeError as error:  # it lists all names and shapes that do not fit
         raise ValueError(" ".join(str(error).split())) from None
 
-    out.mkdir(parents=True)  # overwrites nothing
+    out.mkdir(parents=True)
     write_atomically(out / "spiece.model", lambda file: file.write_bytes(text_tokenizer.proto))
     record = {"imported from": given, "text tokenizer": text_tokenizer.digest}
     for folder, module in ((out / "tokenizer", vqgan), (out / into, model)):
@@ -233,7 +233,7 @@ def read_entry(line):
 
 
 def another(files, file, rng):
-    """The picture in one of some files, but not in this one."""
+    """The picture in one of the files, but not in this one."""
     for other in rng.sample(files, min(100, len(files))):
         if not other.samefile(file):
             return load_image(other)
@@ -241,7 +241,7 @@ def another(files, file, rng):
 
 
 def entry_sample(entry, root, size, rng, backgrounds=None):
-    """The Sample of an entry with files in `root`; behind recovery's object, one of `backgrounds`, or its own."""
+    """The Sample of an entry with files in `root`; backgrounds: files to put behind recovery's object."""
     task, file, prompt = entry.task, root / entry.picture, rng.choice(entry.prompts)
     picture = load_image(file)
     if not entry.masked:
@@ -275,7 +275,7 @@ class Manifest(Folder):
         """size: pixels per side of the targets; backgrounds: a folder."""
         self.path, self.root, self.size, start, checksum = path, Path(path).parent, size, 0, 0
         self.usable = {(task, part): array("q") for task in TASKS for part in (False, True)}
-        for number, line in enumerate(tqdm(open(path, "rb"), "checking", disable=None), 1):
+        for number, line in enumerate(tqdm(open(path, "rb"), disable=None), 1):
             try:
                 task, _, picture, files, _ = read_entry(line)
                 sizes = [(self.root / name).stat().st_size for name in (picture, *files)]
@@ -336,7 +336,7 @@ def check(arguments):
     collate = sample.Pipeline(given["run"], "cpu").collate if "run" in given else None
     lines, look = open(path, "rb").readlines(), functools.partial(fault, path.parent, collate)
     faults = DataLoader(lines, batch_size=None, num_workers=os.cpu_count(), collate_fn=look)
-    for number, wrong in enumerate(tqdm(faults, "checking", disable=None), 1):
+    for number, wrong in enumerate(tqdm(faults, disable=None), 1):
         if wrong:
             print(f"{path} line {number}: {wrong}")
         else:

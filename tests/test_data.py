@@ -66,26 +66,18 @@ def test_pictures_turn_as_their_camera_was_held(tmp_path):
             assert (load_image(tmp_path / "a.png") == expected).all(), tag
 
 
-def broken(whole, rng):
-    """The bytes cut, overwritten, flipped in the head where formats keep what matters, or replaced."""
-    whole, at, kind = bytearray(whole), rng.randrange(len(whole)), rng.randrange(4)
-    if kind == 0:
-        return rng.choice([b"", b"\0" * 100, b"hello", rng.randbytes(200), bytes(whole[:at])])
-    if kind == 1:
-        whole[at : at + 8] = rng.randbytes(8)
-    for _ in range(20 if kind == 2 else 0):
-        whole[rng.randrange(min(len(whole), 400))] = rng.randrange(256)
-    return bytes(whole[: at if kind == 3 else None])
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of the damage
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "tif", "bmp", "avif", "dds", "blp"])
 def test_a_damaged_picture_is_one_line_that_names_it(suffix, tmp_path, monkeypatch):
     file, rng, failed = tmp_path / f"a.{suffix}", random.Random(suffix), 0
     Image.fromarray(NOISE).convert("P" if suffix == "blp" else "RGB").save(file)
     whole = file.read_bytes()
-    for _ in range(40):
-        file.write_bytes(broken(whole, rng))
+    for i in range(40):  # cut; overwritten somewhere; changed where formats keep what matters; replaced
+        at, head = rng.randrange(len(whole)), bytearray(whole[:400])
+        for _ in range(20):
+            head[rng.randrange(len(head))] = rng.randrange(256)
+        file.write_bytes((whole[:at], whole[:at] + rng.randbytes(8) + whole[at + 8 :], head + whole[400:],
+                          rng.choice([b"", b"\0" * 100, rng.randbytes(200)]))[i % 4])
         try:
             load_image(file)
         except ValueError as error:
@@ -97,14 +89,6 @@ def test_a_damaged_picture_is_one_line_that_names_it(suffix, tmp_path, monkeypat
     for name in (f"a.{suffix}", f"none.{suffix}"):
         with pytest.raises(ValueError, match=f"{name}: not a readable image"):
             load_image(tmp_path / name)
-
-
-def test_pictures_become_tensors_and_pictures_again():
-    """Cropped and resized as in the released code: see test_golden.py."""
-    picture = np.arange(3 * 16 * 16).reshape(16, 16, 3).astype(np.uint8)  # every value of a byte
-    pixels = data.tokenizer_pixels(picture, 16)
-    assert (data.to_picture(pixels) == picture).all() and (pixels.min(), pixels.max()) == (-1, 1)
-    assert (data.to_picture(pixels * 3) == np.clip(picture * 3.0 - 255, 0, 255).round()).all()  # clamped
 
 
 def test_a_square_window_shows_the_box():
@@ -221,36 +205,19 @@ def test_prompts_and_targets_of_every_task(world, text_tokenizer):
         assert heads == {head.get(task, "The it in <image>.")}
 
 
-class Fixed(random.Random):
-    """Chance that is told what to draw: `random`, and uniform numbers by their bounds, else the middle."""
-
-    def random(self):
-        return self.chance
-
-    def uniform(self, low, high):
-        return self.numbers.get({0.6: "scale", -20: "angle", 0.85: "stretch"}.get(low), (low + high) / 2)
-
-
 def test_paste_distorted():
-    """A flat bar: half the time turned, stretched, sheared and tilted, always moved and scaled."""
-    mask, grey, rng = np.zeros((64, 64, 1), np.float32), np.full((64, 64, 3), 90, np.uint8), Fixed()
+    """A flat bar: always moved and scaled by 0.6 to 1.1, half the time turned, stretched, sheared and tilted."""
+    mask, grey, seen = np.zeros((64, 64, 1), np.float32), np.full((64, 64, 3), 90, np.uint8), []
     mask[28:36, 16:48] = 1
-    bar = (mask * 255).astype(np.uint8).repeat(3, 2)
-
-    def paste(chance, **numbers):
-        rng.chance, rng.numbers = chance, numbers
-        y, x = np.nonzero(data.paste_distorted(bar, mask, grey, rng)[..., 0] > 172)
-        (across, slope), _ = np.cov(x, y)
-        return len(x), np.degrees(np.arctan(slope / across)), np.ptp(x) + 1, np.ptp(y) + 1
-
-    assert paste(0.6, scale=1.0, angle=15.0, stretch=1.18) == (256, 0, 32, 8)
-    assert paste(0.6, scale=0.75) == (144, 0, 24, 6)
-    area, angle, *_ = paste(0.4, scale=1.0, angle=15.0)
-    assert abs(area - 256) < 16 and abs(abs(angle) - 15) < 2
-    area, _, width, height = paste(0.4, scale=1.0, stretch=1.18)
-    assert abs(area - 256) < 32 and width < 30 and height > 8
-    pasted = [data.paste_distorted(bar, mask, grey, random.Random(i))[..., 0] for i in range(30)]
-    assert np.std([np.argwhere(p > 172).mean(0) for p in pasted], 0).min() > 5 and np.min(pasted) == 90
+    for i in range(200):
+        pasted = data.paste_distorted((mask * 255).astype(np.uint8).repeat(3, 2), mask, grey, random.Random(i))
+        y, x = np.nonzero(pasted[..., 0] > 172)
+        slope = np.degrees(np.arctan(np.cov(x, y)[0, 1] / np.cov(x, y)[0, 0]))
+        seen.append((len(x), abs(slope), x.mean(), y.mean(), pasted.min(), pasted.max()))
+    area, slope, x, y, low, high = np.array(seen).T
+    assert 0.3 * 256 < area.min() < 0.45 * 256 and 1.1 * 256 < area.max() < 1.5 * 256
+    assert 0.35 < (slope < 1).mean() < 0.65 and 15 < slope.max() < 40
+    assert x.std() > 5 and y.std() > 5 and set(low) == {90} and set(high) == {255}
 
 
 # --- Datasets
@@ -270,13 +237,6 @@ def test_samples_depend_on_seed_and_index_alone(world):
 
 
 # --- Words and batches
-def test_added_tokens_have_their_ids(text_tokenizer):
-    first = text_tokenizer.pieces.vocab_size()
-    for text, number in (("<pad>", 0), ("</s>", 1), ("<unk>", 2), ("<extra_id_99>", first),
-                         ("<extra_id_0>", first + 99), ("<image>", first + 100)):
-        assert text_tokenizer.encode(text, 2) == [number] * (1 + (text == "<image>")) + [1]
-
-
 def test_words_are_apart_where_nothing_is_between_them():
     """Punctuation always; characters of scripts without spaces."""
     ours = TextTokenizer.train(["(two cats, one T-shirt)", "1girl,solo,red_hair", "雪の中の犬", "犬 dog", "สวน"])

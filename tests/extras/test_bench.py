@@ -91,7 +91,7 @@ def test_parts_of_the_gpu_check_run_on_a_cpu(part, lines, once, tmp_path):
 
 
 def test_each_part_has_a_process_and_a_time_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "PARTS", {"presets": 1, "memory": 60})
+    monkeypatch.setattr(gpu, "PARTS", {"presets": 1, "memory": 200})
     gpu.main(["--small", "--device=cpu", f"--out={tmp_path / 'gpu.json'}"])
     written = json.loads((tmp_path / "gpu.json").read_text())
     assert written["card"] == "CPU" and written["presets"]["whole part"]["exit_code"] == -9

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import train
 from conftest import ROOT, SMALL, contents, few_steps, randomize, same_weights
 from extras import released
-from extras.released import LANGUAGE, VISION, Manifest, read_entry, read_weights, released_name
+from extras.released import CONNECTOR, LANGUAGE, VISION, Manifest, read_entry, read_weights, released_name
 from mentor import Mentor
 from sample import Pipeline
 from tokenizer import VQGAN
@@ -31,14 +31,13 @@ def write_released(folder, model, vqgan, proto):
     names = {released_name(n): t.detach() for n, t in model.state_dict().items()}
     part = lambda start: {n.removeprefix(start): t for n, t in names.items() if n.startswith(start)}
     clip = part(VISION.removesuffix("vision_model.")) | {"text_model.a": torch.zeros(1)}
-    t5 = [*part(LANGUAGE).items()]
     for name in ("clip", "t5"):
         (folder / name).mkdir()
     save_file(clip, folder / "clip" / "model.safetensors")
     for i in range(2):
-        torch.save(dict(t5[i::2]), folder / "t5" / f"pytorch_model-0000{i + 1}-of-00002.bin")
+        torch.save(dict([*part(LANGUAGE).items()][i::2]), folder / "t5" / f"pytorch_model-0000{i + 1}-of-00002.bin")
     (folder / "t5" / "spiece.model").write_bytes(proto)
-    connector = {f"model.mm_projector.{n}": t for n, t in part(released.CONNECTOR).items()}
+    connector = {f"model.mm_projector.{n}": t for n, t in part(CONNECTOR).items()}
     torch.save(connector, folder / "mm_projector.bin", _use_new_zipfile_serialization=False)  # an old pickle
     generator = {n: t for n, t in names.items() if not n.startswith("multimodal")}
     torch.save({"model": generator, "args": Namespace(more=Namespace(x=[1]))}, folder / "generator.pt")
@@ -80,7 +79,8 @@ def test_parts_in_then_everything_out_and_in_has_the_same_bits(files, tmp_path, 
             "mentor": f"--mentor={tmp_path}/new/halves.pt"}
     run_import(tmp_path / "again", keys, "--into=instruct")
     tensors = load_file(tmp_path / "again" / "instruct" / "model.safetensors")
-    assert same_weights({released_name(n): t for n, t in tensors.items()}, halves)  # still of 16 bits
+    assert same_weights({released_name(n): t for n, t in tensors.items()}, halves)
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
 
 
 def test_training_goes_on_from_imported_parts_and_nothing_is_overwritten(files, tmp_path):
@@ -88,11 +88,11 @@ def test_training_goes_on_from_imported_parts_and_nothing_is_overwritten(files, 
     train.main(["tiny", *SMALL, f"--out={out}", "--stage=align", *few_steps(steps=1, global_batch=2)])
     assert Pipeline(out / "align", "cpu")
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match="out exists already: choose another"):
-        run_import(out, files[0])
-    for more, error in (([], ValueError), ([str(out)], FileExistsError)):
-        with pytest.raises(error, match="export: needs|File exists"):
-            released.main(["export", str(out), *more])
+    for command in (lambda: run_import(out, files[0]), lambda: released.main(["export", str(out), str(out)])):
+        with pytest.raises(FileExistsError, match=str(out)):
+            command()
+    with pytest.raises(ValueError, match="export: needs"):
+        released.main(["export", str(out)])
     assert contents(tmp_path) == before
 
 
@@ -117,8 +117,7 @@ def test_what_does_not_fit_is_named_and_nothing_written(files, tmp_path):
 
 def test_a_new_connector_and_a_table_of_other_length(files, tmp_path, capsys):
     keys, old = files[0] | {"connector": "--connector=new"}, files[1].state_dict()
-    old_table = old.pop("projector.unconditional")
-    query = ["--model.connector=query", "--model.n_query=4"]
+    old_table, query = old.pop("projector.unconditional"), ["--model.connector=query", "--model.n_query=4"]
     for more, part, rows in (([], "fc1.weight", 80), (query, "queries", 128)):
         out = run_import(tmp_path / part, keys, f"--model.context={rows}", *more)
         assert f"the unconditional table had 96 rows, now it has {rows}" in capsys.readouterr().out
@@ -170,7 +169,7 @@ def test_full_size_has_the_published_parameters():
     assert {"tok_embeddings.weight", "layers.35.feed_forward.w3.weight", "cls_embedding.cap_proj.fc2.weight",
             VISION + "encoder.layers.23.self_attn.out_proj.bias", LANGUAGE + "shared.weight",
             VISION + "embeddings.position_embedding.weight", block + "23.layer.1.DenseReluDense.wi_1.weight",
-            block + "0.layer.0.SelfAttention.relative_attention_bias.weight"} <= names
+            block + "0.layer.0.SelfAttention.relative_attention_bias.weight", CONNECTOR + "2.bias"} <= names
 
 
 GREEN, RED, BLUE, BLACK, WHITE = (0, 160, 0), (200, 0, 0), (0, 0, 220), (0, 0, 0), (255, 255, 255)
@@ -337,16 +336,17 @@ def test_check_opens_every_file_and_writes_the_right_lines(folder, capsys):
              "small.png": {**SEGMENTATION, "image_path": "small.png"},
              "black.png": {**SEGMENTATION, "image_path": "black.png"},
              "the object ": {**SEGMENTATION, "image_path": "dot.png", "source_image": "vast.png"},
-             "lost.png": {**T2I, "image_path": "lost.png"}, "objects=7": {**SUBJECT, "objects": 7}}
+             "lost.png": {**T2I, "image_path": "lost.png"}, "objects=7": {**SUBJECT, "objects": 7},
+             "tokens, .*context=96": {**RECONSTRUCTION, "input_text": "a red box on green " * 30}}
     path, right = write(folder, ALL + [*wrong.values()]), write(folder, ALL, "right.jsonl")
-    released.main(["check", path, f"--clean={folder}/clean.jsonl"])
+    released.main(["check", path, f"--run={ROOT}/trained/tiny", "--clean=clean.jsonl"])
     said = capsys.readouterr().out
     assert all(re.search(f"m.jsonl line {n}: .*{reason}", said) for n, reason in enumerate(wrong, 7)), said
-    assert said.endswith("7 lines are wrong, 6 right\n") and said.count("\n") == 8
+    assert said.endswith("8 lines are wrong, 6 right\n") and said.count("\n") == 9
     assert (folder / "clean.jsonl").read_text() == open(right).read()
-    for clean in ("behind/clean.jsonl", "m.jsonl"):
-        with pytest.raises(ValueError, match="must be a new file in the folder of"):
-            released.main(["check", path, f"--clean={folder}/{clean}"])
+    for more in ([], ["--clean=m.jsonl"], ["--clean=behind/new.jsonl"]):
+        with pytest.raises(ValueError, match="exists already: choose another --clean|Invalid name"):
+            released.main(["check", path, *more])
 
 
 def test_a_picture_is_held_out_with_all_its_lines(folder):
@@ -396,4 +396,5 @@ def test_full_size_in_and_out(tmp_path, text_tokenizer):
     released.main(["export", f"{tmp_path}/out", f"{tmp_path}/new"])
     weights = {released_name(n): t for n, t in model.state_dict().items()}
     for source, expected in (("mentor", weights), ("vq", vqgan.state_dict())):
-        assert same_weights(released.released_tensors(source, tmp_path / f"new/{source}.pt"), expected)
+        found = released.released_tensors(source, tmp_path / "new" / f"{source}.pt")
+        assert same_weights(found, expected) and {t.dtype for t in found.values()} == {torch.bfloat16}
