@@ -191,16 +191,21 @@ class Judge:
         return scenes
 
 
-def judge_pictures(judge, pictures, samples):
+def marks(judge, pictures, samples):
     """CP, concept preservation: how many of the subject's attributes are as in the reference. PF, prompt
-    following: how many of background colour, background pattern, place and size are as asked. Mean shares."""
-    marks = []
+    following: how many of background colour, background pattern, place and size are as asked. (K, 2) shares."""
+    rows = []
     for seen, sample in zip(judge.read(pictures), samples, strict=True):
         (a,), (b,) = seen.subjects, sample.scene.subjects
         kept = np.equal(a.subject, b.subject)
         followed = np.equal((*seen[:2], a.place, a.size), (*sample.scene[:2], b.place, b.size))
-        marks.append((kept.mean(), followed.mean()))
-    cp, pf = np.mean(marks, axis=0).tolist()
+        rows.append((kept.mean(), followed.mean()))
+    return np.array(rows)
+
+
+def judge_pictures(judge, pictures, samples):
+    """The mean marks."""
+    cp, pf = marks(judge, pictures, samples).mean(0).tolist()
     return {"cp": cp, "pf": pf, "cp_pf": cp * pf, "cp_over_pf": cp / max(pf, 1e-9)}
 
 

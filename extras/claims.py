@@ -158,12 +158,9 @@ def marks_of(folder, world, sampling, device):
     scores = json.loads(file.read_text()) if file.is_file() else {}
     if scores.get("made with") == made_with:
         return scores["marks"]
-    samples, marks = held_out(world), []
+    samples = held_out(world)
     drawn = sample.Pipeline(folder, device).draw(samples, sampling)
-    for seen, s in zip(sample.Judge(world).read(drawn), samples, strict=True):
-        (a,), (b,) = seen.subjects, s.scene.subjects
-        follows = np.equal((*seen[:2], a.place, a.size), (*s.scene[:2], b.place, b.size))
-        marks.append([np.equal(a.subject, b.subject).mean().item(), follows.mean().item()])
+    marks = sample.marks(sample.Judge(world), drawn, samples).tolist()
     write_json(file, {"made with": made_with, "marks": marks})
     return marks
 

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 from copy import deepcopy
 from dataclasses import replace
 
@@ -96,3 +98,11 @@ def test_each_part_has_a_process_and_a_time_limit(tmp_path, monkeypatch):
     written = json.loads((tmp_path / "gpu.json").read_text())
     assert written["card"] == "CPU" and written["presets"]["whole part"]["exit_code"] == -9
     assert [result["exit_code"] for result in written["memory"].values()] == [0, 0, 0]
+
+
+def test_out_of_memory_is_one_line():
+    program = "def main(keys):\n    raise torch.OutOfMemoryError('full')\nsample.cli(main, 'train.py')"
+    done = subprocess.run([sys.executable, "-c", "import sample, torch\n" + program], cwd=gpu.ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("train.py: out of memory (full): halve --micro_b")
+    assert done.stderr.count("\n") == 1

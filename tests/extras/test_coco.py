@@ -68,17 +68,17 @@ def test_what_cannot_be_used_is_counted_with_its_reason(tmp_path, capsys):
         instances["categories"] += [{"id": i, "name": name} for i, name in names.items()]
         instances["annotations"] += [
             *(annotation(4 + i, segmentation=shape) for i, shape in enumerate(shapes)), annotation(2),
-            annotation(20), annotation(3, iscrowd=1), annotation(3, 99), annotation(77), annotation(21)]
+            annotation(1, 2), annotation(20), annotation(3, iscrowd=1), annotation(3, 99), annotation(77), annotation(21)]
         captions["annotations"] += [{"image_id": 99, "caption": "x"}, {"image_id": 2, "caption": " \n"}]
 
     coco.convert(*make(tmp_path, more))
     said = capsys.readouterr().out
-    assert "captions: 2 used, 2 empty or of unknown pictures" in said and "6 lines of 2 pictures" in said
+    assert "captions: 2 used, 2 empty or of unknown pictures" in said and "7 lines of 2 pictures" in said
     assert all(f"'{reason}': {n}" in said for reason, n in {
-        "used": 1, "not alone with their name": 2, "crowds": 1, "of unknown pictures or categories": 3,
+        "used": 2, "not alone with their name": 2, "crowds": 1, "of unknown pictures or categories": 3,
         "boxes or RLE, not polygons": 3, "too small": 1, "too large": 1,
         "cannot reshape array of size 1 into shape (2)": 2, "without end": 1}.items())
-    assert [file.name for file in (tmp_path / "out/masks").iterdir()] == ["0.png"]
+    assert {file.name for file in (tmp_path / "out/masks").iterdir()} == {"0.png", "11.png"}
 
 
 @pytest.mark.parametrize("change, message", [

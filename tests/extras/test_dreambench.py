@@ -32,13 +32,17 @@ def bench(tmp_path):
     return tmp_path / "bench"
 
 
-def test_it_is_written_as_the_scorer_reads_it_without_hidden_files(bench, run, tmp_path, monkeypatch):
+def test_it_is_written_as_the_scorer_reads_it(bench, run, pipeline, tmp_path, monkeypatch):
     for hidden in ("._07", ".ipynb_checkpoints/07", "__MACOSX/07", "@eaDir/07"):
         write(bench / f"captions/object/{hidden}.txt", "\0")
         write(bench / f"images/object/{hidden}.jpg", "\0")
     sizes, save, out = [], Image.Image.save, tmp_path / "out"
     monkeypatch.setattr(Image.Image, "save", lambda p, *a, **k: sizes.append(p.size) or save(p, *a, **k))
+    asked, draw = [], pipeline.draw
+    monkeypatch.setattr(pipeline, "draw", lambda part, **keys: (
+        asked.extend(s.prompt for s in part), draw(part, **keys))[1])
     run(bench, "--n=2")
+    assert [text.split()[-1] for text in asked] == ["background"] * 2 + ["star"] * 2 + ["left"] * 2
     star, ring = "live_subject_animal_00_big_star", "object_07_ring"
     stems = [f"{subject}_{n}" for subject in (f"{star}/0", f"{star}/1", f"{ring}/0") for n in (0, 1)]
     assert {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} == {

@@ -35,7 +35,7 @@ def write_released(folder, model, vqgan, proto):
         (folder / name).mkdir()
     save_file(clip, folder / "clip" / "model.safetensors")
     for i in range(2):
-        torch.save(dict([*part(LANGUAGE).items()][i::2]), folder / "t5" / f"pytorch_model-0000{i + 1}-of-00002.bin")
+        torch.save(dict([*part(LANGUAGE).items()][i::2]), folder / "t5" / f"pytorch_model-{i}-of-2.bin")
     (folder / "t5" / "spiece.model").write_bytes(proto)
     connector = {f"model.mm_projector.{n}": t for n, t in part(CONNECTOR).items()}
     torch.save(connector, folder / "mm_projector.bin", _use_new_zipfile_serialization=False)  # an old pickle
