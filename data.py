@@ -492,7 +492,7 @@ class Folder:
 
         counts = Counter(name.rpartition("/")[0] for name in pictures)
         subjects = {folder for folder, count in counts.items() if folder and count > 1}
-        subjects = subjects if len(subjects) > 1 else set()  # one folder of pictures is not one subject
+        subjects = subjects if len(subjects) > 1 or len(pictures) < 11 else set()  # one large folder is none
         described = []
         for name, file in pictures.items():
             captions, label = read_words(words[name]) if name in words else ([], "")

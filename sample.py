@@ -192,8 +192,8 @@ class Judge:
 
 
 def marks(judge, pictures, samples):
-    """CP, concept preservation: how many of the subject's attributes are as in the reference. PF, prompt
-    following: how many of background colour, background pattern, place and size are as asked. (K, 2) shares."""
+    """CP, concept preservation: how many of a subject's attributes are as in the reference. PF, prompt
+    following: of background colour, background pattern, place and size. (K, 2) shares."""
     rows = []
     for seen, sample in zip(judge.read(pictures), samples, strict=True):
         (a,), (b,) = seen.subjects, sample.scene.subjects

@@ -6,6 +6,7 @@
 
 import argparse
 import gc
+import importlib
 import importlib.util
 import json
 import re
@@ -20,7 +21,6 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import torch
-from torch._dynamo.utils import counters
 
 import train
 from extras import bench, plan
@@ -43,7 +43,7 @@ def agree(o):
     sys.path.append(str(ROOT / "tests"))
     if not importlib.util.find_spec("pytest"):
         sys.modules["pytest"] = MagicMock()
-    import test_cuda
+    test_cuda = importlib.import_module("test_cuda")
     for dtype in (torch.float32, torch.bfloat16):
         loss, gradient = test_cuda.step_difference(o.device, dtype)
         note(o, str(dtype), loss=loss, gradient=gradient, same_codes=test_cuda.same_codes(o.device, dtype))
@@ -70,6 +70,7 @@ def by_hand(model, cache):
 
 def draw(o):
     """Drawing at full: a guided step, and its share of the memory limit."""
+    counters = torch._dynamo.utils.counters
     preset, prefix, count, sizes = ("tiny", 20, 2, (1, 2)) if o.small else ("full", 280, 24, (1, 4, 16, 64))
     run, cuda = train.parse([preset]), o.device.type == "cuda"
     model = bench.new_model(run, o.device).eval()
@@ -106,6 +107,7 @@ def draw(o):
 
 def train_one(o, run, machine, tokens):
     """A stage as it is and compiled, with prompts of three lengths."""
+    counters = torch._dynamo.utils.counters
     (flops, memory), micro = plan.costs(o.part, run, machine, tokens, 1), run.micro_batch
     planned, cuda = sum(memory.values()) - memory["codes"], o.device.type == "cuda"
     stage, optimizers = bench.new_stage(o.part, run, machine)

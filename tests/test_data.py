@@ -206,11 +206,12 @@ def test_prompts_and_targets_of_every_task(world, text_tokenizer):
 
 
 def test_paste_distorted():
-    """A flat bar: always moved and scaled by 0.6 to 1.1, half the time turned, stretched, sheared and tilted."""
+    """A flat bar: always moved and scaled by 0.6 to 1.1, half the time turned, stretched and sheared."""
     mask, grey, seen = np.zeros((64, 64, 1), np.float32), np.full((64, 64, 3), 90, np.uint8), []
     mask[28:36, 16:48] = 1
     for i in range(200):
-        pasted = data.paste_distorted((mask * 255).astype(np.uint8).repeat(3, 2), mask, grey, random.Random(i))
+        cut_out = (mask * 255).astype(np.uint8).repeat(3, 2)
+        pasted = data.paste_distorted(cut_out, mask, grey, random.Random(i))
         y, x = np.nonzero(pasted[..., 0] > 172)
         slope = np.degrees(np.arctan(np.cov(x, y)[0, 1] / np.cov(x, y)[0, 0]))
         seen.append((len(x), abs(slope), x.mean(), y.mean(), pasted.min(), pasted.max()))

@@ -68,7 +68,8 @@ def test_what_cannot_be_used_is_counted_with_its_reason(tmp_path, capsys):
         instances["categories"] += [{"id": i, "name": name} for i, name in names.items()]
         instances["annotations"] += [
             *(annotation(4 + i, segmentation=shape) for i, shape in enumerate(shapes)), annotation(2),
-            annotation(1, 2), annotation(20), annotation(3, iscrowd=1), annotation(3, 99), annotation(77), annotation(21)]
+            annotation(1, 2), annotation(20), annotation(3, iscrowd=1), annotation(3, 99), annotation(77),
+            annotation(21)]
         captions["annotations"] += [{"image_id": 99, "caption": "x"}, {"image_id": 2, "caption": " \n"}]
 
     coco.convert(*make(tmp_path, more))
