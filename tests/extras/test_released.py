@@ -200,7 +200,7 @@ def folder(tmp_path):
 
 
 RECONSTRUCTION = {"input_text": "a red box on green", "image_path": "scene.png", "source_image": "scene.png"}
-T2I = {**RECONSTRUCTION, "generation_only": True, "objects": None}
+T2I = {**RECONSTRUCTION, "input_text": "a box on grass", "generation_only": True, "objects": None}
 CUT = {**RECONSTRUCTION, "input_text": "a box on green", "image_path": "mask.png", "objects": "box"}
 SEGMENTATION, RECOVERY = {**CUT, "do_mask": True}, {**CUT, "do_replace": True, "do_mask": False}
 SUBJECT = {**CUT, "image_path": "blue.png"}
@@ -222,7 +222,7 @@ def samples(folder, record, count=20, size=32):
 
 def test_text_to_image_reconstruction_and_segmentation(folder):
     drawn, = samples(folder, T2I, 1)
-    assert (drawn.task, drawn.prompt, drawn.images) == ("text_to_image", "a red box on green", [])
+    assert (drawn.task, drawn.prompt, drawn.images) == ("text_to_image", "a box on grass", [])
     assert (drawn.target == picture()).all()
     rebuilt = samples(folder, RECONSTRUCTION)
     assert all((s.target == picture()).all() and (s.images[0] == picture()).all() for s in rebuilt)
@@ -374,7 +374,7 @@ def test_a_run_on_a_manifest_trains_draws_and_goes_on_only_with_the_same(folder)
     run = ["train", "tiny", *SMALL, *few_steps(steps=2, global_batch=2), *mix, f"--out={folder}/out"]
     released.main([*run, f"--data={write(folder, ALL)}", f"--backgrounds={folder}/behind"])
     assert Image.open(folder / "out" / "sheet.png").height > 32
-    assert Pipeline(folder / "out", "cpu").text_tokenizer.unknown_words("The bar in a box on green") == []
+    assert Pipeline(folder / "out", "cpu").text_tokenizer.unknown_words("The red bar in a box on grass") == []
     with pytest.raises(ValueError, match="data"):
         released.main([*run, f"--data={write(folder, ALL * 2)}", f"--backgrounds={folder}/behind"])
     command = [sys.executable, "-m", "extras.released", "train", "tiny", "--data=lost.jsonl"]
