@@ -451,7 +451,7 @@ class Folder:
         require(self.path.is_dir(), f"--data={folder}: there is no such folder")
         self.pictures, self.notes = self.find()
 
-        # groups: a subject's pictures or a single one; some are held out, by their names, never all
+        # groups are subjects or single pictures; some are held out, by their names, never all
         self.groups, held = defaultdict(list), np.zeros(len(self.pictures), bool)
         for i, p in enumerate(self.pictures):
             self.groups[p.subject or p.name].append(i)
@@ -680,5 +680,5 @@ class Collate:
             drop=torch.tensor([s.drop for s in samples]),
             masked=(text_ids != TextTokenizer.PAD) & hidden,
             tasks=[s.task for s in samples])
-        # without shared memory a data process must fail here, not unseen in a queue's thread
+        # without shared memory, fail here, not unseen in a queue's thread
         return batch.each(torch.Tensor.share_memory_) if torch.utils.data.get_worker_info() else batch

@@ -372,7 +372,7 @@ class KVCache:
         """lengths (B,): of the prefixes; n_prefix: what they are padded to."""
         size, device = -(-(n_prefix + config.n_code) // 64) * 64, lengths.device  # rounded up: few sizes
         shape = (len(lengths), config.n_head, size, config.width // config.n_head)
-        # a tensor per layer: of one for all, a compiled step would copy the whole to write one layer
+        # one for each layer: a compiled step would copy the whole to write a part
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.v = [torch.zeros_like(k) for k in self.k]
         self.mask = length_mask(lengths, size)[:, None, None]  # (B, 1, 1, size): may be read
@@ -425,8 +425,7 @@ class DecoderMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         width = -(-int(8 * config.width / 3) // config.multiple_of) * config.multiple_of  # rounded up
-        self.w1 = nn.Linear(config.width, width, bias=False)
-        self.w3 = nn.Linear(config.width, width, bias=False)
+        self.w1, self.w3 = (nn.Linear(config.width, width, bias=False) for _ in range(2))
         self.w2 = nn.Linear(width, config.width, bias=False)
 
     def forward(self, x):
@@ -454,7 +453,7 @@ class ImageDecoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        # not the tokenizer's codebook: its 8 dimensions, chosen for pixels, carry too little
+        # not the tokenizer's codebook: its 8 dimensions carry too little
         self.code_embedding = nn.Embedding(config.codebook_size, config.width)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.width, eps=1e-5)

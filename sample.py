@@ -121,7 +121,7 @@ class Pipeline:
         require(hashes == (self.record.get("text tokenizer"), self.record.get("weights of tokenizer")),
                 f"{stage} was trained with another spiece.model or tokenizer than {root} holds")
         if self.device.type == "cuda":
-            self.model.bfloat16()  # half the bytes to read per step; the rotary table, complex, stays exact
+            self.model.bfloat16()  # half the bytes to read; the complex rotary table stays exact
         if compile:
             step = torch.compile(self.model.decode_step, mode="reduce-overhead", fullgraph=True)
             self.model.decode_step = step
@@ -139,7 +139,7 @@ class Pipeline:
 
 
 def through_codes(vqgan, pictures):
-    """Pictures of any size, made by the tokenizer alone, uint8 (S, S, 3): the best of what models draw."""
+    """Pictures of any size, made by the tokenizer alone, uint8 (S, S, 3)."""
     device, size = vqgan.quantize.embedding.weight.device, vqgan.config.image_size
     images = torch.stack([tokenizer_pixels(p, size) for p in pictures]).to(device)
     return [to_picture(image) for image in vqgan.decode(vqgan.encode(images))]
@@ -217,7 +217,7 @@ def score(pipeline, out, world=None, prompts=512):
     dataset = world.dataset({"subject_driven": 1.0}, "scores", held_out=True)
     samples = [dataset[i] for i in range(prompts)]
     targets = [s.target for s in samples]
-    # no model is better than its tokenizer, true renders test the judge, copies have all CP and little PF
+    # no model beats its tokenizer, true renders test the judge, copies have all CP and little PF
     pictures = {"model": pipeline.draw(samples), "tokenizer": through_codes(pipeline.vqgan, targets),
                 "true renders": targets, "copying": [s.images[0] for s in samples]}
     judge = Judge(world)

@@ -193,7 +193,7 @@ class VectorQuantizer(nn.Module):
             z = F.normalize(z.float().permute(0, 2, 3, 1), dim=-1)  # (B, h, w, C)
             codes = nearest(z.detach().flatten(0, 2), self.codebook()).view(z.shape[:3])
             z_q = F.embedding(codes, self.codebook())  # (B, h, w, C)
-            # the codebook loss moves codes to outputs of the encoder, the commitment loss outputs to codes
+            # the codebook loss moves codes to outputs, the commitment loss outputs to codes
             loss = F.mse_loss(z_q, z.detach()) + self.beta * F.mse_loss(z, z_q.detach())
             z_q = z + (z_q - z).detach()  # the gradient skips the argmax
             return z_q.permute(0, 3, 1, 2), loss, codes
@@ -267,7 +267,7 @@ class StageConfig:
     """Training of any stage."""
 
     steps: int = 20000            # optimizer steps, before --train_scale
-    global_batch: int = 128       # samples per step, over all processes and micro-batches
+    global_batch: int = 128       # samples per step, of all processes
     lr: float = 5e-4              # AdamW's peak learning rate
     muon_lr: float = 0.0          # Muon's peak, for the matrices of hidden layers; 0: AdamW for all
     final_lr: float = 0.1         # final learning rate, as a fraction of the peak
@@ -329,7 +329,7 @@ def spread_codes(z, size, generator):
 
 class PatchDiscriminator(nn.Module):
     """Says of each patch whether it looks real: (B, 3, S, S) -> logits (B, 1, h, w). PatchGAN (arXiv
-    1611.07004) with GroupNorm, so that images do not depend on each other."""
+    1611.07004) with GroupNorm, not BatchNorm."""
 
     def __init__(self, ch=64):
         super().__init__()

@@ -64,7 +64,7 @@ ALL_PARTS = "encoder,projector,decoder"
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run. Nested keys have dots: --align.lr=0.001 --model.decoder.n_layer=6."""
+    """A whole run. Nested keys have dots: --model.decoder.n_layer=6."""
 
     out: str = ""               # folder to write
     stage: str = "all"          # all, tokenizer, pretrain, align or instruct
@@ -160,7 +160,7 @@ class Machine:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(parts, tensor.contiguous())
-        # all processes compute this loss, and DDP divides the sum of their gradients by their number
+        # all compute this loss, and DDP divides the sum of their gradients by their number
         parts[self.rank] = tensor + (self.world_size - 1) * (tensor - tensor.detach())
         return torch.cat(parts)
 
@@ -297,7 +297,7 @@ def as_vision_pixels(targets, size):
 
 class Muon(torch.optim.Optimizer):
     """Momentum with an orthogonalised update, so that all directions of a matrix learn at one rate (Keller
-    Jordan, 2024). torch.optim.Muon is the same in bfloat16, slow on a CPU."""
+    Jordan, 2024). As torch.optim.Muon, but in float32 on a CPU."""
 
     def __init__(self, params, lr, weight_decay):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -396,28 +396,25 @@ def micro_batches(config, run, machine):
     return micro, share // micro
 
 
-STOPS = (signal.SIGINT, signal.SIGTERM)  # SIGINT is Ctrl-C
-
-
 @contextmanager
 def stop_signals():
-    """A list of those received, for the loop to see after its step. A second Ctrl-C stops at once."""
+    """A list of Ctrl-C and SIGTERM, for the loop to see after its step. A second Ctrl-C stops at once."""
     received = []
 
     def note(number, frame):
         received.append(number)
         signal.signal(signal.SIGINT, before[signal.SIGINT])
 
-    before = {number: signal.signal(number, note) for number in STOPS}
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     yield received
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 def leave_signals(worker):
-    """A data process leaves them to the training process."""
-    for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)
+    """A data process leaves Ctrl-C to the training process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which Python ends it
 
 
 def make_batches(dataset, collate, config, run, machine, start):
@@ -474,6 +471,8 @@ def train_stage(name, run, machine, source, text_tokenizer):
         (folder / "state.pt").unlink(missing_ok=True)
     if machine.world_size > 1:
         dist.barrier()  # the next stage reads what the first process has written
+    if stop:  # too late for the last step
+        sys.exit(128 + max(stop))
 
 
 def train_steps(stage, run, config, machine, batches, optimizers, log, start, best, validate, stop):
@@ -521,7 +520,7 @@ def train_steps(stage, run, config, machine, batches, optimizers, log, start, be
         if saving:
             save_checkpoint(log.path.parent, stage, optimizers, done, best, machine)
         if stopped:
-            machine.say(f"stopped after step {done}; the same command goes on from there")
+            machine.say(f"stopped after step {done}; the same command goes on")
             sys.exit(128 + max(stop, default=signal.SIGTERM))
 
 
@@ -541,7 +540,7 @@ def held_out_loss(stage, dataset, collate, micro, machine, most=128):
 
 
 def note_best(best, held_out, step, stage, log):
-    """Keep the best weights; warn when the held-out loss rises while the training loss falls."""
+    """Keep the best weights; warn when only the training loss falls."""
     loss = log.mean("loss")
     if held_out < best["loss"]:
         weights = {name: tensor.to("cpu", copy=True) for name, tensor in stage.model.state_dict().items()}
@@ -620,7 +619,7 @@ def save_checkpoint(folder, stage, optimizers, step, best, machine):
 
 
 def load_checkpoint(folder, stage, optimizers):
-    """Restore state.pt. Returns the step to go on from and the best weights so far."""
+    """Restore state.pt: the step to go on from and the best weights."""
     file = folder / "state.pt"
     if not file.is_file():
         return 0, {"loss": math.inf, "step": 0}
@@ -635,7 +634,7 @@ def load_checkpoint(folder, stage, optimizers):
         raise ValueError(f"{file} cannot be read ({error}): delete it to start again") from None
 
 
-# keys of speed or place, not of results: they may change between runs in one folder
+# keys of speed or place, not of results: they may change in a used folder
 FREE = ("out", "stage", "data", "device", "dtype", "workers", "save_every", "micro_batch", "train_scale",
         "checkpoint", "compile", "model.sampling.")
 
@@ -649,6 +648,8 @@ def stage_record(name, run, source, text_tokenizer):
         weights = Path(run.out) / stage / "model.safetensors"
         require(weights.is_file(), f"{weights} is missing: train the stage {stage} first")
         record[f"weights of {stage}"] = file_hash(weights)
+        made = json.loads(weights.with_name("stage.json").read_text()).get("weights of tokenizer")
+        require(made in (None, record["weights of tokenizer"]), f"{weights}: other weights of tokenizer")
     if name != "tokenizer":
         record["text tokenizer"] = text_tokenizer.digest
     return json.loads(json.dumps(record | {"data": source.digest}))
@@ -738,7 +739,7 @@ def find_words(run, source):
 
 
 def start_run(run, machine, source):
-    """Write what all stages share, and print what the data is. Returns the text tokenizer."""
+    """Write what stages share, print what the data is, return the text tokenizer."""
     words, out, contents = find_words(run, source), Path(run.out), getattr(source, "contents", {})
     data = out / "data.json"
     if contents:
@@ -757,7 +758,7 @@ def start_run(run, machine, source):
 
 
 def main(arguments, open_source=open_source):
-    """Train and show the result. open_source(run): a source like Shapes or Folder."""
+    """Train and show the result. open_source(run): like Shapes or Folder."""
     if not arguments or {"-h", "--help"} & set(arguments):
         return print_help()
     run, started = parse(arguments), time.perf_counter()

@@ -26,11 +26,9 @@ SMALL = ["--vqgan.ch=8", "--vqgan.ch_mult=1,1,1", "--vqgan.num_res_blocks=1", "-
          "--model.decoder.width=32", "--model.decoder.n_layer=2", "--device=cpu"]
 CPU = train.Machine(0, 1, torch.device("cpu"), torch.float32)
 
-
 def few_steps(**keys):
     """These keys of every stage: few_steps(steps=2) is --tokenizer.steps=2, --pretrain.steps=2, ..."""
     return [f"--{stage}.{key}={value}" for stage in train.STAGES for key, value in keys.items()]
-
 
 def small_config(text_tokenizer, **changes):
     """A MentorConfig of 64 codes, and 4 tokens for an image, without dropout."""
@@ -41,7 +39,6 @@ def small_config(text_tokenizer, **changes):
         decoder=DecoderConfig(codebook_size=64, grid_size=8, width=64, n_layer=2, n_head=4, dropout=0.0),
         **{"context": 64, **changes})
 
-
 def randomize(model, std=0.2):
     """Give every weight a random value, the zero output head too, so that no test passes on zeros."""
     generator = torch.Generator().manual_seed(0)
@@ -50,17 +47,14 @@ def randomize(model, std=0.2):
             p.add_(torch.randn(p.shape, generator=generator) * std)
     return model
 
-
 def same_weights(a, b):
     """Whether two models, or dictionaries of tensors, hold the same bits under the same names."""
     a, b = (x if isinstance(x, dict) else x.state_dict() for x in (a, b))
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
-
 def contents(folder):
     """{relative path: bytes} of all files in a folder."""
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
 
 def only(batch, i):
     """Sample i of a batch, alone and without padding."""
@@ -72,32 +66,26 @@ def only(batch, i):
                    targets=batch.targets[i : i + 1], drop=batch.drop[i : i + 1],
                    masked=batch.masked[i : i + 1, :n], tasks=batch.tasks[i : i + 1])
 
-
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
 
 @pytest.fixture(scope="session")
 def world():
     return Shapes(32)
 
-
 @pytest.fixture(scope="session")
 def text_tokenizer(world):
     return world.text_tokenizer()
-
 
 @pytest.fixture(scope="session")
 def pipeline():
     """The trained model that comes with the repository. Tests leave it as it is."""
     return Pipeline(ROOT / "trained" / "tiny", "cpu")
 
-
 @pytest.fixture
 def model(text_tokenizer):
     return randomize(Mentor(small_config(text_tokenizer))).eval()
-
 
 @pytest.fixture
 def make_batch(world, text_tokenizer):

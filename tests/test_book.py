@@ -18,10 +18,8 @@ PAGES = [ROOT / f"{name}.py" for name in BOOK]
 EXTRAS = sorted((ROOT / "extras").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
-
 def size(files):
     return sum(len(file.read_bytes()) for file in files)
-
 
 def imports(file):
     """The names that a file imports, at its top or anywhere else."""
@@ -32,27 +30,22 @@ def imports(file):
             assert node.level == 0, f"{file}: a relative import"
             yield node.module
 
-
 def packages(file):
     return {name.split(".")[0] for name in imports(file)}
-
 
 def test_the_book_is_short():
     nodes = sum(1 for page in PAGES for _ in ast.walk(ast.parse(page.read_text())))
     assert size(PAGES) <= 150_000 and nodes <= 30_000
     assert {page.name: size([page]) for page in PAGES if size([page]) > 42_000} == {}
 
-
 def test_what_stands_around_the_book_is_short():
     assert size(EXTRAS) <= 100_000 and size([ROOT / "README.md"]) <= 14_000
     assert sum(len(file.read_text().splitlines()) for file in TESTS) <= 4_000
     assert sorted(ROOT.glob("*.py")) == sorted(PAGES)  # nothing hides beside it
 
-
 def test_no_line_is_above_110_columns():
     assert {f"{file.relative_to(ROOT)}:{number}": len(line) for file in (*PAGES, *EXTRAS, *TESTS)
             for number, line in enumerate(file.read_text().split("\n"), 1) if len(line) > 110} == {}
-
 
 def test_no_function_is_above_60_lines():
     functions = [(f"{file.name}: {node.name}", node) for file in (*PAGES, *EXTRAS)
@@ -60,12 +53,10 @@ def test_no_function_is_above_60_lines():
     lines = {name: node.end_lineno - node.lineno + 1 for name, node in functions}
     assert len(lines) > 100 and {name: count for name, count in lines.items() if count > 60} == {}
 
-
 def test_imports_point_down():
     for page in PAGES:
         assert packages(page) & {*BOOK, "extras"} <= BELOW[page.stem], page.name
     assert {"mentor", "data"} < packages(PAGES[3]) and "sample" in packages(PAGES[4])  # the net holds
-
 
 def test_only_few_packages_are_needed():
     for file in PAGES:
@@ -74,7 +65,6 @@ def test_only_few_packages_are_needed():
         assert packages(file) <= PACKAGES | {*BOOK, "extras"}, file.name
     named = {line.partition("==")[0] for line in (ROOT / "requirements.txt").read_text().split()}
     assert named == {"torch", "numpy", "pillow", "tqdm", "sentencepiece", "safetensors"}
-
 
 STATE = """
 import importlib, os, random, signal, sys
@@ -96,7 +86,6 @@ for name in sys.argv[1:]:
     assert not changed, f"importing {name} changed {changed}"
 """
 
-
 def run(command, folder, **environment):
     """Run a command in a folder; returns what it printed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **environment}
@@ -104,12 +93,10 @@ def run(command, folder, **environment):
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
-
 def test_importing_has_no_side_effects(tmp_path):
     names = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in (*PAGES, *EXTRAS)]
     done = run([sys.executable, "-c", STATE, *names], tmp_path, PYTHONPATH=str(ROOT))
     assert done.stdout == done.stderr == "" and list(tmp_path.iterdir()) == []
-
 
 def test_the_book_alone_runs_the_readmes_two_commands(tmp_path):
     """The first of each program, at two steps a stage."""

@@ -20,7 +20,6 @@ from tokenizer import VQGAN
 
 TINY = train.parse(["tiny"])
 
-
 def new_stage(name, config, device="cpu", dtype=torch.float32, **keys):
     """A stage of a small model with random weights, and its optimizers."""
     run, machine = replace(TINY, model=config, **keys), train.Machine(0, 1, torch.device(device), dtype)
@@ -30,7 +29,6 @@ def new_stage(name, config, device="cpu", dtype=torch.float32, **keys):
     stage = train.STAGE_MODULES[name](*parts).train()
     stage = stage if device == "cpu" else stage.to(device)
     return stage, train.make_optimizers(stage, getattr(run, name), run)
-
 
 @pytest.mark.parametrize("name", train.STAGES)
 def test_a_training_step_waits_for_no_number(name, text_tokenizer, make_batch):
@@ -44,7 +42,6 @@ def test_a_training_step_waits_for_no_number(name, text_tokenizer, make_batch):
         optimizers[0].step()
         with pytest.raises(DataDependentOutputException):
             loss.item()
-
 
 def test_compiled_blocks_share_few_programs(text_tokenizer, make_batch):
     """None for a layer's or a length's sake; gradients stay the same; checkpoint lets them be compiled."""
@@ -64,7 +61,6 @@ def test_compiled_blocks_share_few_programs(text_tokenizer, make_batch):
         [stage.eval().validation_loss(make_batch(config, size)) for size in (6, 1)]
     assert count.frame_count <= 12
 
-
 @torch.no_grad()
 def test_a_decode_step_is_one_program(text_tokenizer):
     """For each number of rows and of the cache's slots the first two times, then for all."""
@@ -77,7 +73,6 @@ def test_a_decode_step_is_one_program(text_tokenizer):
         for _ in range(63 if n_prefix == 9 else 3):
             logits = step(logits.argmax(-1), cache)
         assert count.frame_count == programs
-
 
 def step_difference(device, dtype):
     """Relative differences of a step of tiny on the CPU and on the device: [of the loss, of the gradient]."""
@@ -94,7 +89,6 @@ def step_difference(device, dtype):
         results.append((loss.detach().cpu(), torch.cat(gradients)))
     return [((a - b).norm() / a.norm()).item() for a, b in zip(*results)]
 
-
 @torch.no_grad()
 def same_codes(device, dtype, compile=False):
     """Share of codes that trained/tiny draws greedily on the device as on the CPU in float32."""
@@ -107,10 +101,8 @@ def same_codes(device, dtype, compile=False):
         codes.append(generate(model, batch, greedy, [torch.Generator(where)] * 16).cpu())
     return (codes[0] == codes[1]).float().mean().item()
 
-
 def test_the_comparisons_and_bfloat16_work_on_the_cpu():
     assert step_difference("cpu", torch.float32) == [0, 0] and same_codes("cpu", torch.bfloat16) > 0.8
-
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_a_gpu_takes_the_cpus_step_and_draws_its_codes():

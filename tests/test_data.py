@@ -18,11 +18,9 @@ from tokenizer import TextTokenizer
 STAR = Subject(list(SHAPES).index("star"), *map(list(COLORS).index, ("red", "blue")), 1)  # 1: striped
 NOISE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
-
 def samples_of(world, task, count, **options):
     dataset = Samples(world, {task: 1.0}, 0, **options)
     return [dataset[i] for i in range(count)]
-
 
 # --- Pictures
 def test_pictures_of_every_kind_are_read_as_they_look(tmp_path):
@@ -52,7 +50,6 @@ def test_pictures_of_every_kind_are_read_as_they_look(tmp_path):
     red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
     assert (read(red, "moving.gif", save_all=True, append_images=[blue]) == (255, 0, 0)).all()
 
-
 def test_pictures_turn_as_their_camera_was_held(tmp_path):
     """Also beside a tag that Pillow cannot write again: the width as text."""
     turned = {1: NOISE, 2: NOISE[:, ::-1], 3: NOISE[::-1, ::-1], 4: NOISE[::-1], 5: NOISE.transpose(1, 0, 2),
@@ -64,7 +61,6 @@ def test_pictures_turn_as_their_camera_was_held(tmp_path):
         for tags in (exif, odd):
             Image.fromarray(NOISE).save(tmp_path / "a.png", exif=tags)
             assert (load_image(tmp_path / "a.png") == expected).all(), tag
-
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of the damage
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "tif", "bmp", "avif", "dds", "blp"])
@@ -90,7 +86,6 @@ def test_a_damaged_picture_is_one_line_that_names_it(suffix, tmp_path, monkeypat
         with pytest.raises(ValueError, match=f"{name}: not a readable image"):
             load_image(tmp_path / name)
 
-
 def test_a_square_window_shows_the_box():
     chance = random.Random(0)
     for _ in range(2000):
@@ -110,7 +105,6 @@ def test_a_square_window_shows_the_box():
     assert square_window((10, 30, 3), (22, 0, 28, 9)) == np.s_[0:10, 18:28]      # no farther than needed
     assert len({str(square_window((20, 30), (12, 8, 16, 12), chance)) for _ in range(50)}) > 30
 
-
 # --- The world of shapes
 def test_the_world_has_the_stated_counts(world):
     assert [*map(len, (SHAPES, COLORS, PATTERNS, PLACES, data.SIZES))] == [8, 8, 4, 9, 2]
@@ -121,7 +115,6 @@ def test_the_world_has_the_stated_counts(world):
     assert of_trained_tiny == "2d2db9ba42426852e3ef3b48c8b31150"  # those that it has not seen
     for attribute in range(4):  # only combinations are new
         assert {s[attribute] for s in trained} == {s[attribute] for s in world.subjects}
-
 
 @pytest.mark.parametrize("task", FIVE)
 def test_training_never_shows_a_held_out_subject(task, world, monkeypatch):
@@ -137,7 +130,6 @@ def test_training_never_shows_a_held_out_subject(task, world, monkeypatch):
     samples_of(world, task, 100, held_out=True)
     assert len(drawn) > 50 and drawn <= held
 
-
 def test_words_and_colours_of_a_scene(world):
     green, orange = list(COLORS).index("green"), list(COLORS).index("orange")
     scene = Scene(green, 0, (Placed(STAR, PLACES.index("center"), 1),))
@@ -151,7 +143,6 @@ def test_words_and_colours_of_a_scene(world):
         "A small red star with an orange half at the center and a small red star at the top left on an "
         "orange striped background")
 
-
 def test_two_subjects_never_touch_or_share_a_name(world, monkeypatch):
     rng, square, others, some_scene = random.Random(0), list(SHAPES).index("square"), [], world.some_scene
     for _ in range(60):
@@ -164,7 +155,6 @@ def test_two_subjects_never_touch_or_share_a_name(world, monkeypatch):
         assert name not in [world.label(p.subject) for p in others[-1].subjects]
     assert len(others) > 60  # some were refused
 
-
 def test_captions_say_what_the_pictures_show(world):
     """The judge reads the picture; its scene's caption is the prompt's."""
     judge = Judge(world)
@@ -174,7 +164,6 @@ def test_captions_say_what_the_pictures_show(world):
             assert seen == sample.scene and sample.prompt.split("\n")[line] == world.caption(seen, looks)
     for sample, seen in zip(samples, judge.read([s.images[0] for s in samples]), strict=True):
         assert seen.subjects[0].subject == sample.scene.subjects[0].subject  # the reference shows the same
-
 
 def test_prompts_and_targets_of_every_task(world, text_tokenizer):
     for task in FIVE:
@@ -204,7 +193,6 @@ def test_prompts_and_targets_of_every_task(world, text_tokenizer):
         head = {"text_to_image": "", "reconstruction": "The image is <image>"}
         assert heads == {head.get(task, "The it in <image>.")}
 
-
 def test_paste_distorted():
     """A flat bar: always moved and scaled by 0.6 to 1.1, half the time turned, stretched and sheared."""
     mask, grey, seen = np.zeros((64, 64, 1), np.float32), np.full((64, 64, 3), 90, np.uint8), []
@@ -219,7 +207,6 @@ def test_paste_distorted():
     assert 0.3 * 256 < area.min() < 0.45 * 256 and 1.1 * 256 < area.max() < 1.5 * 256
     assert 0.35 < (slope < 1).mean() < 0.65 and 15 < slope.max() < 40
     assert x.std() > 5 and y.std() > 5 and set(low) == {90} and set(high) == {255}
-
 
 # --- Datasets
 def test_samples_depend_on_seed_and_index_alone(world):
@@ -236,7 +223,6 @@ def test_samples_depend_on_seed_and_index_alone(world):
     assert len({s.mask_seed for s in samples}) == 1000
     assert not any(Samples(world, mix, 0)[i].drop for i in range(50))
 
-
 # --- Words and batches
 def test_words_are_apart_where_nothing_is_between_them():
     """Punctuation always; characters of scripts without spaces."""
@@ -245,7 +231,6 @@ def test_words_are_apart_where_nothing_is_between_them():
         assert ours.unknown_words(text) == [] and ours.UNKNOWN not in ours.encode(text), text
     assert ours.unknown_words("猫の犬, a hair") == ["猫", "a", "hair"]
     assert ours.encode("cats,one") == ours.encode("cats , one") and len(ours.encode("雪の中")) == 4
-
 
 def test_prompts_that_do_not_fit_are_refused(text_tokenizer):
     collate = Collate(text_tokenizer, small_config(text_tokenizer, context=20), 32)
@@ -256,7 +241,6 @@ def test_prompts_that_do_not_fit_are_refused(text_tokenizer):
             collate.encode(prompt, images)
         assert repr(prompt) in str(error.value)
     assert len(collate.encode("a star " * 9 + "a", 0)) == 20 and collate.encode("", 0) == [TextTokenizer.EOS]
-
 
 def test_a_batch_of_samples(world, text_tokenizer, monkeypatch):
     dataset = Samples(world, {"subject_driven": 1.0, "text_to_image": 1.0}, 0, prefix_drop=0.5)

@@ -20,14 +20,12 @@ from tokenizer import VQGAN, TokenizerConfig
 FOLDERS = Path(__file__).parent / "golden", Path(__file__).parent.parent.parent / "shared" / "golden"
 DECODER = ("decoder", "projector")
 
-
 def find(name):
     """The path of a file or folder of vectors; skips the test if there is none."""
     for folder in FOLDERS:
         if (folder / name).exists():
             return folder / name
     pytest.skip(f"{name} is not in {FOLDERS[0].name}")
-
 
 class Golden:
     def __init__(self, case):
@@ -41,17 +39,14 @@ class Golden:
         return {prefix + n[2:]: self[n].float() for n in self.names
                 if n.startswith("w.") and "codebook_used" not in n and "embed_tokens" not in n}
 
-
 def close(ours, theirs, atol):
     torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
-
 
 def load(model, tensors, without=()):
     """Give a Mentor all of some released tensors; only the parts in `without` may lack theirs."""
     names = {released_name(n): n for n in model.state_dict()}
     model.load_state_dict({names[n]: t for n, t in tensors.items()}, strict=False)
     assert all(n in tensors or names[n].startswith(without) for n in names)
-
 
 @pytest.mark.parametrize("case, ch_mult, z_channels", [
     ("vq16_small", (1, 1, 1, 1, 2), 32), ("vq16", (1, 1, 2, 2, 4), 64)])
@@ -79,13 +74,11 @@ def test_vq(case, ch_mult, z_channels):
     close(z.grad, golden["out.train.grad_pre_quant"], 1e-4)
     close(model.quantize.embedding.weight.grad, golden["out.train.grad_embedding"], 1e-4)
 
-
 def small_mentor():
     """A model of the vectors' sizes, without dropout."""
     text = TextConfig(100, 32, n_layer=2, n_head=4, head_width=8, mlp_width=64, dropout=0.0)
     decoder = DecoderConfig(64, grid_size=8, width=64, n_layer=3, n_head=4, dropout=0.0)
     return Mentor(MentorConfig(VisionConfig(28, 7, 32, 3, 4, 64), text, decoder, context=48))
-
 
 def prompts(ids, mask, pixels):
     """A Batch of the released code's inputs; 98 is their image placeholder."""
@@ -93,13 +86,11 @@ def prompts(ids, mask, pixels):
     return Batch(text_ids=ids, lengths=mask.sum(1), pixels=pixels, image_slots=slots, targets=torch.zeros(0),
                  drop=no[:, 0], masked=no, tasks=["golden"] * len(ids))
 
-
 def end_to_end():
     golden, model = Golden("end_to_end"), small_mentor()
     load(model, golden.weights())
     pixels = golden["in.pixel_values"][golden["in.img_mask"].bool()]
     return golden, model, prompts(golden["in.input_ids"], golden["in.attention_mask"], pixels)
-
 
 def test_joint_model_training():
     golden, model, batch = end_to_end()
@@ -118,7 +109,6 @@ def test_joint_model_training():
     close(dropped, golden["out.train_logits_uncond_sample1"], 1e-4)
     close(F.cross_entropy(dropped.transpose(1, 2), codes), golden["out.train_loss_uncond_sample1"], 1e-5)
 
-
 @pytest.mark.parametrize("scale, name, atol", [
     (1.0, "gen_cfg1", 1e-4), (4.0, "gen_cfg4", 5e-4), (7.5, "gen_cfg7.5", 1e-3)])
 def test_joint_model_generation(scale, name, atol):
@@ -129,7 +119,6 @@ def test_joint_model_generation(scale, name, atol):
     with torch.no_grad():
         logits = torch.cat([model(batch, codes, torch.tensor([drop, drop])) for drop in (False, True)])
     close(guide(logits, scale).transpose(0, 1), golden[f"out.{name}.logits"], atol)
-
 
 def test_encoder():
     """With images and without."""
@@ -151,7 +140,6 @@ def test_encoder():
     buckets = relative_position_bucket(torch.arange(-300, 301), 32, 128)
     assert torch.equal(buckets, golden["out.t5_relative_position_bucket"])
 
-
 @pytest.mark.parametrize("folder", ["hf_clip", "hf_clip_v4", "hf_clip_full"])
 def test_clip_from_hub_folders(folder):
     golden, model = Golden("hf_clip_io"), small_mentor()
@@ -159,7 +147,6 @@ def test_clip_from_hub_folders(folder):
     vision, pixels = model.encoder.vision, golden["in.pixel_values"]
     close(vision(pixels), golden["out.hidden_states.2"][:, 1:], 3e-5)
     close(vision.pool(vision.before_last(pixels)), golden["out.pooler_output"], 3e-5)
-
 
 @pytest.mark.parametrize("folder", ["hf_t5", "hf_t5_sharded", "hf_t5_full_sharded"])
 def test_t5_from_hub_folders_at_distances_beyond_the_buckets(folder):
@@ -170,7 +157,6 @@ def test_t5_from_hub_folders_at_distances_beyond_the_buckets(folder):
     states, unmasked = text(golden["in.inputs_embeds"], mask), torch.ones_like(mask)
     close(states[mask], golden["out.inputs_embeds.last_hidden_state"][mask], 5e-5)
     close(text(text.embedding(words), unmasked), golden["out.last_hidden_state_nomask"], 3e-4)
-
 
 def test_decoder_with_a_left_padded_prefix():
     """The generator alone, conditions of 12, 9 and 4 rows."""
@@ -206,7 +192,6 @@ def test_decoder_with_a_left_padded_prefix():
                 assert torch.equal(guided.argmax(-1), chosen)
                 logits = model.decode_step(chosen.repeat(2), cache) if k < 63 else logits
 
-
 def test_sampling_filters():
     golden = Golden("sampling")
     combos = json.loads(golden.file.metadata()["combos_temperature_topk_topp"])
@@ -214,14 +199,12 @@ def test_sampling_filters():
         logits = filter_logits(golden["in.logits"][:, -1], temperature or 1e-5, top_k, top_p)
         close(logits.softmax(-1), golden[f"out.probs.{i}"], 1e-6)
 
-
 def test_image_preprocessing():
     golden = Golden("preprocess")
     for name in "abcd":
         picture, square = (golden[f"{key}.{name}"].numpy() for key in ("in.image", "out.center_crop_arr_32"))
         assert np.array_equal(center_crop(picture, 32), square)
         close(vision_pixels(picture, 28), golden[f"out.clip_pixel_values.{name}"], 1e-5)
-
 
 def test_text_tokenizer():
     tokenizer = TextTokenizer(find("tokenizer/spiece.model").read_bytes())

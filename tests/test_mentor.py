@@ -17,19 +17,15 @@ from tokenizer import VQGAN, TokenizerConfig
 
 close = partial(torch.testing.assert_close, atol=2e-5, rtol=1e-4)
 
-
 def some_codes(count):
     return torch.randint(64, (count, 64), generator=torch.Generator().manual_seed(1))
-
 
 def nobody(count):
     return torch.zeros(count, dtype=torch.bool)
 
-
 def greedy(model, batch, scale):
     generators = [torch.Generator() for _ in batch.lengths]
     return generate(model, batch, SamplingConfig(scale, temperature=0.0), generators)
-
 
 # --- Padding and masks
 def test_logits_of_a_batch_equal_each_sample_alone(model, make_batch):
@@ -41,13 +37,11 @@ def test_logits_of_a_batch_equal_each_sample_alone(model, make_batch):
         for i in range(6):
             close(together[i : i + 1], model(only(batch, i), codes[i : i + 1], drop[i : i + 1]))
 
-
 def test_appended_padding_changes_no_logit(model, make_batch):
     batch, codes = make_batch(model.config, 3, text_to_image=1.0), some_codes(3)
     longer = replace(batch, text_ids=F.pad(batch.text_ids, (0, 7)))
     close(model(longer, codes, nobody(3)), model(batch, codes, nobody(3)))
     assert torch.equal(greedy(model, longer, 3.0), greedy(model, batch, 3.0))  # nor any code from the cache
-
 
 def test_a_code_is_predicted_from_earlier_codes_only(model, make_batch):
     batch, codes = make_batch(model.config, 3), some_codes(3)
@@ -57,11 +51,9 @@ def test_a_code_is_predicted_from_earlier_codes_only(model, make_batch):
     assert torch.equal(before[:, :21], after[:, :21]) and torch.equal(before[2], after[2])
     assert (before[:2, 21] != after[:2, 21]).any(-1).all()
 
-
 def test_sequence_order_by_hand():
     order = sequence_order(torch.tensor([3, 1]), n_prefix=3, n_code=2)
     assert order.tolist() == [[0, 1, 2, 3, 4], [0, 3, 4, 1, 2]]  # prefix, codes, padding
-
 
 # --- Cache and guidance
 @torch.no_grad()
@@ -80,14 +72,12 @@ def test_cached_decoding_equals_the_full_forward_everywhere(alone, model, make_b
         if k + 1 < codes.shape[1]:
             logits = model.decode_step(codes[:, k].repeat(2), cache)
 
-
 def test_the_guidance_formula():
     conditional, unconditional = both = torch.randn(2, 4, 10)
     both = both.flatten(0, 1)
     close(guide(both, 1.0), conditional)
     assert torch.equal(guide(both, 0.0), unconditional)
     close(guide(both, 7.5), 7.5 * conditional - 6.5 * unconditional)
-
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
 def test_drawn_codes_follow_the_guided_logits_of_the_full_forward(scale, model, make_batch):
@@ -97,7 +87,6 @@ def test_drawn_codes_follow_the_guided_logits_of_the_full_forward(scale, model, 
     assert torch.equal(codes, (unconditional + scale * (conditional - unconditional)).argmax(-1))
     assert len(codes.unique(dim=0)) == 4
 
-
 def test_the_unconditional_prefix_is_the_last_rows_of_a_learned_table(model):
     projector, hidden, lengths = model.projector, torch.randn(2, 9, 32), torch.tensor([9, 4])
     project = lambda x: projector.fc2(F.gelu(projector.fc1(x), approximate="tanh"))  # noqa: E731
@@ -106,7 +95,6 @@ def test_the_unconditional_prefix_is_the_last_rows_of_a_learned_table(model):
     for drop, first in (([True, True], table[-9:]), ([False, True], hidden[0])):
         prefix = projector(hidden, lengths, torch.tensor(drop))
         close(prefix[0], project(first)), close(prefix[1, :4], project(table[-4:]))
-
 
 # --- Positions
 def test_the_prefix_is_not_rotated_and_codes_differ_along_both_axes():
@@ -119,13 +107,11 @@ def test_the_prefix_is_not_rotated_and_codes_differ_along_both_axes():
     assert torch.equal(turned[1 + 8][..., 8:], x[..., 8:])          # one row on: the column's half stays
     close(turned[30].norm(), x.norm())
 
-
 def test_rotation_by_hand():
     """Pair (2i, 2i + 1) turns by cell * 10000^(-2i / (head / 2)), interleaved."""
     turned = rotate(torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0]), rotary_table(4, 8)[1 + 2 * 4 + 3])
     angles = torch.tensor([2.0, 2.0 / 100, 3.0, 3.0 / 100])
     close(turned, torch.stack([angles.cos(), angles.sin()], -1).flatten())
-
 
 def test_the_prefix_has_no_order_but_that_of_its_contents(model):
     """All its tokens have position 0; positions of words are in T5's attention bias."""
@@ -135,7 +121,6 @@ def test_the_prefix_has_no_order_but_that_of_its_contents(model):
     close(*(model.next_code_hidden(p, length, codes)[:, 1:] for p in (prefix, swapped)))
     x, mask = torch.randn(1, 6, 32), torch.ones(1, 6, dtype=torch.bool)
     assert (model.encoder.text(x.flip(1), mask).flip(1) - model.encoder.text(x, mask)).abs().max() > 0.1
-
 
 # --- Images in the prompt
 def test_images_reach_their_own_samples(model, make_batch):
@@ -148,14 +133,12 @@ def test_images_reach_their_own_samples(model, make_batch):
         assert changed.flatten(1).any(1).nonzero().tolist() == [[slot // batch.text_ids.shape[1]]]
     assert 0 < len(batch.pixels) < 4
 
-
 def test_splice_puts_tokens_in_order_and_refuses_a_wrong_number():
     words, tokens = torch.zeros(2, 3, 2), torch.arange(1.0, 5)[:, None].expand(4, 2).view(2, 2, 2)
     assert splice(words, torch.tensor([0, 1, 3, 4]), tokens)[..., 0].tolist() == [[1, 2, 0], [3, 4, 0]]
     for slots in ([0, 1, 3], [0, 1, 2, 3, 4], []):
         with pytest.raises(ValueError, match=f"{len(slots)} .*2 images of 2 tokens"):
             splice(words, torch.tensor(slots, dtype=torch.long), tokens)
-
 
 def test_a_connector_gets_its_own_samples_words(model, make_batch):
     batch, given = make_batch(model.config, 5, text_to_image=1.0, recovery=1.0), []
@@ -165,7 +148,6 @@ def test_a_connector_gets_its_own_samples_words(model, make_batch):
     assert 0 < len(patches) < 5 and torch.equal(words, model.encoder.text.embedding(batch.text_ids[owners]))
     assert torch.equal(mask.sum(1), batch.lengths[owners])
 
-
 def test_a_batch_without_images_still_reaches_every_weight(model, make_batch):
     """Several processes wait for the gradient of every weight."""
     batch = make_batch(model.config, 2, text_to_image=1.0)
@@ -173,7 +155,6 @@ def test_a_batch_without_images_still_reaches_every_weight(model, make_batch):
     unused = {n for n, p in model.named_parameters() if p.grad is None}
     for_pooling = ("encoder.vision.blocks.1.", "encoder.vision.post_norm.")
     assert len(batch.pixels) == 0 and all(n.startswith(for_pooling) for n in unused)
-
 
 # --- Weights and training
 def test_a_new_model_guesses_and_its_weights_have_the_stated_spread():
@@ -189,7 +170,6 @@ def test_a_new_model_guesses_and_its_weights_have_the_stated_spread():
     for weight, std in ((decoder.code_embedding.weight, 0.1), (decoder.output.weight, 0.05)):
         assert torch.equal(weight[0], weight[1]) and weight.std().item() == pytest.approx(std, rel=0.2)
 
-
 def test_dropout_and_norms_are_where_t5_and_llamagen_have_them(model, make_batch):
     """After embeddings, attention and MLP, and in T5 also inside the MLP and at the end."""
     calls = Counter()
@@ -202,7 +182,6 @@ def test_dropout_and_norms_are_where_t5_and_llamagen_have_them(model, make_batch
     assert calls == {"encoder.text.dropout": 2, "decoder.dropout": 1, **blocks}
     for part, eps in ((model.encoder.text, 1e-6), (model.decoder, 1e-5)):
         assert {module.eps for module in part.modules() if isinstance(module, torch.nn.RMSNorm)} == {eps}
-
 
 @pytest.mark.parametrize("name, trains, frozen", [
     ("align", "projector,decoder", ("encoder",)), ("pretrain", "encoder,projector,decoder", ()),
@@ -221,7 +200,6 @@ def test_frozen_parts_do_not_move(name, trains, frozen, model, make_batch):
     assert still == {n for n in parameters if n.startswith(("vqgan", *frozen))}
     assert not any("vqgan" in n for n in stage.state_dict())  # nor is it saved with the stage
 
-
 @torch.no_grad()
 def test_in_bfloat16_the_logits_stay_near_float32(model, make_batch):
     batch, logits = make_batch(model.config, 3), []
@@ -232,7 +210,6 @@ def test_in_bfloat16_the_logits_stay_near_float32(model, make_batch):
     assert prefix.dtype == torch.bfloat16 and logits[1].dtype == torch.float32
     assert model.decoder.rotary.dtype == torch.complex64 and greedy(model, batch, 3.0).shape == (3, 64)
     assert (logits[1] - logits[0]).abs().mean() < 0.1 * logits[0].std()
-
 
 @pytest.mark.parametrize("changes, message", [
     (dict(context=256), "context=256: .*256"), (dict(connector="resampler"), "connector=resampler.*mlp"),

@@ -23,15 +23,12 @@ from tokenizer import TextTokenizer
 TRAINED = ROOT / "trained" / "tiny"
 PROMPT = "A big red star at the top left on a green background"
 
-
 def held_out(world, task, count):
     dataset = Samples(world, {task: 1.0}, "scores", held_out=True)
     return [dataset[i] for i in range(count)]
 
-
 def near(a, b):
     return a.shape == b.shape and np.abs(a.astype(int) - b.astype(int)).max() <= 1  # rounding
-
 
 # --- Choosing a code
 def test_top_k_keeps_ties_and_top_p_the_best():
@@ -46,7 +43,6 @@ def test_top_k_keeps_ties_and_top_p_the_best():
                               (0.1, 0, 0.9, 1), (1, 2, 0.6, 1)):  # of what temperature and top-k left
         assert filter_logits(shares, *arguments).isfinite().sum() == count
 
-
 def test_codes_are_drawn_from_the_distribution():
     shares, generator = torch.tensor([0.6, 0.3, 0.1]), torch.Generator().manual_seed(0)
     for temperature, top_k, expected in ((1.0, 0, shares), (0.5, 0, shares**2 / (shares**2).sum()),
@@ -58,7 +54,6 @@ def test_codes_are_drawn_from_the_distribution():
     best = choose(torch.tensor([[0.0, 1.0], [5.0, 1.0]]), SamplingConfig(temperature=0.0), [generator] * 2)
     assert best.tolist() == [1, 0]
 
-
 # --- Drawing
 def test_each_picture_has_its_own_seed(pipeline, world):
     """The fifth of eight can be drawn alone, and beside other prompts, in any batches."""
@@ -69,7 +64,6 @@ def test_each_picture_has_its_own_seed(pipeline, world):
     assert all(map(near, alone, [eight[i] for i in (0, 4, 7)])) and all(map(near, in_threes, eight))
     assert len({picture.tobytes() for picture in eight[:4]}) == 4  # one prompt, four pictures
 
-
 def test_drawing_reads_no_number_back(model, make_batch):
     """A GPU would have to be waited for; with FakeTensorMode, whose tensors hold nothing, it fails."""
     batch, sampling = make_batch(model.config, 3), SamplingConfig(cfg_scale=3.0, top_k=9, top_p=0.9)
@@ -77,7 +71,6 @@ def test_drawing_reads_no_number_back(model, make_batch):
         codes = sample.generate(model, batch, sampling, [None] * 3)
         with pytest.raises(RuntimeError, match="_local_scalar_dense"):
             codes.max().item()
-
 
 def test_the_trained_model_draws_what_it_is_told(pipeline, world):
     asked = [s for s in held_out(world, "text_to_image", 30) if len(s.scene.subjects) == 1][:16]
@@ -88,7 +81,6 @@ def test_the_trained_model_draws_what_it_is_told(pipeline, world):
     errors = [np.square((a.astype(float) - b) / 255).mean() ** 0.5 for a, b in zip(rebuilt, targets)]
     assert np.mean(errors) < 0.08
 
-
 def test_a_folder_is_opened_at_its_last_finished_stage(pipeline, tmp_path):
     out = shutil.copytree(TRAINED, tmp_path / "out")
     shutil.copytree(out / "instruct", out / "align")
@@ -98,7 +90,6 @@ def test_a_folder_is_opened_at_its_last_finished_stage(pipeline, tmp_path):
     assert scale(out) == pipeline.model.config.sampling.cfg_scale != 5 and scale(out / "align") == 5
     (out / "instruct" / "model.safetensors").unlink()  # still in training
     assert scale(out) == 5 and not pipeline.model.training and not pipeline.vqgan.training
-
 
 @pytest.mark.parametrize("name, change, message", [
     ("spiece.model", lambda whole: TextTokenizer.train(["another text"]).proto, "was trained with another"),
@@ -114,18 +105,15 @@ def test_a_folder_whose_parts_do_not_belong_together_is_refused(tmp_path, name, 
         Pipeline(out, "cpu")
     assert (name == "spiece.model" or str(out) in str(error.value)) and "\n" not in str(error.value)
 
-
 # --- The judge and the scores
 @pytest.fixture(scope="module")
 def judge(world):
     return Judge(world)
 
-
 def test_the_judge_reads_true_renders_perfectly(world, judge):
     rng = random.Random(0)
     scenes = [world.random_scene(rng, world.random_subjects(rng, 1, i % 2 == 0)) for i in range(200)]
     assert judge.read([world.draw(scene) for scene in scenes]) == scenes
-
 
 def test_the_judge_finds_the_nearest_render(world, judge):
     """No scene that a random search finds is nearer to noise than the judge's, on the same background."""
@@ -135,7 +123,6 @@ def test_the_judge_finds_the_nearest_render(world, judge):
     for _ in range(300):
         other = world.random_scene(rng, world.random_subjects(rng, 1))
         assert distance(found) <= distance(found._replace(subjects=other.subjects))
-
 
 def test_scores_count_attributes(world, judge):
     asked = held_out(world, "subject_driven", 40)
@@ -147,12 +134,10 @@ def test_scores_count_attributes(world, judge):
     scores = judge_pictures(judge, drawn, asked)
     assert (scores["cp"], scores["pf"], scores["cp_pf"], scores["cp_over_pf"]) == (0.75, 0.25, 0.1875, 3)
 
-
 def test_copying_the_reference_follows_the_prompt_by_chance_only(world, judge):
     asked = held_out(world, "subject_driven", 512)
     copied = judge_pictures(judge, [s.images[0] for s in asked], asked)
     assert copied["cp"] == 1 and copied["pf"] == pytest.approx(0.2446, abs=5e-5)
-
 
 def test_a_perfect_model_has_perfect_scores(pipeline, tmp_path, capsys):
     perfect = SimpleNamespace(size=32, record={"data": "shapes"}, vqgan=pipeline.vqgan)
@@ -165,7 +150,6 @@ def test_a_perfect_model_has_perfect_scores(pipeline, tmp_path, capsys):
     assert 1 > scores["bounds"]["tokenizer"]["cp"] > 0.8 and scores["prompts"] == 12
     assert len(capsys.readouterr().out.splitlines()) == 4 and (tmp_path / "sheet.png").is_file()
 
-
 def test_a_sheet_shows_reference_prompt_drawing_and_ideal(tmp_path):
     red, green, blue = (np.full((32, 32, 3), np.eye(3)[i] * 255, np.uint8) for i in range(3))
     samples = [Sample("", PROMPT, [red], blue), Sample("", PROMPT, [], blue)]
@@ -174,14 +158,12 @@ def test_a_sheet_shows_reference_prompt_drawing_and_ideal(tmp_path):
     left = [np.flatnonzero((sheet == 255 * np.eye(3)[i]).all(-1).any(0))[0] for i in range(3)]
     assert left == sorted(left) and left[1] > left[0] + 300
 
-
 # --- The command line
 @pytest.fixture
 def reference(world, tmp_path):
     picture = Image.fromarray(held_out(world, "subject_driven", 1)[0].images[0])
     picture.resize((70, 50)).save(tmp_path / "ref.png")
     return str(tmp_path / "ref.png")
-
 
 @pytest.mark.parametrize("arguments, prompt, images, count, shown", [
     ([PROMPT, "--n=3"], PROMPT, 0, 3, 3), ([""], "", 0, 1, 1),
@@ -199,7 +181,6 @@ def test_the_command_line_draws(arguments, prompt, images, count, shown, referen
     picture, expected = Image.open(out), SamplingConfig(1.0, 0.5, 9, 0.9)
     assert how == [expected, 7] and picture.width == shown * picture.height >= 256
     assert [picture.text[key] for key in ("prompt", "seed", "top_k")] == [prompt, "7", "9"]
-
 
 @pytest.mark.parametrize("arguments, message", [
     (["A big red staar on a green ocean"], "staar, ocean"),
@@ -221,7 +202,6 @@ def test_mistakes_get_a_message_and_no_picture(arguments, message, reference, tm
         sample.main([str(TRAINED), f"--out={tmp_path}/x.png", *given, "--device=cpu"])
     assert "\n" not in str(error.value).strip() and contents(tmp_path) == before
 
-
 def test_what_a_model_has_never_met_is_said(reference, tmp_path, capsys):
     out = shutil.copytree(TRAINED, tmp_path / "out")
     record = json.loads((out / "instruct" / "stage.json").read_text()) | {"instruct.mix": "segmentation:1"}
@@ -231,7 +211,6 @@ def test_what_a_model_has_never_met_is_said(reference, tmp_path, capsys):
         sample.main([str(out), *prompt, f"--out={tmp_path}/x.png", "--device=cpu"])
         assert capsys.readouterr().out.count("note: ") == count  # , ( ) ! and the task
         assert not set(",()!") & set(Image.open(tmp_path / "x.png").text["prompt"])
-
 
 def test_a_users_error_is_one_line_and_exit_code_2(tmp_path):
     with pytest.raises(ValueError, match="--device=nowhere: "):

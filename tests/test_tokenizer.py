@@ -25,15 +25,12 @@ SMALL = TokenizerConfig(image_size=32, ch=8, ch_mult=(1, 1, 2), num_res_blocks=1
                         z_channels=16, codebook_size=32)
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea423c2713d436b5ee\nsize 12345\n"
 
-
 @pytest.fixture
 def vqgan():
     return VQGAN(SMALL).eval()
 
-
 def some_images(count):
     return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
-
 
 def make_stage(pictures=(), **keys):
     """A TokenizerStage of the small VQGAN that trains 100 steps."""
@@ -42,7 +39,6 @@ def make_stage(pictures=(), **keys):
     torch.manual_seed(0)
     return TokenizerStage(replace(preset, vqgan=SMALL, tokenizer=replace(preset.tokenizer, **keys)), CPU,
                           pictures.__getitem__)
-
 
 # --- The model
 def test_encode_and_decode_are_the_training_pass_in_two_halves(vqgan):
@@ -57,18 +53,15 @@ def test_encode_and_decode_are_the_training_pass_in_two_halves(vqgan):
         close(vqgan.decode(codes.flatten(1)), made, atol=1e-5, rtol=1e-5)
     assert counts == [5, 2, 2, 1] and not vqgan.decode(codes.flatten(1)).requires_grad
 
-
 def test_a_new_tokenizers_residual_branches_are_silent():
     x = torch.randn(1, 8, 4, 4)
     assert torch.equal(tokenizer.ResnetBlock(8, 8, 4)(x), x) and torch.equal(tokenizer.AttnBlock(8, 4)(x), x)
-
 
 def test_sizes_that_cannot_be_are_refused():
     assert TokenizerConfig().grid_size == 32 and train.PRESETS["tiny"].vqgan.grid_size == 8
     for sizes, message in (({"image_size": 500}, "image_size=500: .*16"), ({"ch": 16}, "groups=32: .*16")):
         with pytest.raises(ValueError, match=message):
             TokenizerConfig(**sizes)
-
 
 # --- The codebook
 def test_the_nearest_code_is_chosen():
@@ -81,7 +74,6 @@ def test_the_nearest_code_is_chosen():
     many = F.normalize(torch.randn(70_000, 8), dim=-1)  # more rows than one product takes
     assert torch.equal(nearest(many, quantizer.codebook())[-9:], nearest(many[-9:], quantizer.codebook()))
 
-
 def test_the_gradient_passes_straight_through():
     quantizer, probe = VectorQuantizer(SMALL), torch.randn(1, 8, 2, 2)
     z = torch.randn(1, 8, 2, 2, requires_grad=True)
@@ -89,7 +81,6 @@ def test_the_gradient_passes_straight_through():
     direct, = torch.autograd.grad((F.normalize(z, dim=1) * probe).sum(), z)  # as if nothing had been rounded
     close(z.grad, direct)
     assert quantizer.embedding.weight.grad is None or not quantizer.embedding.weight.grad.any()
-
 
 def test_the_codebook_loss_moves_codes_and_the_commitment_loss_the_encoder():
     quantizer, z = VectorQuantizer(replace(SMALL, beta=0.3)), torch.randn(1, 8, 2, 2, requires_grad=True)
@@ -101,13 +92,11 @@ def test_the_codebook_loss_moves_codes_and_the_commitment_loss_the_encoder():
     expected = torch.autograd.grad(codebook_loss + 0.3 * commitment_loss, [quantizer.embedding.weight, z])
     close((code_side, encoder_side), expected)
 
-
 def test_codes_are_the_same_inside_autocast():
     quantizer, z = VectorQuantizer(TokenizerConfig(codebook_size=4096)), torch.randn(1, 8, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
         z_q, loss, codes = quantizer(z)
     assert torch.equal(codes, quantizer(z)[2]) and z_q.dtype == loss.dtype == torch.float32
-
 
 def test_every_rare_sight_gets_a_code_before_a_common_one_gets_a_second():
     """20 sights, one of them 5,000 times as common as the others, each seen with a little noise."""
@@ -121,7 +110,6 @@ def test_every_rare_sight_gets_a_code_before_a_common_one_gets_a_second():
     close(common, F.normalize(z[:5000].mean(0), dim=0), atol=1e-5, rtol=0)
     few = spread_codes(z[:3].repeat(9, 1), 8, torch.Generator().manual_seed(0))  # fewer sights than codes
     close(few.norm(dim=1), torch.ones(8))
-
 
 # --- Its training
 def test_codes_are_placed_at_the_end_of_every_window_but_the_last():
@@ -142,7 +130,6 @@ def test_codes_are_placed_at_the_end_of_every_window_but_the_last():
     late.after_step(8)  # once, however late
     assert not torch.equal(before, late.model.quantize.embedding.weight)
 
-
 def test_the_codes_in_use_are_counted_over_a_window(capsys):
     stage, images = make_stage(some_images(64), restart_every=3), some_images(4)
     stage(SimpleNamespace(targets=images), 0), stage(SimpleNamespace(targets=images), 1)
@@ -152,7 +139,6 @@ def test_the_codes_in_use_are_counted_over_a_window(capsys):
     assert capsys.readouterr().out == "tokenizer: 25% of the codes in use, perplexity 8\n"
     assert not stage.counts.any()  # the next window is counted anew
 
-
 def test_before_codebook_start_nothing_is_rounded():
     stage, images = make_stage(codebook_start=0.4), some_images(2)
     made, _, quantizer_loss, z, _ = stage.reconstruct(images, 39)
@@ -160,7 +146,6 @@ def test_before_codebook_start_nothing_is_rounded():
     rounded, _, later_loss, _, codes = stage.reconstruct(images, 40)
     close(rounded, stage.model.decode(codes.flatten(1)), atol=1e-5, rtol=1e-5)
     assert quantizer_loss == 0 < later_loss
-
 
 def test_collages_keep_whole_cells():
     pictures = torch.arange(6.0)[:, None, None, None].expand(6, 3, 32, 32)
@@ -176,7 +161,6 @@ def test_collages_keep_whole_cells():
     assert len(windows) > 9 and {corner for corner, _ in windows} == {True, False}
     assert torch.equal(collages(pictures[:5], 8, 0)[0][4], pictures[4])              # an odd last one stays
 
-
 def test_consistency_is_the_change_of_kept_cells():
     z, kept = torch.randn(5, 8, 8, 8), torch.zeros(8, 8, dtype=torch.bool)
     kept[2:4, 3:6] = True
@@ -185,13 +169,11 @@ def test_consistency_is_the_change_of_kept_cells():
     z[1, :, 2, 3] = -z[0, :, 2, 3]           # as far as can be: 4 over 8 channels, in one of 12 pairs
     assert consistency_loss(z, kept).item() == pytest.approx(4 / 8 / 12)
 
-
 def test_the_discriminator_and_its_losses():
     logits = PatchDiscriminator()(torch.randn(2, 3, 64, 64))
     assert logits.shape == (2, 1, 6, 6)  # as pix2pix's: halved three times, then two convolutions of 4 x 4
     for real, fake, loss in (([2.0, 0], [-2.0, 0], 0.5), ([-1.0], [-5.0], 1), ([5.0], [1.0], 1)):
         assert hinge_d_loss(torch.tensor(real), torch.tensor(fake)) == loss
-
 
 def test_the_adaptive_weight_makes_both_gradients_equally_long():
     weight = torch.nn.Parameter(torch.ones(3))
@@ -199,7 +181,6 @@ def test_the_adaptive_weight_makes_both_gradients_equally_long():
     ratio = adaptive_weight((weight * torch.tensor([3.0, 9, 9])).sum(), weight.sum(), weight, average)
     assert ratio.item() == pytest.approx(3, rel=1e-3) and not ratio.requires_grad  # averaged, then measured
     assert adaptive_weight(2 * weight.sum(), (1e-9 * weight).sum(), weight, average) == 1e4
-
 
 def test_every_part_of_the_loss_has_its_weight_and_its_time():
     """The discriminator learns from step 20 on, and the VQGAN from it from 21 on."""
@@ -220,7 +201,6 @@ def test_every_part_of_the_loss_has_its_weight_and_its_time():
     close(stage.validation_loss(batch), reconstruction + 0.2 * quantizer_loss)
     assert torch.equal(stage.counts, counts) and len(stage.seen) == 2 and not make_stage().own_optimizers
 
-
 def test_the_vqgans_step_does_not_train_the_discriminator_nor_its_own_the_vqgan():
     stage = make_stage(disc_start=0.0)
     stage(SimpleNamespace(targets=some_images(4)), 1)[0].backward()
@@ -232,7 +212,6 @@ def test_the_vqgans_step_does_not_train_the_discriminator_nor_its_own_the_vqgan(
         assert torch.equal(tensor, weights[name]) != name.startswith("disc."), name
     assert all(torch.equal(p.grad, g) for p, g in zip(stage.model.parameters(), gradients, strict=True))
     assert not any(p.requires_grad for p in stage.disc.parameters()) and not stage.seen
-
 
 def test_the_discriminator_learns_to_tell_pictures_apart_from_every_micro_batch():
     """Its step after two halves of a batch is its step after the whole."""
@@ -247,7 +226,6 @@ def test_the_discriminator_learns_to_tell_pictures_apart_from_every_micro_batch(
         learnt.append(torch.cat([p.flatten() for p in stage.disc.parameters()]))
     close(*learnt, atol=1e-6, rtol=1e-4)
 
-
 # --- The text tokenizer
 def test_texts_become_ids(text_tokenizer):
     ids = text_tokenizer.encode("The star in <image>.\nA star", image_tokens=3)
@@ -257,14 +235,12 @@ def test_texts_become_ids(text_tokenizer):
     assert text_tokenizer.vocab_size == max(text_tokenizer.added.values()) + 1 == text_tokenizer.image_id + 1
     assert TextTokenizer(text_tokenizer.proto).digest == text_tokenizer.digest
 
-
 def test_unknown_words_are_told():
     words = " ".join(f"w{i}" for i in range(9000))  # in one sentence, longer than SentencePiece's own limit
     ours = TextTokenizer.train(["A dog on the beach.", "(two cats, one T-shirt)", words])
     assert ours.unknown_words(f"{words} a DOG, one shirt (two <image>).") == []
     assert ours.unknown_words("a zebra on a Zeppelin, a zebra!") == ["zebra", "Zeppelin", "!"]
     assert ours.encode("beach.") == ours.encode("beach .") and {"dog", "w8999"} <= set(ours.known_words())
-
 
 # --- Configurations, files and folders
 def test_a_configuration_becomes_flat_keys_and_comes_back():
@@ -277,7 +253,6 @@ def test_a_configuration_becomes_flat_keys_and_comes_back():
     with pytest.raises(ValueError, match="decoder.width=90: .*multiple of 4"):  # checked as a whole
         rebuild(run, flat | {"model.decoder.width": 90})
 
-
 def test_a_saved_model_is_the_same_bit_for_bit(vqgan, model, tmp_path):
     for saved, config in ((vqgan, TokenizerConfig()), (model, MentorConfig())):
         folder, state = tmp_path / "deep" / type(saved).__name__, torch.get_rng_state()
@@ -289,7 +264,6 @@ def test_a_saved_model_is_the_same_bit_for_bit(vqgan, model, tmp_path):
     assert torch.equal(again.decoder.rotary, model.decoder.rotary)  # no file holds it
     save_model(model.bfloat16(), folder)
     assert {p.dtype for p in load_model(Mentor, MentorConfig(), folder).parameters()} == {torch.float32}
-
 
 @pytest.mark.parametrize("name, old, new, message", [
     ("model.safetensors", None, None, "model.safetensors is missing: train the stage tokenizer"),
@@ -312,7 +286,6 @@ def test_a_folder_that_does_not_fit_is_one_clear_line(vqgan, tmp_path, name, old
         load_model(VQGAN, TokenizerConfig(), tmp_path / "tokenizer")
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
-
 def test_weights_that_do_not_fit_are_one_clear_line(vqgan, tmp_path):
     save_model(vqgan, tmp_path)
     name, nan, inf = "quant_conv.bias", torch.full((8,), torch.nan), torch.tensor([0.0, -torch.inf] * 4)
@@ -324,7 +297,6 @@ def test_weights_that_do_not_fit_are_one_clear_line(vqgan, tmp_path):
             load_model(VQGAN, TokenizerConfig(), tmp_path)
         assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
-
 @pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
 def test_files_may_be_read_as_the_users_umask_says(vqgan, tmp_path, mask, mode):
     before = os.umask(mask)
@@ -333,7 +305,6 @@ def test_files_may_be_read_as_the_users_umask_says(vqgan, tmp_path, mask, mode):
     finally:
         os.umask(before)
     assert [f.stat().st_mode & 0o777 for f in tmp_path.iterdir()] == [mode, mode]
-
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 5")])
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, error):

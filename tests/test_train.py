@@ -37,10 +37,8 @@ children = multiprocessing.get_context("forkserver")  # imports the packages onc
 children.set_forkserver_preload(["torch", "torch.distributed.nn.functional", "torch.utils.data", "pytest",
                                  "safetensors.torch", "sentencepiece", "PIL.Image", "PIL.ImageDraw", "tqdm"])
 
-
 def run(out, *arguments):
     train.main([*SHORT, f"--out={out}", *arguments])
-
 
 @contextmanager
 def quickly():
@@ -50,12 +48,10 @@ def quickly():
         patch.setattr(train, "show_result", lambda *arguments: None)
         yield patch
 
-
 @pytest.fixture(autouse=True, scope="module")
 def quick():
     with quickly():
         yield
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -63,7 +59,6 @@ def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("trained")
     run(out)
     return out
-
 
 @pytest.fixture(scope="module")
 def undisturbed(trained, tmp_path_factory):
@@ -73,7 +68,6 @@ def undisturbed(trained, tmp_path_factory):
         run(out, NO_DROPOUT, f"--stage={stage}", *few_steps(steps=2))
     return out
 
-
 def link(trained, out, stage):
     """Let `out` begin with another run's finished stages before this one."""
     out.mkdir(parents=True, exist_ok=True)
@@ -81,30 +75,24 @@ def link(trained, out, stage):
         (out / name).symlink_to(trained / name)
     return out
 
-
 def weights(out, stage):
     return load_file(out / stage / "model.safetensors")
-
 
 def log_of(out, stage):
     lines = train.read_log(out / stage / "log.jsonl")
     return [{key: value for key, value in line.items() if key != "samples_per_s"} for line in lines]
 
-
 def same(a, b, stage):
     """Whether two runs ended a stage with the same weights and the same log, bit for bit."""
     return same_weights(weights(a, stage), weights(b, stage)) and log_of(a, stage) == log_of(b, stage)
 
-
 def state_of(out, stage):
     return torch.load(out / stage / "state.pt", weights_only=True)
-
 
 def at_step(patch, number, act):
     """Call act() once step `number` has been logged, before anything is saved."""
     write = train.Log.write
     patch.setattr(train.Log, "write", lambda log, step: (write(log, step), step == number and act()))
-
 
 @contextmanager
 def dies_at(monkeypatch, number):
@@ -113,14 +101,12 @@ def dies_at(monkeypatch, number):
         at_step(patch, number, lambda: 1 / 0)
         yield patch
 
-
 def stage_and_batch(name, world, text_tokenizer, *keys, drop=0.0):
     config = train.parse([*SHORT, *keys])
     torch.manual_seed(0)
     stage = MentorStage(name, config, CPU, Mentor(config.model), VQGAN(config.vqgan))
     dataset = Samples(world, train.parse_mix(getattr(config, name).mix), 0, prefix_drop=drop)
     return config, stage, Collate(text_tokenizer, config.model, 32)([dataset[i] for i in range(8)])
-
 
 # --- Going on
 @pytest.mark.parametrize("stage, keys", [
@@ -145,7 +131,6 @@ def test_a_stage_that_was_stopped_goes_on_bit_for_bit(stage, keys, trained, tmp_
     names = {"config.json", "log.jsonl", "model.safetensors", "stage.json"}
     assert {file.name for file in (tmp_path / stage).iterdir()} == names
 
-
 def child(arguments, kill_at=0):
     """The body of a child process: a run whose held-out loss is best at step 4. It dies when something is to
     be written for the kill_at-th time."""
@@ -165,7 +150,6 @@ def child(arguments, kill_at=0):
             patch.setattr(owner, name, watched(getattr(owner, name)))
         train.main(arguments)
 
-
 def ended(*arguments, body=child):
     """The exit code of a child process; None if it does not end."""
     process = children.Process(target=body, args=arguments)
@@ -173,7 +157,6 @@ def ended(*arguments, body=child):
     process.join(100)
     process.kill()
     return process.exitcode
-
 
 def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path):
     """All stages on a few own pictures, saving at every step; of these the best weights are kept."""
@@ -185,7 +168,6 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path):
     assert {ended(killed, moment) for moment in moments} <= {0, -signal.SIGKILL}, moments
     assert ended(killed) == 0, moments
     assert all(same(tmp_path / "straight", tmp_path / "killed", stage) for stage in STAGES), moments
-
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_save_before_they_end_the_run(number, trained, tmp_path, monkeypatch, capsys):
@@ -208,7 +190,6 @@ def test_signals_save_before_they_end_the_run(number, trained, tmp_path, monkeyp
         run(tmp_path / "last")
     assert not (tmp_path / "last" / "pretrain").exists()
 
-
 def test_a_damaged_or_foreign_checkpoint_is_one_line(trained, tmp_path, monkeypatch):
     link(trained, tmp_path, "align")
     with dies_at(monkeypatch, 2):
@@ -225,7 +206,6 @@ def test_a_damaged_or_foreign_checkpoint_is_one_line(trained, tmp_path, monkeypa
     file.unlink()  # as it says
     run(tmp_path, "--stage=align")
     assert same(tmp_path, trained, "align")
-
 
 def test_a_full_disk_costs_no_more_than_what_did_not_fit(trained, tmp_path, monkeypatch, capsys):
     """A checkpoint fails half-way, a line of the log too, and another as a whole."""
@@ -257,7 +237,6 @@ def test_a_full_disk_costs_no_more_than_what_did_not_fit(trained, tmp_path, monk
     log.write_text("")  # or there was none from the start
     train.draw_curves(tmp_path)
 
-
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(trained, tmp_path, monkeypatch):
     forward = MentorStage.forward
 
@@ -275,19 +254,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(trained, tmp
             "--instruct.lr=1e39", "--instruct.muon_lr=0")
     assert not (tmp_path / "last" / "instruct" / "model.safetensors").exists()
 
-
 # --- The same samples, however they are shared out
 def difference(a, b):
     """The largest of two models' weights. Softmax does not see a bias of the keys: its gradient is rounding
     noise, and AdamW makes steps of that."""
     return max((a[name] - b[name]).abs().max().item() for name in a if not name.endswith(".k.bias"))
 
-
 def test_steps_are_those_of_a_plain_loop(undisturbed, tmp_path, world, text_tokenizer):
     """Of one with whole batches: micro-batches are averaged, gradients clipped, rates scheduled."""
     out = link(undisturbed, tmp_path, "align")
     keys = (NO_DROPOUT, f"--out={out}", "--stage=align", "--align.steps=4", "--warmup=0.4",
-            "--prefix_drop=0.5", "--grad_clip=0.3", "--align.muon_lr=0", "--align.lr=0.001", "--align.final_lr=0.2")
+            "--prefix_drop=0.5", "--grad_clip=0.3", "--align.muon_lr=0", "--align.lr=0.001",
+            "--align.final_lr=0.2")
     config, losses, norms = train.parse([*SHORT, *keys]), [], []
     stage = train.build_stage("align", config, CPU, world).train()
     dataset, collate = train.make_dataset("align", config, world), Collate(text_tokenizer, config.model, 32)
@@ -311,7 +289,6 @@ def test_steps_are_those_of_a_plain_loop(undisturbed, tmp_path, world, text_toke
             assert [line[key] for line in log_of(out, "align")] == pytest.approx(values, rel=1e-3)
         [file.unlink() for file in (out / "align").iterdir()]
 
-
 def two(rank, runs):
     """The body of one of two processes: runs one after the other, each with a port to meet on. Process 1 is
     told to stop during step 2 of the last one."""
@@ -323,7 +300,6 @@ def two(rank, runs):
             if rank == 1 and arguments is runs[-1][1]:
                 at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
             train.main(arguments)
-
 
 def test_two_processes_equal_one(undisturbed, tmp_path, monkeypatch):
     """A tokenizer with discriminator, restarts of its codes and validation; pretraining; a stage that one
@@ -352,7 +328,6 @@ def test_two_processes_equal_one(undisturbed, tmp_path, monkeypatch):
             seen, again = ([line[key] for line in log_of(out / stage, stage)] for out in (one, both))
             assert len(seen) == 6 and again == pytest.approx(seen, rel=1e-3), (stage, key)
 
-
 class Broken:
     """A dataset whose sixth sample fails, in its own process."""
 
@@ -365,12 +340,10 @@ class Broken:
     def killed(self):
         os.kill(os.getpid(), signal.SIGKILL)
 
-
 def read_all(way):
     config, dataset = train.parse([*SHORT, "--workers=1"]), Broken()
     dataset.fail = getattr(dataset, way)
     list(train.make_batches(dataset, list, config.align, config, CPU, 0))
-
 
 def test_what_fails_in_a_data_process_is_one_line(tmp_path, monkeypatch):
     for way, message in ("torn", "^dog.png: torn$"), ("killed", "worker|process"):
@@ -378,16 +351,17 @@ def test_what_fails_in_a_data_process_is_one_line(tmp_path, monkeypatch):
             read_all(way)
         assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
     # unless a process shares its batch itself, this fails unseen, and the run waits for a batch forever
-    monkeypatch.setattr(torch.Tensor, "share_memory_", torch.Tensor.numpy)  # there too: it is a fork
-    with pytest.raises(ValueError, match="."):
-        run(tmp_path, "--stage=tokenizer", "--workers=1")
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory: No space left on device")
 
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # there too: it is a fork
+    with pytest.raises(ValueError, match="No space left"):
+        run(tmp_path, "--stage=tokenizer", "--workers=1")
 
 def test_a_run_that_fails_does_not_wait_for_its_data_processes(tmp_path):
     """Which leave the signals, with which Python would end them, to the training process."""
     diverges = [*SHORT, f"--out={tmp_path}", "--stage=tokenizer", "--workers=1", "--tokenizer.lr=1e30"]
     assert (ended(diverges), ended("torn", body=read_all)) == (1, 1)
-
 
 def test_every_stage_and_seed_has_its_own_samples_but_one_validation(world):
     runs = [(stage, train.parse(["tiny", f"--seed={seed}", f"--{stage}.mix=text_to_image:1"]))
@@ -397,13 +371,11 @@ def test_every_stage_and_seed_has_its_own_samples_but_one_validation(world):
     assert len(set(first)) == 4 and len({s.target.tobytes() for s in held}) == 1
     assert held[0].scene.subjects[0].subject in world.held_out_subjects and not held[0].drop
 
-
 # --- What trains, and the losses
 @pytest.mark.parametrize("wrong", ["projector,decodr", "", "all"])
 def test_a_part_that_is_not_there_is_refused(wrong, world, text_tokenizer):
     with pytest.raises(ValueError, match=f"--align.trains.*{wrong[-6:]}"):
         stage_and_batch("align", world, text_tokenizer, f"--align.trains={wrong}")
-
 
 def test_a_new_model_guesses_and_a_dropped_prompt_is_not_seen(world, text_tokenizer):
     _, stage, batch = stage_and_batch("instruct", world, text_tokenizer)
@@ -417,7 +389,6 @@ def test_a_new_model_guesses_and_a_dropped_prompt_is_not_seen(world, text_tokeni
         given = replace(batch, drop=torch.full((8,), drop))
         assert losses == len({stage(replace(given, **change), 0)[0].item() for change in (
             {}, {"text_ids": words}, {"pixels": batch.pixels + 1})})
-
 
 def test_hidden_words_are_predicted_from_the_picture_and_the_other_words(world, text_tokenizer):
     """Against each sample alone, without padding: the mean loss of its hidden words, which are not seen."""
@@ -435,7 +406,6 @@ def test_hidden_words_are_predicted_from_the_picture_and_the_other_words(world, 
     for given in (batch, padded):
         loss = train.hidden_words_loss(model, given, patches)
         close(loss, torch.stack(losses).mean(), rtol=1e-4, atol=1e-4)
-
 
 def test_contrastive_loss_is_clips_and_compares_pictures_with_their_real_words(world, text_tokenizer):
     """The mean cross entropy of both directions, of cosines times a scale of at most 100."""
@@ -456,7 +426,6 @@ def test_contrastive_loss_is_clips_and_compares_pictures_with_their_real_words(w
         close(logs["hidden_words"], train.hidden_words_loss(stage.model, batch, vision(pixels[32])))
         close(loss, stage.code_losses(batch)[0].mean() + logs["contrastive"] + logs["hidden_words"])
 
-
 def test_gradients_do_not_depend_on_threads(world, text_tokenizer):
     """As index_put's do, the gradient of table[rows]: several threads add it up in any order."""
     _, stage, batch = stage_and_batch("pretrain", world, text_tokenizer, drop=0.5)
@@ -464,7 +433,6 @@ def test_gradients_do_not_depend_on_threads(world, text_tokenizer):
         stage(batch, 0)[0].backward()
     names = {event.key for event in seen.key_averages()}
     assert "aten::embedding_dense_backward" in names and "index_put" not in str(names)
-
 
 # --- The optimizers
 def test_muon_is_its_formula_and_torchs():
@@ -488,7 +456,6 @@ def test_muon_is_its_formula_and_torchs():
     close([p.data for p in ours], plain, atol=2e-5, rtol=1e-4)
     close(ours, theirs, atol=2e-3, rtol=0) if reference else None  # theirs iterates in bfloat16
 
-
 def test_every_parameter_has_its_optimizer_its_decay_and_its_rate(world, text_tokenizer):
     config, stage, _ = stage_and_batch("pretrain", world, text_tokenizer)
     adamw, muon = train.make_optimizers(stage, config.pretrain, config)
@@ -508,7 +475,6 @@ def test_every_parameter_has_its_optimizer_its_decay_and_its_rate(world, text_to
     assert factors[0] == 1 / 50 and factors[49] == max(factors) == 1
     assert factors[525] == pytest.approx(0.55, abs=0.01) and factors[-1] == pytest.approx(0.1, abs=1e-3)
 
-
 # --- Keys, folders and messages
 def test_command_lines_become_runs(monkeypatch, capsys):
     monkeypatch.setenv("HOME", "/home/me")
@@ -523,7 +489,6 @@ def test_command_lines_become_runs(monkeypatch, capsys):
     train.main(["--help"])
     text = capsys.readouterr().out
     assert all(f"    {key.rpartition('.')[2]}: " in text for key in train.flatten(config))
-
 
 @pytest.mark.parametrize("arguments, message", [
     ("tinny", "tinny.*tiny, small, base, full"), ("tiny --sede=1", "--sede=1: .*--seed=0"),
@@ -541,7 +506,6 @@ def test_mistakes_on_the_command_line_get_a_message(arguments, message, tmp_path
     with pytest.raises(ValueError, match=message) as error:
         train.main([*arguments.split(), f"--out={tmp_path}/out", "--device=cpu"])
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
-
 
 def test_another_run_in_a_used_folder_is_refused_by_its_first_key(trained, tmp_path, monkeypatch):
     there = {name: value for name, value in contents(trained).items() if name.suffix == ".safetensors"}
@@ -562,7 +526,6 @@ def test_another_run_in_a_used_folder_is_refused_by_its_first_key(trained, tmp_p
     with pytest.raises(ValueError, match="align.lr=0.003.*0.5"):
         run(tmp_path, "--stage=align", "--align.lr=0.5")
 
-
 def test_stages_have_an_order(trained, tmp_path):
     for stage, missing in (("pretrain", "tokenizer"), ("align", "pretrain"), ("instruct", "align")):
         with pytest.raises(ValueError, match=f"{missing}.*train the stage {missing}"):
@@ -576,7 +539,6 @@ def test_stages_have_an_order(trained, tmp_path):
             run(tmp_path / "other", f"--stage={stage}")
     with pytest.raises(ValueError, match="decoder.width=32.*64"):
         run(link(trained, tmp_path / "wide", "align"), "--stage=align", "--model.decoder.width=64")
-
 
 def test_a_closed_pipe_and_a_file_for_progress(trained, tmp_path, capfd):
     """`python train.py ... 2> file | head -1`: the run goes on to its end, and the file has no bar."""

@@ -19,12 +19,10 @@ from tokenizer import VQGAN
 
 TINY = train.PRESETS["tiny"]
 
-
 @pytest.fixture
 def once(monkeypatch):
     """Everything that is timed runs once and takes a millisecond."""
     monkeypatch.setattr(bench, "median_seconds", lambda function, device: (function(), 1e-3)[1])
-
 
 @torch.no_grad()
 def test_drawing_without_a_cache_gives_the_same_logits(model):
@@ -34,7 +32,6 @@ def test_drawing_without_a_cache_gives_the_same_logits(model):
         codes = logits.argmax(-1)
         logits = model.decode_step(codes, cache)
         torch.testing.assert_close(without(codes, unread), logits, atol=1e-4, rtol=1e-4)
-
 
 @torch.no_grad()
 def test_the_drawing_that_is_timed_is_the_samplers(model, make_batch):
@@ -47,7 +44,6 @@ def test_the_drawing_that_is_timed_is_the_samplers(model, make_batch):
     step = lambda codes, cache: read.append(codes) or model.decode_step(codes, cache)
     bench.drawing(step, *model.prefill(prefix, batch.lengths.repeat(2)), chances[1], 63)()
     assert torch.equal(torch.stack(read, 1), codes[:, :63].repeat(2, 1)) and codes.unique().numel() > 9
-
 
 def test_the_released_codes_way_gives_the_same_losses_and_gradients(text_tokenizer, make_batch):
     """Left padding, a dense mask and the head everywhere: the same function."""
@@ -63,7 +59,6 @@ def test_the_released_codes_way_gives_the_same_losses_and_gradients(text_tokeniz
         results.append([losses.detach(), *(p.grad.clone() for p in stage.parameters() if p.grad is not None)])
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-3)
 
-
 def test_both_benchmarks_print_their_lines(once, capsys):
     bench.main(["tiny", "--device=cpu", "--instruct.global_batch=2"])
     out = capsys.readouterr().out
@@ -71,13 +66,11 @@ def test_both_benchmarks_print_their_lines(once, capsys):
     assert "64 prompts, KV cache: 2.048e+06 codes/s" in out
     assert out.count("instruct, 2 samples") == 2
 
-
 def options(tmp_path, part):
     """What gpu.main hands to a part, and the file that it writes."""
     file = tmp_path / "gpu.json"
     file.write_text("{}")
     return argparse.Namespace(out=file, part=part, small=True, device=torch.device("cpu"), peak=1e12), file
-
 
 @pytest.mark.parametrize("part, lines", [
     ("draw", ["copy", "1 eager", "2 graph", "2 compiled"]),
@@ -91,14 +84,12 @@ def test_parts_of_the_gpu_check_run_on_a_cpu(part, lines, once, tmp_path):
     if part == "draw":
         assert written["1 compiled"]["programs"] == 1 and written["1 compiled"]["skipped"] == 0
 
-
 def test_each_part_has_a_process_and_a_time_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "PARTS", {"presets": 1, "memory": 200})
     gpu.main(["--small", "--device=cpu", f"--out={tmp_path / 'gpu.json'}"])
     written = json.loads((tmp_path / "gpu.json").read_text())
     assert written["card"] == "CPU" and written["presets"]["whole part"]["exit_code"] == -9
     assert [result["exit_code"] for result in written["memory"].values()] == [0, 0, 0]
-
 
 def test_out_of_memory_is_one_line():
     program = "def main(keys):\n    raise torch.OutOfMemoryError('full')\nsample.cli(main, 'train.py')"

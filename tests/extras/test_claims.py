@@ -18,15 +18,12 @@ KEYS = ["tiny", *SMALL, "--vqgan.ch_mult=1,1,1,1", *few_steps(steps=2, global_ba
 ROWS = "--rows=without recovery,captions alone without stage 1"
 WORLD = Shapes(32)
 
-
 def samples_of(world, count=200, held_out=False, mix={"recovery": 1.0, "subject_driven": 1.0}):
     return [world.dataset(mix, "seed", 0.1, held_out)[i] for i in range(count)]
-
 
 def same(a, b):
     pictures = all(np.array_equal(x, y) for x, y in zip((*a.images, a.target), (*b.images, b.target)))
     return pictures and (a.prompt, a.drop, a.mask_seed) == (b.prompt, b.drop, b.mask_seed)
-
 
 def test_the_shortcut_is_in_training_samples_of_subject_driven_alone(monkeypatch):
     monkeypatch.setattr(claims, "COPY", 0.7)
@@ -43,7 +40,6 @@ def test_the_shortcut_is_in_training_samples_of_subject_driven_alone(monkeypatch
         counts += [1, copied, *left]
     assert np.allclose(counts[1:] / counts[0], (0.7, 0.4, 0.4), atol=0.13) and counts[0] > 80
     assert all(map(same, samples_of(WORLD, 20, True), samples_of(shortcut, 20, True)))
-
 
 def test_captions_alone_teach_only_the_vision_encoder_about_pictures():
     row, run = claims.ROWS["captions alone"], train.parse(KEYS)
@@ -64,7 +60,6 @@ def test_captions_alone_teach_only_the_vision_encoder_about_pictures():
         elif "patch_embedding" in name:
             assert both[name].any() and not p.grad.any()
 
-
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     out, judge = tmp_path_factory.mktemp("claims") / "run", sample.Judge(WORLD)
@@ -81,7 +76,6 @@ def out(tmp_path_factory):
         claims.main([*KEYS, f"--out={out}", ROWS, "--seeds=2"])  # after two stops
         yield out
 
-
 def test_a_row_trains_only_what_it_changes(out):
     assert {f.name for f in out.iterdir() if f.is_dir()} == {"tokenizer", "pretrain", "claims"}
     names = {"full", "without recovery", "captions alone", "captions alone without stage 1"}
@@ -96,7 +90,6 @@ def test_a_row_trains_only_what_it_changes(out):
         assert record["data"] == "shapes, copy 1, omit 0.5" and record["seed"] == seed
     logs = [(run / "pretrain/log.jsonl").read_text() for run in (out / "claims/captions_alone/seed_0", out)]
     assert ['"hidden_words": 0.0' in log for log in logs] == [True, False]
-
 
 def test_the_same_command_only_reads_and_the_table_holds_the_scores(out, monkeypatch):
     before = contents(out)  # logs hold times
@@ -115,7 +108,6 @@ def test_the_same_command_only_reads_and_the_table_holds_the_scores(out, monkeyp
     with pytest.raises(ValueError, match="data=shapes, copy 1, omit 0.5, .* copy 0.3"):
         claims.main([*KEYS, f"--out={out}", "--rows=full"])
 
-
 def test_rows_see_as_many_samples_and_the_other_tasks_keep_their_proportions():
     run = train.parse(["tiny", "--align.steps=6", "--align.global_batch=8", "--instruct.steps=5"])
     assert claims.ROWS["without stage 1"].keys(run) == {"instruct.steps": 5 + 2}
@@ -128,7 +120,6 @@ def test_rows_see_as_many_samples_and_the_other_tasks_keep_their_proportions():
     changed = claims.ROWS["without segmentation in stage 1"].keys(run)["align.mix"]
     assert train.parse_mix(changed) == {"text_to_image": 700, "reconstruction": 180}
     assert claims.ROWS["with multi-image"].keys(run)["instruct.lr"] == run.instruct.lr / 2
-
 
 def test_standard_errors_and_directions():
     generator = np.random.default_rng(0)
@@ -147,7 +138,6 @@ def test_standard_errors_and_directions():
     assert [mark[0] for mark in (right[0][2], *right[1])] == ["+"] * 4  # CP*PF falls, as the paper's
     assert lines[2].startswith(f"| full | 1 | {cp:.3f} ± {want[0]:.2f}") and f"{cp * pf:.3f} ± " in lines[2]
     assert "| 0.661 / 0.284 / 0.188 |" in lines[3]
-
 
 @pytest.mark.parametrize("arguments, message", [
     (["tiny", "--rows=without pain"], "no row 'without pain', but full, without stage 1, "),

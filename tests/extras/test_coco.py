@@ -13,10 +13,8 @@ from extras.released import Manifest
 RED = (220, 30, 30)
 BOX, SECOND = [4, 6, 30, 6, 30, 38, 4, 38], [40, 0, 60, 0, 60, 6, 40, 6]  # x 4..29, y 6..37; x 40..59, y 0..5
 
-
 def annotation(category=1, picture=1, segmentation=(BOX, SECOND), **more):
     return {"image_id": picture, "category_id": category, "segmentation": segmentation, **more}
-
 
 def make(folder, change=lambda instances, captions: None, turn=1):
     """Two turned pictures with a red object of two boxes, annotated in the first. Returns convert's files."""
@@ -37,10 +35,8 @@ def make(folder, change=lambda instances, captions: None, turn=1):
         file.write_text(json.dumps(content))
     return files
 
-
 def change(key, entry, captions=0, **fields):
     return lambda *files: files[captions][key][entry].update(fields)
-
 
 def test_pictures_captions_and_objects_become_lines(tmp_path):
     def odd(instances, captions):
@@ -58,7 +54,6 @@ def test_pictures_captions_and_objects_become_lines(tmp_path):
     assert Image.open(files[3] / mask).convert("L").histogram()[255] == 26 * 32 + 20 * 6
     with pytest.raises(ValueError, match="out is not empty"):
         coco.convert(*files)
-
 
 def test_what_cannot_be_used_is_counted_with_its_reason(tmp_path, capsys):
     def more(instances, captions):
@@ -81,7 +76,6 @@ def test_what_cannot_be_used_is_counted_with_its_reason(tmp_path, capsys):
         "cannot reshape array of size 1 into shape (2)": 2, "without end": 1}.items())
     assert {file.name for file in (tmp_path / "out/masks").iterdir()} == {"0.png", "11.png"}
 
-
 @pytest.mark.parametrize("change, message", [
     (lambda i, c: [x.update(image_id=9) for x in c["annotations"]], "captions.json: not of the pictures in "),
     (change("annotations", 0, segmentation=[]), "instances.json: has no object that can be used"),
@@ -98,7 +92,6 @@ def test_what_training_would_refuse_is_refused_before_anything_is_written(change
         coco.convert(*files)
     assert not files[3].exists()
 
-
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_masks_turn_with_their_pictures(turn, tmp_path):
     coco.convert(*make(tmp_path, turn=turn))
@@ -109,7 +102,6 @@ def test_masks_turn_with_their_pictures(turn, tmp_path):
     assert (load_mask(tmp_path / "out/masks/0.png", picture) == (seen == RED).all(-1)).all()
     target = Manifest(str(manifest), 48).dataset({"segmentation": 1.0}, 0)[0].target
     assert (target == RED).mean() > 0.2 and {RED, (0, 0, 0)} <= {tuple(c) for c in target.reshape(-1, 3)}
-
 
 def test_a_polygon_covers_the_pixels_whose_centres_are_in_it():
     def inside(corners, x, y):

@@ -10,18 +10,15 @@ from extras import dreambench
 STAR, RING = "live_subject/animal/00", "object/07"
 WORDS = {STAR: "Big/Star\nA big star on a red background\nA small star\n", RING: "ring\nA ring at the left\n"}
 
-
 @pytest.fixture
 def run(pipeline, monkeypatch, tmp_path):
     """run(folder, option, ...) draws into tmp_path/out with the model of the repository."""
     monkeypatch.setattr(dreambench, "Pipeline", lambda folder, device: pipeline)
     return lambda *arguments: dreambench.main(["model", *map(str, arguments), f"--out={tmp_path}/out"])
 
-
 def write(path, text=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text) if text else Image.new("RGB", (70, 50)).save(path)
-
 
 @pytest.fixture
 def bench(tmp_path):
@@ -30,7 +27,6 @@ def bench(tmp_path):
         write(tmp_path / f"bench/images/{name}.{'JPG' if name == STAR else 'jpg'}")
         write(tmp_path / f"bench/captions/{name}.txt", text)
     return tmp_path / "bench"
-
 
 def test_it_is_written_as_the_scorer_reads_it(bench, run, pipeline, tmp_path, monkeypatch):
     for hidden in ("._07", ".ipynb_checkpoints/07", "__MACOSX/07", "@eaDir/07"):
@@ -56,7 +52,6 @@ def test_it_is_written_as_the_scorer_reads_it(bench, run, pipeline, tmp_path, mo
     with pytest.raises(ValueError, match="out is not empty"):  # a scorer would read what another run has left
         run(bench)
 
-
 @pytest.mark.parametrize("name, content, message", [
     (f"captions/{RING}.txt", b"ring\n" + b"a ring at the left " * 40, "221 tokens"),
     (f"captions/{RING}.txt", b"ring\na \xff ring", "07.txt: .*UTF-8"),
@@ -71,7 +66,6 @@ def test_what_is_wrong_is_named_before_anything_is_drawn(name, content, message,
     with pytest.raises(ValueError, match=message):
         run(bench)
     assert not (tmp_path / "out").exists()
-
 
 def test_the_first_dreambench_is_read_from_its_list(run, tmp_path):
     line, bench = "'a {0} {1} at the %s'.format(unique_token, class_token)", tmp_path / "dataset"

@@ -19,13 +19,11 @@ from extras.emoji import CHANNELS, Emoji, Look
 
 TASKS = ["text_to_image", "reconstruction", "segmentation", "recovery", "subject_driven"]
 
-
 def draw(self, character):
     """In place of Emoji.glyph: noise with holes, 100 x 80. Some characters have no drawing."""
     noise = np.random.default_rng(ord(character)).integers(0, 256, (8, 10, 4)).astype(np.uint8)
     noise[..., 3] = 255 * (noise[..., 3] > 60) * ("SYMBOL" not in unicodedata.name(character))
     return Image.fromarray(noise * (noise[..., 3:] > 0), "RGBA").resize((100, 80), 0)
-
 
 @pytest.fixture
 def world(monkeypatch, tmp_path):
@@ -36,12 +34,10 @@ def world(monkeypatch, tmp_path):
     monkeypatch.setattr(emoji, "COUNT", 60)
     return Emoji(32)
 
-
 def read_back(world, subjects):
     """Whether the judge reads true renders of scenes with these subjects."""
     scenes = [world.random_scene(random.Random(i), [subject]) for i, subject in enumerate(subjects)]
     return sample.Judge(world).read([world.draw(scene) for scene in scenes]) == scenes
-
 
 def test_an_eighth_is_held_out_and_every_word_is_known(world):
     train, held = set(world.train_subjects), set(world.held_out_subjects)
@@ -50,7 +46,6 @@ def test_an_eighth_is_held_out_and_every_word_is_known(world):
     datasets = [world.dataset(dict.fromkeys(TASKS, 1.0), 0, held_out=held) for held in (False, True)]
     prompts = [dataset[i].prompt for dataset in datasets for i in range(60)]
     assert not world.text_tokenizer().unknown_words(" ".join([*prompts, *world.names.values()]))
-
 
 @pytest.mark.parametrize("task", TASKS)
 def test_other_looks_are_for_training_references_alone(world, task):
@@ -68,7 +63,6 @@ def test_other_looks_are_for_training_references_alone(world, task):
     assert {world.label(look) for look in hidden} <= {"symbol"}
     assert all(s.named for i in range(20) for s in world.random_subjects(random.Random(i), 2))
 
-
 def test_looks_swap_channels_turn_and_put_halves_together(world):
     (one,), (other,), window = world.subjects[10], world.subjects[20], np.s_[6:26, 6:26]
     plain, second, both = (world.cut_out(Placed(s, 4, 1)) for s in ((one,), (other,), Look(one, other)))
@@ -79,7 +73,6 @@ def test_looks_swap_channels_turn_and_put_halves_together(world):
     assert {drawing.tobytes() for drawing in looks.values()} == {
         np.rot90(side, turn).tobytes() for side in (plain[window], plain[window][::-1]) for turn in range(4)}
     assert (both == np.concatenate([plain[:, :16], second[:, 16:]], axis=1)).all() and (plain != second).any()
-
 
 def test_it_trains_and_scores(world, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
@@ -93,7 +86,6 @@ def test_it_trains_and_scores(world, tmp_path, monkeypatch, capsys):
                                (["score", str(out)], "trained on other data")):
         with pytest.raises(ValueError, match=message):
             emoji.main(arguments)
-
 
 def test_a_font_is_needed_and_noto_has_1280_emoji(monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="no.ttf is not among the fonts"):

@@ -15,7 +15,6 @@ from tokenizer import TextTokenizer
 
 KEYS = ["tiny", *SMALL, *few_steps(steps=1, global_batch=2)]
 
-
 @pytest.fixture(scope="module", autouse=True)
 def start(tmp_path_factory):
     """A run of all stages on the world of shapes."""
@@ -25,10 +24,8 @@ def start(tmp_path_factory):
         train.main([*KEYS, f"--out={out}"])
         yield out
 
-
 def go_on(start, out, *keys):
     finetune.main([*KEYS, f"--start_from={start}", f"--out={out}", *keys])
-
 
 def test_new_words_are_added_and_old_ids_stay():
     ours = TextTokenizer.train(["a dog on the beach"])
@@ -39,7 +36,6 @@ def test_new_words_are_added_and_old_ids_stay():
     assert extended(ours, ours).proto == ours.proto
     with pytest.raises(ValueError, match="x is too long a word"):
         extended(ours, TextTokenizer.train(["x" * 150]))
-
 
 def test_a_run_goes_on_with_the_world_of_shapes_and_resumes(start, tmp_path, monkeypatch, capsys):
     first, steps = [], train.train_steps
@@ -59,7 +55,6 @@ def test_a_run_goes_on_with_the_world_of_shapes_and_resumes(start, tmp_path, mon
     go_on(start, out, mix)  # what is not starts from the same
     assert same_weights(first.pop(), old.model) and same_weights(Pipeline(out, "cpu").model, new.model)
 
-
 def test_a_run_goes_on_with_own_pictures(start, tmp_path):
     folder, out = tmp_path / "rex", tmp_path / "out"
     folder.mkdir()
@@ -71,7 +66,6 @@ def test_a_run_goes_on_with_own_pictures(start, tmp_path):
     words, text = pipeline.text_tokenizer, "a big red star at the top"
     assert words.encode(text) == old.text_tokenizer.encode(text) and not words.unknown_words("rex on a sofa")
     assert "4 pictures" in pipeline.record["data"] and same_weights(taken.model, old.model)
-
 
 def test_what_does_not_fit_is_refused_in_one_line(start, tmp_path):
     go_on(start, used := tmp_path / "used")

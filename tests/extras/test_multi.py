@@ -20,20 +20,16 @@ WORLD, STAR = Shapes(32), ROOT / "assets" / "ref.png"
 TEXT = WORLD.text_tokenizer()
 CONFIG = small_config(TEXT, connector="query", n_query=3)
 
-
 @pytest.fixture
 def model():
     return randomize(Mentor(CONFIG)).eval()
 
-
 def samples_of(count, **mix):
     return [WORLD.dataset(mix, 0)[i] for i in range(count)]
-
 
 def logits(model, samples):
     batch, codes = Collate(TEXT, CONFIG, 32)(samples), torch.arange(64).repeat(len(samples), 1)
     return model(batch, codes, batch.drop)
-
 
 def test_a_prompt_alone_is_as_in_a_batch(model):
     samples = samples_of(8, text_to_image=1, segmentation=1, multi_image=1, in_context=1)
@@ -41,7 +37,6 @@ def test_a_prompt_alone_is_as_in_a_batch(model):
     together = logits(model, samples)
     for i, s in enumerate(samples):
         torch.testing.assert_close(together[i : i + 1], logits(model, [s]), atol=5e-5, rtol=1e-4)
-
 
 def test_a_batch_without_images_trains_every_weight_that_others_train(model):
     """Distributed training waits for each gradient, so zeros must come where there are no images."""
@@ -52,7 +47,6 @@ def test_a_batch_without_images_trains_every_weight_that_others_train(model):
         trained.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert trained[0].keys() == trained[1].keys() and trained[0]["encoder.connector.queries"].any()
     assert all(grad.isfinite().all() for grad in trained[1].values())
-
 
 def test_the_connector_by_hand(model):
     connector, generator = model.encoder.connector, torch.Generator().manual_seed(1)
@@ -75,7 +69,6 @@ def test_the_connector_by_hand(model):
     with pytest.raises(ValueError, match="model.text.width=32: for queries a multiple of n_head=3"):
         Mentor(replace(CONFIG, text=replace(CONFIG.text, n_head=3)))
 
-
 def test_words_and_pictures_reach_their_own_prompt(model):
     samples = samples_of(4, multi_image=1)
     before = logits(model, samples)
@@ -83,7 +76,6 @@ def test_words_and_pictures_reach_their_own_prompt(model):
     words = replace(samples[2], prompt=samples[2].prompt.replace("background", "half"))
     after = logits(model, [samples[0], picture, words, samples[3]])
     assert (before != after).flatten(1).any(1).tolist() == [False, True, True, False]
-
 
 def test_multi_image_shows_each_subject_alone():
     for i in range(20):
@@ -95,10 +87,8 @@ def test_multi_image_shows_each_subject_alone():
             assert (placed.subject in WORLD.held_out_subjects) == (i % 2 == 1)
         assert sum(word in COLORS for word in s.prompt.split()) == 1  # the background's alone
 
-
 def star(color, color2, pattern, place):
     return Scene(3, 0, (Placed(Subject(4, color, color2, PATTERNS.index(pattern)), place, 1),))
-
 
 def test_in_context_pairs_follow_one_rule_that_no_word_tells():
     scene, seen, new = star(0, 5, "striped", 5), multi.TRAIN_RULES, multi.HELD_OUT_RULES
@@ -118,7 +108,6 @@ def test_in_context_pairs_follow_one_rule_that_no_word_tells():
         assert s.prompt == "<image> is <image>.\n<image> is <image>.\n<image> is"
     painted = {multi.in_context(WORLD, random.Random(i)).scene.subjects[0].subject for i in range(99)}
     assert painted <= set(WORLD.train_subjects)
-
 
 def test_the_command_trains_and_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "held_out_loss", lambda *arguments: 0.0)  # only slow

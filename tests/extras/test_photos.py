@@ -14,7 +14,6 @@ CONVOLUTIONS = {0: 64, 2: 64, 5: 128, 7: 128, 10: 256, 12: 256, 14: 256, 17: 512
 MEAN, STD = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])[..., None, None]
 HEADS = {f"lin{i}.model.1.weight": torch.rand(1, 64 << min(i, 3), 1, 1) for i in range(5)}
 
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A folder with random weights under the published names, and VGG16's."""
@@ -25,7 +24,6 @@ def weights(tmp_path_factory):
     torch.save(vgg, folder / "vgg16-397923af.pth")
     torch.save(HEADS, folder / "vgg.pth")
     return folder, vgg
-
 
 def test_distance_is_that_of_vgg16s_features(weights):
     def features(x):
@@ -46,7 +44,6 @@ def test_distance_is_that_of_vgg16s_features(weights):
     lpips(a, b).backward()
     assert b.grad.any() and all(p.grad is None and not p.requires_grad for p in lpips.parameters())
 
-
 def test_weights_that_are_broken_or_others_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(photos, "WIDTHS", ())  # and so without VGG's 60 MB
     torch.save({}, tmp_path / "vgg16-397923af.pth")
@@ -61,7 +58,6 @@ def test_weights_that_are_broken_or_others_are_named(tmp_path, monkeypatch):
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(ValueError, match="vgg.pth is broken"):
         LPIPS(tmp_path)
-
 
 def test_the_tokenizer_trains_with_it_and_goes_on_only_with_the_same(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "STAGE_MODULES", {**train.STAGE_MODULES})

@@ -16,10 +16,8 @@ from tokenizer import VQGAN
 
 COUNT = 16
 
-
 def one_card(dtype):
     return train.Machine(0, 1, torch.device("cpu"), dtype)
-
 
 def real_step(name, dtype, checkpoint, world, text_tokenizer):
     """(run, batch, a function that takes a step) of unequal widths; prompts have the longest one's length."""
@@ -44,7 +42,6 @@ def real_step(name, dtype, checkpoint, world, text_tokenizer):
 
     return run, batch, step
 
-
 @pytest.mark.parametrize("name", ["pretrain", "align"])
 def test_flops_are_those_torch_counts(name, world, text_tokenizer):
     run, batch, step = real_step(name, torch.float32, False, world, text_tokenizer)
@@ -55,14 +52,12 @@ def test_flops_are_those_torch_counts(name, world, text_tokenizer):
     half = 3 * 2 * decoder.n_layer * (tokens + 63) ** 2 * decoder.width  # of attention, left out by flash
     assert abs(COUNT * (flops + half) / counter.get_total_flops() - 1) < 0.01
 
-
 def most_bytes(function):
     """The most memory that torch had given out at once while function() ran."""
     with torch.profiler.profile(profile_memory=True) as profile:
         function()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     return max(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]))
-
 
 @pytest.mark.parametrize("name", ["pretrain", "align"])
 @pytest.mark.parametrize("dtype, checkpoint", [(torch.bfloat16, 0), (torch.bfloat16, 1), (torch.float, 0)])
@@ -79,7 +74,6 @@ def test_memory_is_what_a_step_takes(name, dtype, checkpoint, world, text_tokeni
     measured = most_bytes(step)
     assert measured * 0.92 < planned < measured * (1.75 if checkpoint else 1.06)
 
-
 @pytest.mark.parametrize("preset, name", [("tiny", "pretrain"), ("tiny", "align"), ("full", "instruct")])
 def test_parameters_are_those_of_the_models(preset, name):
     run = train.parse([preset, f"--{name}.trains=projector,decoder", "--micro_batch=8"])
@@ -95,7 +89,6 @@ def test_parameters_are_those_of_the_models(preset, name):
     if preset == "full":
         assert every - sum(p.numel() for p in vqgan.parameters()) == 2_311_729_408
 
-
 def test_full_fits_a_card_of_80_gigabytes_at_a_micro_batch_of_8():
     """With prompts of the world of shapes, where an image takes 256 tokens."""
     for name, expected in (("align", 43.2), ("instruct", 64.3)):
@@ -107,13 +100,11 @@ def test_full_fits_a_card_of_80_gigabytes_at_a_micro_batch_of_8():
             assert size < 0.94 * 80 and (checkpoint or abs(size - expected) < 1)
         assert memory["activations"] < 4 * 2**30
 
-
 def test_the_plan_is_printed(capsys):
     plan.main(["tiny", "--gpus=1", "--gigabytes=0.05", "--share=0.1"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8 and lines[1].startswith("tokenizer --checkpoint: ")
     assert {line.rsplit(": ", 1)[1] for line in lines} == {"fits", "does not fit"}
-
 
 def test_unknown_keys_are_named():
     with pytest.raises(ValueError, match="--alignn.lr=1: no such key"):

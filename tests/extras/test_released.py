@@ -25,7 +25,6 @@ from mentor import Mentor
 from sample import Pipeline
 from tokenizer import VQGAN
 
-
 def write_released(folder, model, vqgan, proto):
     """Weights as people have them: folders of CLIP and a sharded T5, and files. Returns an import's keys."""
     names = {released_name(n): t.detach() for n, t in model.state_dict().items()}
@@ -45,7 +44,6 @@ def write_released(folder, model, vqgan, proto):
     files = "clip=clip", "t5=t5", "connector=mm_projector.bin", "generator=generator.pt", "vq=vq.pt"
     return {f.partition("=")[0]: "--" + f.replace("=", f"={folder}/") for f in files}
 
-
 @pytest.fixture
 def files(tmp_path, text_tokenizer):
     """(keys of an import, the model and the VQGAN whose weights they name)."""
@@ -53,11 +51,9 @@ def files(tmp_path, text_tokenizer):
     model, vqgan = randomize(Mentor(run.model)), randomize(VQGAN(run.vqgan))
     return write_released(tmp_path, model, vqgan, text_tokenizer.proto), model, vqgan
 
-
 def run_import(out, keys, *more):
     released.main(["import", "tiny", *SMALL, f"--out={out}", *keys.values(), *more])
     return out
-
 
 def test_parts_in_then_everything_out_and_in_has_the_same_bits(files, tmp_path, capsys):
     keys, model, vqgan = files
@@ -82,7 +78,6 @@ def test_parts_in_then_everything_out_and_in_has_the_same_bits(files, tmp_path, 
     assert same_weights({released_name(n): t for n, t in tensors.items()}, halves)
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
 
-
 def test_training_goes_on_from_imported_parts_and_nothing_is_overwritten(files, tmp_path):
     out = run_import(tmp_path / "out", files[0])
     train.main(["tiny", *SMALL, f"--out={out}", "--stage=align", *few_steps(steps=1, global_batch=2)])
@@ -94,7 +89,6 @@ def test_training_goes_on_from_imported_parts_and_nothing_is_overwritten(files, 
     with pytest.raises(ValueError, match="export: needs"):
         released.main(["export", str(out)])
     assert contents(tmp_path) == before
-
 
 def test_what_does_not_fit_is_named_and_nothing_written(files, tmp_path):
     keys, generator, vq = files[0], read_weights(tmp_path / "generator.pt"), read_weights(tmp_path / "vq.pt")
@@ -114,7 +108,6 @@ def test_what_does_not_fit_is_named_and_nothing_written(files, tmp_path):
             run_import(tmp_path / "out", {n: k for n, k in (keys | {source: key, "more": more}).items() if k})
     assert not (tmp_path / "out").exists()
 
-
 def test_a_new_connector_and_a_table_of_other_length(files, tmp_path, capsys):
     keys, old = files[0] | {"connector": "--connector=new"}, files[1].state_dict()
     old_table, query = old.pop("projector.unconditional"), ["--model.connector=query", "--model.n_query=4"]
@@ -128,11 +121,9 @@ def test_a_new_connector_and_a_table_of_other_length(files, tmp_path, capsys):
         assert all(torch.equal(weights[n], t) for n, t in old.items() if ".connector." not in n)
     assert 0.1 < table[:32].std() < 1 and len({released_name(n) for n in weights}) == len(weights)
 
-
 class Evil:
     def __reduce__(self):
         return os.system, ("touch ran",)
-
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_files_that_hold_no_weights_are_named_and_run_nothing(tmp_path, monkeypatch):
@@ -156,7 +147,6 @@ def test_files_that_hold_no_weights_are_named_and_run_nothing(tmp_path, monkeypa
         assert "weights_only" not in str(refused.value) and "\n" not in str(refused.value)
     assert not (tmp_path / "ran").exists()
 
-
 def test_full_size_has_the_published_parameters():
     full = train.PRESETS["full"]
     with torch.device("meta"):
@@ -171,10 +161,8 @@ def test_full_size_has_the_published_parameters():
             VISION + "embeddings.position_embedding.weight", block + "23.layer.1.DenseReluDense.wi_1.weight",
             block + "0.layer.0.SelfAttention.relative_attention_bias.weight", CONNECTOR + "2.bias"} <= names
 
-
 GREEN, RED, BLUE, BLACK, WHITE = (0, 160, 0), (200, 0, 0), (0, 0, 220), (0, 0, 0), (255, 255, 255)
 BOX = np.s_[4:12, 8:20]  # where the red object stands
-
 
 def picture(ground=GREEN, box=BOX, color=RED, size=(32, 32)):
     """A box of one colour on a ground of another."""
@@ -182,10 +170,8 @@ def picture(ground=GREEN, box=BOX, color=RED, size=(32, 32)):
     pixels[:], pixels[box] = ground, color
     return pixels
 
-
 def save(path, pixels, **options):
     Image.fromarray(pixels).save(path, **options)
-
 
 @pytest.fixture
 def folder(tmp_path):
@@ -198,7 +184,6 @@ def folder(tmp_path):
         save(tmp_path / name, picture(BLUE, np.s_[0:0, 0:0]))
     return tmp_path
 
-
 RECONSTRUCTION = {"input_text": "a red box on green", "image_path": "scene.png", "source_image": "scene.png"}
 T2I = {**RECONSTRUCTION, "input_text": "a box on grass", "generation_only": True, "objects": None}
 CUT = {**RECONSTRUCTION, "input_text": "a box on green", "image_path": "mask.png", "objects": "box"}
@@ -208,17 +193,14 @@ MULTI = {**CUT, "input_text": "both", "image_path": ["mask.png", "second.png"], 
 ALL = [T2I, RECONSTRUCTION, SEGMENTATION, RECOVERY, SUBJECT, MULTI]
 TASKS = ["text_to_image", "reconstruction", "segmentation", "recovery", "subject_driven", "multi_image"]
 
-
 def write(folder, records, name="m.jsonl"):
     (folder / name).write_text("".join(json.dumps(r) + "\n" for r in records))
     return str(folder / name)
-
 
 def samples(folder, record, count=20, size=32):
     """Samples of a manifest with one line, and of a blue picture to go behind."""
     manifest = Manifest(write(folder, [record]), size, folder / "behind")
     return [manifest.sample(*manifest.tasks, random.Random(i)) for i in range(count)]
-
 
 def test_text_to_image_reconstruction_and_segmentation(folder):
     drawn, = samples(folder, T2I, 1)
@@ -230,7 +212,6 @@ def test_text_to_image_reconstruction_and_segmentation(folder):
     cut, = samples(folder, SEGMENTATION, 1)
     assert cut.prompt == "The box in <image>." and (cut.images[0] == picture()).all()
     assert (cut.target == picture(BLACK)).all()
-
 
 def test_recovery_pastes_only_the_object_on_another_picture(folder):
     for drawn in samples(folder, RECOVERY):
@@ -247,7 +228,6 @@ def test_recovery_pastes_only_the_object_on_another_picture(folder):
         manifest = Manifest(write(folder, [*records, {**RECOVERY, "source_image": "blue.png"}]), 32)
         for drawn in (manifest.sample("recovery", random.Random(i)) for i in range(20)):
             assert {tuple(drawn.target[31, 31]), tuple(drawn.images[0][31, 31])} >= {BLUE, GREEN}
-
 
 def test_subject_driven_and_multi_image(folder):
     save(folder / "blue.png", picture(BLUE, np.s_[0:0, 0:0], size=(40, 60)))
@@ -267,7 +247,6 @@ def test_subject_driven_and_multi_image(folder):
     given, = samples(folder, {**MULTI, "input_img_list": ["blue.png", "scene.png"]}, 1)
     assert (given.images[0] == BLUE).all() and (given.images[1] == picture()).all()
 
-
 def test_the_square_moves_to_show_all_objects(folder):
     wide, box = (32, 96), np.s_[8:24, 70:80]  # at the right, out of the centred square
     save(folder / "scene.png", picture(box=box, size=wide))
@@ -276,7 +255,6 @@ def test_the_square_moves_to_show_all_objects(folder):
     cut, both = (samples(folder, record, 1)[0].target for record in (SEGMENTATION, MULTI))
     assert (cut == picture(BLACK, np.s_[8:24, 22:32])).all()
     assert (both == picture(GREEN, np.s_[8:24, 8:18])).all()
-
 
 def test_whole_prompts_and_the_forms_of_the_released_manifests():
     prompts = lambda record, text: read_entry(json.dumps({**record, "input_text": text}).encode()).prompts
@@ -287,7 +265,6 @@ def test_whole_prompts_and_the_forms_of_the_released_manifests():
     assert prompts(SEGMENTATION, "The image is <image>") == ["The box in <image>."]
     assert prompts(MULTI, "<image><image> side by side") == ["<image><image> side by side"]
     assert read_entry(b'\xef\xbb\xbf{"image_path": "a.png"}').task == "reconstruction"
-
 
 def test_jpeg_masks_are_read_and_are_no_references(folder):
     """The released masks are JPEG files (of which the released code takes all above 0)."""
@@ -300,7 +277,6 @@ def test_jpeg_masks_are_read_and_are_no_references(folder):
         with pytest.raises(ValueError, match="mask.jpg looks like a mask: is do_mask or do_replace missing"):
             samples(folder, {**CUT, "image_path": "mask.jpg"}, 1)
     assert samples(folder, {"image_path": "mask.jpg"}, 1)  # but may be rebuilt
-
 
 @pytest.mark.parametrize("record, message", [
     ("{oops", "not one JSON object"), ("[" * 99_999, "not one JSON object"), ("", "not one JSON object"),
@@ -325,7 +301,6 @@ def test_a_wrong_line_stops_a_run(folder, record, message):
     with pytest.raises(ValueError, match=f"m.jsonl line 2: .*{message}"):
         Manifest(path, 32)
 
-
 def test_check_opens_every_file_and_writes_the_right_lines(folder, capsys):
     save(folder / "small.png", picture(size=(32, 40)))
     save(folder / "black.png", picture(BLACK, color=BLACK))
@@ -348,7 +323,6 @@ def test_check_opens_every_file_and_writes_the_right_lines(folder, capsys):
         with pytest.raises(ValueError, match="exists already: choose another --clean|Invalid name"):
             released.main(["check", path, *more])
 
-
 def test_a_picture_is_held_out_with_all_its_lines(folder):
     for i in range(500):
         (folder / f"{i}.png").symlink_to("scene.png")
@@ -359,7 +333,6 @@ def test_a_picture_is_held_out_with_all_its_lines(folder):
     assert 3 < len(held["reconstruction"]) < 20 and held["reconstruction"] == held["text_to_image"]
     assert not any(held[task] & kept[task] for task in kept)
 
-
 def test_a_digest_is_of_contents_not_of_places(folder):
     path, moved = write(folder, [SEGMENTATION]), folder / "moved" / "m.jsonl"
     shutil.copytree(folder, moved.parent)
@@ -367,7 +340,6 @@ def test_a_digest_is_of_contents_not_of_places(folder):
     assert Manifest(moved, 32).digest == digest != Manifest(path, 32, folder / "behind").digest
     save(folder / "moved" / "mask.png", picture(BLACK, np.s_[3:9, 4:5], WHITE))
     assert Manifest(moved, 32).digest != digest
-
 
 def test_a_run_on_a_manifest_trains_draws_and_goes_on_only_with_the_same(folder):
     mix = [f"--align.mix={':1,'.join(TASKS)}:1", "--instruct.mix=recovery:1,subject_driven:1"]
@@ -380,7 +352,6 @@ def test_a_run_on_a_manifest_trains_draws_and_goes_on_only_with_the_same(folder)
     command = [sys.executable, "-m", "extras.released", "train", "tiny", "--data=lost.jsonl"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "lost.jsonl" in done.stderr
-
 
 def test_full_size_in_and_out(tmp_path, text_tokenizer):
     """Files of the true sizes in bfloat16: import, export, the same bits."""

@@ -25,11 +25,9 @@ TINY = str(ROOT / "trained" / "tiny")
 PROMPT = Shapes(32).dataset({"subject_driven": 1.0}, 0, held_out=True)[0]
 STAR = "A big star at the top left on a green background"
 
-
 def pictures_in(html):
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(code))))
             for code in re.findall(r"url\(data:image/png;base64,([\w+/=]*)\)", html)]
-
 
 @pytest.fixture(scope="module")
 def tiny_page(tmp_path_factory):
@@ -39,7 +37,6 @@ def tiny_page(tmp_path_factory):
         show.main([TINY, f"--out={out}"])
     return out
 
-
 def test_the_page_needs_nothing_else(tiny_page):
     page = tiny_page.read_text()
     pictures, bare = pictures_in(page), re.sub(r"data:image/png;base64,[\w+/=]*", "", page)
@@ -47,7 +44,6 @@ def test_the_page_needs_nothing_else(tiny_page):
     assert not re.search(r"https?:|//\w|<link|@import|src=", bare)
     assert sum(p.shape == (32, 32, 3) for p in pictures) == 4 * 3 * 5 - 3 + 3       # and those inside
     assert bare.count("<figure") == bare.count("</figure>") and not re.search("[A-Z]{4}", bare)
-
 
 def test_inside_shows_the_drawing_of_sample_py(pipeline):
     page = show.inside(pipeline, PROMPT)
@@ -62,7 +58,6 @@ def test_inside_shows_the_drawing_of_sample_py(pipeline):
     assert (np.diff(np.array(values["p"])[:, 1:]) <= 0).all() and shares[1].any() and shares[2].any()
     assert all(len(set(codes)) == 5 for codes in values["codes"])
     assert len(json.loads(show.inside(pipeline, Sample("", STAR, []))["DATA"])["seen"]) == 1
-
 
 def test_attention_and_probabilities_are_those_of_drawing(pipeline, monkeypatch):
     _, probabilities, attention = show.look(pipeline, PROMPT)  # to be those of the cached steps
@@ -83,7 +78,6 @@ def test_attention_and_probabilities_are_those_of_drawing(pipeline, monkeypatch)
     torch.testing.assert_close(attention[1:], steps[:, : attention.shape[1]], atol=1e-5, rtol=0)
     assert attention[0, -63:].max() == 0                                        # no code was before the first
 
-
 def test_a_swapped_code_is_decoded_in_its_place(pipeline):
     codes = torch.randint(256, (1, 64), generator=torch.Generator().manual_seed(0))
     others = torch.stack([codes[0], (codes[0] + 1) % 256], 1)
@@ -94,7 +88,6 @@ def test_a_swapped_code_is_decoded_in_its_place(pipeline):
     assert np.array_equal(sheet[19 * 12 : 20 * 12, 12:], new[4:16, 8:20]) and (new != whole).any()
     assert (sheet[:4, :12] == 128).all() and np.array_equal(sheet[4:12, 4:12], whole[:8, :8])  # a corner
 
-
 def test_the_nearest_training_picture_is_found(pipeline, world, monkeypatch):
     dataset = world.dataset({"text_to_image": 1.0}, 0)
     pool = [dataset[i].target for i in range(20)]
@@ -103,7 +96,6 @@ def test_the_nearest_training_picture_is_found(pipeline, world, monkeypatch):
     want = [pool[7], pool[7], dataset[30].target, *sample.through_codes(pipeline.vqgan, [dataset[30].target])]
     assert np.array_equal(pictures_in(result["ROWS"]), want)
     assert "nearest 1.00<" in result["ROWS"] and result["NEAR"] == "1.00" > result["USUAL"]
-
 
 def test_curves_compare_what_can_be_compared(tmp_path):
     logs = {"tokenizer": [{"step": 1, "loss": -0.5, "reconstruction": 0.1}],             # with an adversary
@@ -117,7 +109,6 @@ def test_curves_compare_what_can_be_compared(tmp_path):
     assert points["train"][-1] == points["held"][-1] == "410.0,206.0" and points["train"][0][:5] == "62.3,"
     assert {"0", "40", "200", "2", "5"} <= set(re.findall(r">([\d.]+)</text>", chart))
     assert "<polyline" in tokenizer and ">0.1</text>" in tokenizer
-
 
 def test_own_pictures_and_the_logs_that_training_writes(monkeypatch, tmp_path):
     rng = np.random.default_rng(0)
@@ -139,7 +130,6 @@ def test_own_pictures_and_the_logs_that_training_writes(monkeypatch, tmp_path):
     made = train.parse(shlex.split(show.made_by(train.parse(keys)))[2:])
     assert flatten(made) | {"train_scale": 0.013} == flatten(train.parse(keys))
 
-
 def test_gif_and_guidance_strip(pipeline, monkeypatch, tmp_path, capsys):
     words, star = f"The star in <image>.\n{STAR}", str(ROOT / "assets" / "ref.png")
     show.main([TINY, "--prompt=" + words.replace("\n", r"\n"), f"--images={star}", f"--out={tmp_path}/a.gif"])
@@ -153,7 +143,6 @@ def test_gif_and_guidance_strip(pipeline, monkeypatch, tmp_path, capsys):
     rows = re.findall(r"guidance ([\d.]+): CP (\S+), PF (\S+)", capsys.readouterr().out)
     assert [row[0] for row in rows] == ["1", "2", "4", "7.5"] and float(rows[1][1]) > 0.6 < float(rows[1][2])
 
-
 def test_user_errors(tmp_path, monkeypatch, pipeline):
     for arguments, words in (([TINY, "--prompt=A big red zebra"], "zebra"), ([str(ROOT)], "no trained model"),
                              ([TINY, "--prompt=The star in <image>."], "1 <image>, but 0 images")):
@@ -164,7 +153,6 @@ def test_user_errors(tmp_path, monkeypatch, pipeline):
         show.guidance(pipeline)
     with pytest.raises(ValueError, match="instruct: not trained on shapes"):
         show.page(pipeline, None, ROOT / "trained" / "tiny" / "instruct")
-
 
 def test_the_script_in_a_browser(tiny_page):
     if not (browser := shutil.which("chromium") or shutil.which("google-chrome")):
