@@ -19,8 +19,8 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from data import (COLORS, PATTERNS, PLACES, Collate, Placed, Sample, Scene, Shapes, center_crop, load_image,
-                  object_line, to_picture, tokenizer_pixels)
+from data import (COLORS, PATTERNS, PLACES, Collate, Placed, Sample, Scene, Shapes, load_image, to_picture,
+                  tokenizer_pixels)
 from mentor import Mentor, MentorConfig
 from tokenizer import VQGAN, TextTokenizer, TokenizerConfig, file_hash, load_model, require, write_json
 
@@ -320,7 +320,7 @@ def main(arguments):
     notes, out = PngInfo(), Path(options.out).expanduser()
     for key, value in (given | asdict(sampling)).items():
         notes.add_itxt(key, str(value))
-    enlarged(drawn).save(out, pnginfo=notes)  # in formats other than PNG there are no notes
+    enlarged(drawn).save(out, pnginfo=notes)  # other formats have no notes
     print(f"wrote {out} ({sampling}, seed {options.seed})")
 
 

@@ -205,7 +205,7 @@ class VectorQuantizer(nn.Module):
 
 def nearest(z, codebook):
     """Each row's nearest code: z (M, C), codebook (V, C) -> (M,) int64."""
-    return torch.cat([(rows @ codebook.T).argmax(1) for rows in z.split(65536)])  # in parts, to save memory
+    return torch.cat([(rows @ codebook.T).argmax(1) for rows in z.split(65536)])  # to save memory
 
 
 class PixelDecoder(nn.Module):

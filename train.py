@@ -21,7 +21,7 @@ import sys
 import time
 from collections import defaultdict
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from inspect import getsource
@@ -91,7 +91,7 @@ class RunConfig:
 
 
 STAGES = {"tokenizer": (), "pretrain": ("tokenizer",), "align": ("tokenizer", "pretrain"),
-          "instruct": ("tokenizer", "align")}  # and the stages that they start from
+          "instruct": ("tokenizer", "align")}  # and what they start from
 
 PRESETS = {
     # the shapes at 32 pixels: minutes on two CPU cores
@@ -129,7 +129,7 @@ PRESETS = {
         workers=8, vqgan=TokenizerConfig(image_size=256, codebook_size=8192),
         model=MentorConfig(text=TextConfig(width=768, n_layer=12, n_head=12, mlp_width=2048),
                            decoder=DecoderConfig(width=768, n_layer=12, n_head=12))),
-    # the published model, whose stage 1 trains projector and decoder alone
+    # the published model: stage 1 trains projector and decoder alone
     "full": RunConfig(workers=8, align=MentorStageConfig(19375, mix=ALIGN_MIX, trains="projector,decoder")),
 }
 
@@ -168,7 +168,6 @@ class Machine:
         """Print, in the first process alone."""
         if self.rank == 0:
             tqdm.write(words, file=sys.stdout)
-            sys.stdout.flush()
 
 
 def start_machine(run):
@@ -245,6 +244,9 @@ class MentorStage(nn.Module):
             for p in chosen:
                 p.requires_grad_(True)
         self.contrastive = ContrastiveHead(model.config, machine) if name == "pretrain" else None
+        vision = model.encoder.vision
+        if not self.contrastive:  # nothing reads these
+            nn.ModuleList([vision.blocks[-1], vision.post_norm]).requires_grad_(False)
         for block in (*model.decoder.blocks, *model.encoder.text.blocks):
             if run.compile:
                 block.forward = torch.compile(block.forward, dynamic=True)  # prompts have any length
@@ -281,7 +283,7 @@ class MentorStage(nn.Module):
         return loss, logs
 
     def after_step(self, step):
-        """Nothing; TokenizerStage has more to do."""
+        """Nothing; TokenizerStage does more."""
 
 
 def as_vision_pixels(targets, size):
@@ -508,7 +510,7 @@ def train_steps(stage, run, config, machine, batches, optimizers, log, start, be
 
         # now and then the held-out loss, a line in the log, a checkpoint
         done, last = step + 1, step + 1 == config.steps
-        stopped = machine.average(torch.tensor([float(len(stop))])).item() > 0  # some process was told to
+        stopped = machine.average(torch.tensor([float(len(stop))])).item() > 0  # of any process
         validating = last or done % max(1, config.steps // 15) == 0
         saving = stopped or not last and done % run.save_every == 0
         if validating and (held_out := validate()) is not None:
@@ -629,7 +631,7 @@ def load_checkpoint(folder, stage, optimizers):
         for optimizer, saved in zip((*optimizers, *stage.own_optimizers), state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         return state["step"], state["best"]
-    except Exception as error:  # torch.load raises whatever the damage suggests
+    except Exception as error:  # whatever the damage suggests
         error = shorten(str(error), 70)
         raise ValueError(f"{file} cannot be read ({error}): delete it to start again") from None
 
@@ -707,7 +709,7 @@ def read_value(key, text, default):
 
 
 def print_help():
-    """Print how to call this file, and the keys' source, with defaults and meanings."""
+    """Print this file's usage and the keys' source, with defaults and meanings."""
     print(__doc__, f"\npython train.py PRESET [--key=value ...]   PRESET: {', '.join(PRESETS)}\n")
     for config in (RunConfig, StageConfig, MentorStageConfig, TokenizerStageConfig, TokenizerConfig,
                    MentorConfig, VisionConfig, TextConfig, DecoderConfig, SamplingConfig):

@@ -377,6 +377,13 @@ def test_a_part_that_is_not_there_is_refused(wrong, world, text_tokenizer):
     with pytest.raises(ValueError, match=f"--align.trains.*{wrong[-6:]}"):
         stage_and_batch("align", world, text_tokenizer, f"--align.trains={wrong}")
 
+@pytest.mark.parametrize("name", ["pretrain", "align", "instruct"])
+def test_all_that_trains_gets_a_gradient(name, world, text_tokenizer):
+    """Also with all parts chosen: the vision encoder's last block is for pretraining alone."""
+    _, stage, batch = stage_and_batch(name, world, text_tokenizer, f"--{name}.trains={train.ALL_PARTS}")
+    stage(batch, 0)[0].backward()
+    assert not [path for path, p in stage.named_parameters() if p.requires_grad == (p.grad is None)]
+
 def test_a_new_model_guesses_and_a_dropped_prompt_is_not_seen(world, text_tokenizer):
     _, stage, batch = stage_and_batch("instruct", world, text_tokenizer)
     loss, logs = stage(batch, 0)
