@@ -313,7 +313,7 @@ def main(arguments):
     options.prompt = check_words(pipeline, prompt)
     samples = [Sample(task, options.prompt, [load_image(file) for file in files])] * options.n
 
-    # how to draw it: the model's default sampling, but for what is given
+    # how: the model's sampling, but for what is given
     sampling, given = pipeline.model.config.sampling, vars(options)
     sampling = replace(sampling, **{key: given[key] for key in asdict(sampling) if given[key] is not None})
     drawn = pipeline.draw(samples, sampling, options.seed)

@@ -780,7 +780,7 @@ def main(arguments, open_source=open_source):
 
 
 def show_result(name, run, machine, source):
-    """Draw the curves, and pictures of a stage; print what to try next."""
+    """Draw curves and a stage's pictures; print what to try next."""
     out, samples, seen = Path(run.out), {}, set()
     draw_curves(out)
     for title, held_out in (("training samples", False), ("held-out samples", True)):
@@ -789,7 +789,8 @@ def show_result(name, run, machine, source):
         samples[title] = [s for prompt, s in some.items() if prompt not in seen][:8]
         seen |= some.keys()
     if name == "tokenizer":
-        vqgan, sheet, hint = load_model(VQGAN, run.vqgan, out / name), out / "tokenizer.png", ""
+        vqgan = load_model(VQGAN, run.vqgan, out / name).to(machine.device)
+        sheet, hint = out / "tokenizer.png", ""
         draw = lambda part: sample.through_codes(vqgan, [s.target for s in part])
     else:
         pipeline, sheet = sample.Pipeline(out / name, machine.device), out / "sheet.png"
