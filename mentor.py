@@ -557,6 +557,6 @@ def init_weights(model):
 @torch.no_grad()
 def start_from_codebook(decoder, codebook):
     """Initialise code embeddings and output head from the tokenizer's codebook (V, C): codes that look
-    similar start so: what is learnt about one holds for its neighbours."""
+    similar start close: what is learnt about one holds for its neighbours."""
     for weight, std in ((decoder.code_embedding.weight, 0.1), (decoder.output.weight, 0.05)):
         weight.copy_(std * codebook @ torch.randn(codebook.shape[1], weight.shape[1], device=codebook.device))
