@@ -51,7 +51,7 @@ def load_image(path, least=0):
     def use(image):
         if least:
             image.draft(None, (least, least))
-        turn = EXIF_TURNS.get(image.getexif().get(ORIENTATION))  # ImageOps.exif_transpose fails at any other
+        turn = EXIF_TURNS.get(image.getexif().get(ORIENTATION))  # exif_transpose fails at other broken tags
         image = image if turn is None else image.transpose(turn)
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
@@ -63,8 +63,8 @@ def load_image(path, least=0):
 
 
 def load_mask(path, picture_path):
-    """Where a mask's object is, bool (H, W): the alpha of a cut-out, or the larger of two grey values, with
-    smooth edges."""
+    """A mask's object, bool (H, W): a cut-out's alpha or the larger of two greys; many greys are edges, 3 to
+    8 are classes."""
     size, tag = read_image(picture_path, lambda image: (image.size, image.getexif().get(ORIENTATION)))
     (grey, alpha), lossy = read_image(path, lambda image: (
         [*map(np.asarray, image.convert("LA").split())], image.format in ("JPEG", "WEBP")))
@@ -162,8 +162,8 @@ class Shapes:
     """Scenes of one or two subjects on a patterned background, and the words for them.
 
     A subject is one of 8 shapes in one of 8 colours with one of 4 patterns, all but solid with a second
-    colour: 1,408, an eighth of which is held out of training. It stands at one of 3 x 3 places, whole cells
-    of a code grid of 8 per side, so that it has similar codes wherever it stands.
+    colour: 1,408, an eighth of which is held out of training. Its 3 x 3 places are whole cells
+    of an 8 x 8 code grid apart, so that its codes are similar at each.
     """
 
     digest = "shapes"  # a run goes on only with data of the same digest
@@ -193,7 +193,7 @@ class Shapes:
     # words
 
     def label(self, subject):
-        """A subject's name in prompts, which says nothing about its looks."""
+        """A subject's name in prompts: its shape, not colour or pattern."""
         return list(SHAPES)[subject.shape]
 
     def describe(self, subject):
@@ -289,7 +289,7 @@ class Shapes:
         return subjects
 
     def random_scene(self, rng, subjects):
-        """Subjects at random places on a random background; two are small, and two cells apart."""
+        """Subjects at random places on a random background; two are small, on opposite sides."""
         color, pattern = rng.randrange(len(COLORS)), rng.randrange(len(PATTERNS))
         if len(subjects) == 1:
             return Scene(color, pattern, (Placed(*subjects, rng.randrange(9), rng.randrange(2)),))
@@ -365,7 +365,7 @@ def paste_distorted(cut_out, mask, background, rng):
     """Paste a segmented object at a random place and scale onto another picture; half the time also rotate,
     stretch and shear it and change its perspective.
 
-    cut_out, background uint8 (H, W, 3) of one size; mask float (H, W, 1) in [0, 1], not all zero.
+    cut_out (times mask already), background uint8 (H, W, 3); mask (H, W, 1) in [0, 1], not all 0.
     """
     height, width = mask.shape[:2]
     sprite = Image.fromarray(np.concatenate([cut_out, (mask * 255).astype(np.uint8)], axis=-1), "RGBa")
@@ -454,7 +454,7 @@ class Folder:
         # groups are subjects or single pictures; some are held out, by their names, never all
         self.groups, held = defaultdict(list), np.zeros(len(self.pictures), bool)
         for i, p in enumerate(self.pictures):
-            self.groups[p.subject or p.name].append(i)
+            self.groups[p.subject or p.name + "."].append(i)
         enough = max(1, len(held) // (10 if len(held) < 1000 else 50))
         for name in sorted(self.groups, key=lambda name: zlib.crc32(name.encode()))[:-1]:
             if held.sum() < enough:
@@ -468,12 +468,12 @@ class Folder:
         self.tasks = {task for task in needs if self.usable[task, False]}
 
         self.kept, self.contents = {}, {}
-        self.open_all()
+        self.open_all()  # digest of names: pictures may be mended
         self.digest = f"{len(self.pictures)} pictures, {zlib.crc32(repr(sorted(self.contents)).encode()):08x}"
 
     def find(self):
         """A Picture of each one, and a line on what became of every file."""
-        masks, words, pictures, unused = {}, {}, {}, Counter()  # the first three {name without suffix: file}
+        masks, words, pictures, unused = {}, {}, {}, Counter()  # {name: file}; below, MASK before its .png
         kinds = {MASK: masks, **dict.fromkeys(CAPTIONS, words), **dict.fromkeys(PICTURES, pictures)}
         for file in walk(self.path):
             name = unicodedata.normalize("NFC", file.relative_to(self.path).as_posix())
@@ -508,8 +508,8 @@ class Folder:
                            f"{len(masks)} masks, {len(subjects)} subjects; ignored: {ignored}")
 
     def open_all(self):
-        """Read all pictures, to know now what is wrong. Keeps as many as there is room for, and a hash of the
-        files and words of each."""
+        """Read and keep pictures while there is room, to see now what is wrong. Hash words and files (without
+        room, file sizes)."""
         room, problems = KEEP, []
         for i, p in enumerate(tqdm(self.pictures, "opening pictures", disable=not sys.stderr.isatty())):
             try:
@@ -609,15 +609,12 @@ class Samples(torch.utils.data.Dataset):
         self.source, self.mix, self.seed, self.count = source, mix, seed, count
         self.prefix_drop, self.held_out = prefix_drop, held_out
 
-    def make(self, index, rng):
-        """A Sample by chance."""
-        task, = rng.choices(list(self.mix), list(self.mix.values()))
-        return self.source.sample(task, rng, self.held_out)
-
     def __getitem__(self, index):
         rng = random.Random(f"{self.seed} {index}")
         drop = rng.random() < self.prefix_drop
-        return replace(self.make(index, rng), drop=drop, mask_seed=rng.getrandbits(63))
+        task, = rng.choices(list(self.mix), list(self.mix.values()))
+        sample = self.source.sample(task, rng, self.held_out)
+        return replace(sample, drop=drop, mask_seed=rng.getrandbits(63))
 
 
 @dataclass

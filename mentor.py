@@ -98,7 +98,7 @@ class MentorConfig:
     decoder: DecoderConfig = DecoderConfig()
     sampling: SamplingConfig = SamplingConfig()
     connector: str = "mlp"  # one of CONNECTORS
-    n_query: int = 0        # tokens per image; 0: one for each patch
+    n_query: int = 0        # tokens per image; 0 (mlp): one a patch
     context: int = 512      # longest prefix
 
     def __post_init__(self):
@@ -376,7 +376,7 @@ class KVCache:
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.v = [torch.zeros_like(k) for k in self.k]
         self.mask = length_mask(lengths, size)[:, None, None]  # (B, 1, 1, size): may be read
-        self.slot = torch.full((1,), n_prefix - 1, device=device)  # of the last code
+        self.slot = torch.full((1,), n_prefix - 1, device=device)  # last written
         self.position = torch.zeros(1, 1, device=device, dtype=torch.long)  # 1 + k after code k
         if lengths.is_cuda:  # a CUDA graph writes only to tensors that stay where they are
             from torch._dynamo import mark_static_address  # takes seconds
@@ -413,7 +413,7 @@ class DecoderAttention(nn.Module):
         q, k, mask = rotate(q, rotations), rotate(k, rotations), None
         if cache is not None and x.shape[1] > 1:  # a prefix
             cache.prefill(layer, k, v)
-        elif cache is not None:  # one more code
+        elif cache is not None:  # a code
             k, v, mask = cache.append(layer, k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.wo(y.transpose(1, 2).flatten(2))
@@ -533,7 +533,7 @@ class Mentor(nn.Module):
 def init_weights(model):
     """Initialise a new model.
 
-    projector, decoder   N(0, 0.02), as LlamaGen; output head zero, so that the first loss is ln(V)
+    projector, decoder   N(0, 0.02), as LlamaGen; output head zero, until start_from_codebook
     text encoder         T5's: 1 / sqrt(fan in); queries also / sqrt(head_width), as scores are not scaled
     vision, connector    PyTorch's, but positions are N(0, 1), as large as patches, and the norm before the
                          blocks scales by 4, well above what they add: short pretraining then leaves place
@@ -556,7 +556,7 @@ def init_weights(model):
 
 @torch.no_grad()
 def start_from_codebook(decoder, codebook):
-    """Initialise code embeddings and output head from the tokenizer's codebook (V, C): codes that look
-    similar start close: what is learnt about one holds for its neighbours."""
+    """Initialise code embeddings and output head from the tokenizer's codebook (V, C). Similar codes
+    start close, so that what is learnt about one holds for its neighbours."""
     for weight, std in ((decoder.code_embedding.weight, 0.1), (decoder.output.weight, 0.05)):
         weight.copy_(std * codebook @ torch.randn(codebook.shape[1], weight.shape[1], device=codebook.device))

@@ -42,7 +42,7 @@ def filter_logits(logits, temperature, top_k, top_p):
     if top_p < 1.0:
         ordered, order = logits.sort(descending=True)
         probability = ordered.softmax(-1)
-        out = probability.cumsum(-1) - probability > top_p  # the better ones have more than top_p
+        out = probability.cumsum(-1) - probability > top_p  # the better ones exceed top_p
         logits = logits.masked_fill(out.scatter(1, order, out), -torch.inf)
     return logits
 
@@ -99,7 +99,7 @@ def usable(device):
 
 def newest_stage(folder):
     """The folder of a run's last finished stage, or `folder` itself if it is a stage's."""
-    for stage in (Path(folder, name) for name in ("instruct", "align", "pretrain", "")):
+    for stage in (Path(folder, name).resolve() for name in ("instruct", "align", "pretrain", "")):
         finished = (stage / "stage.json").is_file() and (stage / "model.safetensors").is_file()
         if finished and stage.name != "tokenizer":
             return stage
@@ -175,7 +175,7 @@ class Judge:
         distance = torch.stack([(x - ground).square().sum(-1) for ground in self.grounds])  # (32, K, S, S)
         ground = distance.clamp(max=0.05).sum((2, 3)).argmin(0)  # the clamp: a subject's pixels count little
         behind = self.grounds[ground]  # (K, S, S, 3)
-        outside = distance[ground, torch.arange(len(x))]  # (K, S, S)
+        misfit = distance[ground, torch.arange(len(x))]  # (K, S, S)
         best, scenes = torch.full((len(x),), torch.inf), [None] * len(x)
         for place, size, window, colors, through in self.candidates:
             # |seen - colors - through * back|^2, multiplied out, and the rest of the picture: (subjects, K)
@@ -183,7 +183,7 @@ class Judge:
             error = (colors.square().sum((1, 2, 3))[:, None] - 2 * products(colors, seen)
                      + 2 * products(colors * through, back) - 2 * products(through, (seen * back).sum(-1))
                      + products(through.square(), back.square().sum(-1))
-                     + seen.square().sum((1, 2, 3)) + outside.sum((1, 2)) - outside[window].sum((1, 2)))
+                     + seen.square().sum((1, 2, 3)) + misfit.sum((1, 2)) - misfit[window].sum((1, 2)))
             error, nearest = error.min(0)
             for i in (error < best).nonzero().flatten().tolist():
                 placed = Placed(self.subjects[nearest[i]], place, size)
@@ -263,7 +263,7 @@ def parse(arguments):
     add("folder", help="of a run or of one of its stages, for example out/tiny")
     add("prompt", nargs="?", default="", help=r"with an <image> for each of --images; \n is a line break")
     add("--images", action="append", default=[], metavar="FILE", help="once for each <image>")
-    add("--score", action="store_true", help="score the model on held-out subjects")
+    add("--score", action="store_true", help="score the model with its own sampling")
     add("--cfg_scale", type=float, help="guidance: 0 unconditional, 1 conditional")
     add("--temperature", type=float, help="0 is greedy")
     add("--top_k", type=int, help="keep this many codes, 0 all")
@@ -278,15 +278,15 @@ def parse(arguments):
         unknown.append(options.prompt)
     require(not unknown, f"{' '.join(unknown)}: no such option; the prompt is the second argument")
     require(options.n > 0, f"--n={options.n}: must be at least 1")
-    require(Path(options.out).suffix.lower() in Image.registered_extensions(),
-            f"--out={options.out}: must end as a picture does, for example .png")
+    require(Image.registered_extensions().get(Path(options.out).suffix.lower()) in Image.SAVE,
+            f"--out={options.out}: must end as a picture does: .png")
     return options
 
 
 def check_words(pipeline, prompt):
-    """The prompt without punctuation that the model has never met. Raises ValueError naming unknown words."""
+    """The prompt without punctuation that the model never met. Raises ValueError for other unknown words."""
     unknown = pipeline.text_tokenizer.unknown_words(prompt)
-    words = [word for word in unknown if word.isalnum()]
+    words = [word for word in unknown if word[0].isalnum() or word in "<>"]
     if words:
         known = f"it knows {' '.join(pipeline.text_tokenizer.known_words()[:400])}"
         if pipeline.record.get("data") == Shapes.digest:
@@ -343,7 +343,7 @@ def cli(main, program):
     try:
         return main(sys.argv[1:])
     except (torch.OutOfMemoryError, MemoryError) as error:
-        problem = f"out of memory ({str(error)[:150]}): halve --micro_batch, or set --checkpoint"
+        problem = f"out of memory ({str(error)[:150]}): lower --n, or for training --micro_batch"
     except (ValueError, OSError) as error:
         problem = error
     print(f"{program}: {problem}", file=sys.stderr)

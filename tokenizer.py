@@ -63,8 +63,8 @@ def group_norm(channels, groups):
 
 
 def start_silent(conv):
-    """Zero the last layer of a residual branch. A new VQGAN is then local, and a code says more about its own
-    cell: norms and attention over the image come in where training wants them."""
+    """Zero the last layer of a residual branch. A new VQGAN is then almost local, so that a code tells of its
+    own cell; training adds norms and attention over the image where they help."""
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)
 
@@ -204,7 +204,7 @@ class VectorQuantizer(nn.Module):
 
 
 def nearest(z, codebook):
-    """Each row's nearest code: z (M, C), codebook (V, C) -> (M,) int64."""
+    """z (M, C), codebook (V, C), all of length 1 -> nearest (M,) int64."""
     return torch.cat([(rows @ codebook.T).argmax(1) for rows in z.split(65536)])  # to save memory
 
 
@@ -290,41 +290,41 @@ class TokenizerStageConfig(StageConfig):
 
 
 def collages(images, cells, step):
-    """Turn every second image (B, 3, S, S) into a collage: the cells in `kept`, a window or all around one,
-    show the image before it. Returns images and `kept` (cells, cells) bool, which depends on `step` alone."""
+    """Paste cells of each even image (B, 3, S, S) into the odd one after it: those in `same`, a window or all
+    around one. Returns images and `same` (cells, cells) bool, which depends on `step` alone."""
     rng = random.Random(step)
     top, bottom = sorted(rng.sample(range(cells + 1), 2))
     left, right = sorted(rng.sample(range(cells + 1), 2))
-    kept = torch.full((cells, cells), rng.random() < 0.5, device=images.device)
-    kept[top:bottom, left:right] ^= True
+    same = torch.full((cells, cells), rng.random() < 0.5, device=images.device)
+    same[top:bottom, left:right] ^= True
     cell = images.shape[-1] // cells
-    pixels = kept.repeat_interleave(cell, 0).repeat_interleave(cell, 1)  # (S, S)
+    pixels = same.repeat_interleave(cell, 0).repeat_interleave(cell, 1)  # (S, S)
     images = images.clone()
     before, own = images[::2], images[1::2]
     own.copy_(torch.where(pixels, before[: len(own)], own))
-    return images, kept
+    return images, same
 
 
-def consistency_loss(z, kept):
-    """Mean squared change of kept cells' features z (B, C, h, w) between images and their collages."""
+def consistency_loss(z, same):
+    """Mean squared change of the same cells' features z (B, C, h, w) between images and their collages."""
     z = F.normalize(z.float(), dim=1)
     before, after = z[::2], z[1::2]
     change = (before[: len(after)] - after).square().mean(1)
-    return (change * kept).sum() / (kept.sum() * len(after)).clamp(min=1)
+    return (change * same).sum() / (same.sum() * len(after)).clamp(min=1)
 
 
 def spread_codes(z, size, generator):
     """Codes (size, C) for features z (M, C): k-means++, which draws each centre far from those before, then
-    one step of k-means. The 16th power of the distance, not the square, prefers rare content to a second code
-    for common content: between the two, a model could only guess."""
+    one step of k-means. The 16th power of the distance, not the square, gives rare content a code before
+    common content gets two, between which a model could only guess."""
     z = F.normalize(z.float(), dim=-1)
-    centers, distance = z[:1], torch.full_like(z[:, 0], torch.inf)
+    centers, squared = z[:1], torch.full_like(z[:, 0], torch.inf)
     while len(centers) < size:
-        distance = torch.minimum(distance, (z - centers[-1]).square().sum(-1))
-        weights = (distance / distance.max().clamp(min=1e-9)) ** 8 + 1e-30
+        squared = torch.minimum(squared, (z - centers[-1]).square().sum(-1))
+        weights = (squared / squared.max().clamp(min=1e-9)) ** 8 + 1e-30
         centers = torch.cat([centers, z[torch.multinomial(weights, 1, generator=generator)]])
-    means = torch.zeros_like(centers).index_add_(0, nearest(z, centers), z)
-    return F.normalize(torch.where(means.any(-1, keepdim=True), means, centers), dim=-1)
+    sums = torch.zeros_like(centers).index_add_(0, nearest(z, centers), z)
+    return F.normalize(torch.where(sums.any(-1, keepdim=True), sums, centers), dim=-1)
 
 
 class PatchDiscriminator(nn.Module):
@@ -360,7 +360,7 @@ class TokenizerStage(nn.Module):
     """A VQGAN with its losses (extras/photos.py adds LPIPS)."""
 
     def __init__(self, run, machine, image):
-        """run, machine: train.py's; image(i): training image i, (3, S, S), of which the first place codes."""
+        """run, machine: train.py's; image(i): training image i, (3, S, S); the first ones place the codes."""
         super().__init__()
         self.config, self.machine, self.image = run.tokenizer, machine, image
         self.model = VQGAN(run.vqgan)
@@ -384,7 +384,7 @@ class TokenizerStage(nn.Module):
         z = self.model.quant_conv(self.model.encoder(images))
         z_q, quantizer_loss, codes = self.model.quantize(z)
         if step < self.codebook_start:
-            z_q, quantizer_loss = F.normalize(z.float(), dim=1), 0 * quantizer_loss  # 0, not no gradient
+            z_q, quantizer_loss = F.normalize(z.float(), dim=1), 0 * quantizer_loss  # grad 0, not None
         made = self.model.decoder(self.model.post_quant_conv(z_q.to(z.dtype))).float()
         return made, self.reconstruction_loss(made, images), quantizer_loss, z, codes
 
@@ -397,12 +397,12 @@ class TokenizerStage(nn.Module):
         """(loss, logs) of a batch."""
         config, images = self.config, batch.targets
         if config.consistency:
-            images, kept = collages(images, self.model.config.grid_size, step)
+            images, same = collages(images, self.model.config.grid_size, step)
         made, reconstruction, quantizer_loss, z, codes = self.reconstruct(images, step)
         loss = reconstruction + config.codebook_weight * quantizer_loss
         logs = {"reconstruction": reconstruction.detach()}
         if config.consistency:
-            change = consistency_loss(z, kept)
+            change = consistency_loss(z, same)
             loss, logs["consistency"] = loss + config.consistency * change, change.detach()
         # the discriminator learns a little before it judges
         if step >= self.disc_start:
@@ -416,7 +416,7 @@ class TokenizerStage(nn.Module):
         return loss, logs
 
     def after_step(self, step):
-        """The discriminator's own step. After each window of steps, place all codes anew, to stay in use."""
+        """The discriminator's step. At codebook_start, then every restart_every steps, place all codes."""
         if self.seen:
             self.discriminator_step()
         done = step + 1 - self.codebook_start

@@ -5,10 +5,10 @@
     python train.py tiny --data=pets                     # a folder of your own pictures
     torchrun --nproc_per_node=8 train.py full            # on eight GPUs
 
-Four stages, each starting from the weights of an earlier one:
+Four stages; all but the first need weights of earlier ones:
 
     tokenizer   the VQGAN: pixels to codes and back
-    pretrain    in place of the paper's downloads: captions to codes, CLIP's loss, hidden words of a caption
+    pretrain    in place of released CLIP, T5 and LlamaGen: captions to codes, CLIP's loss, hidden words
     align       the paper's stage 1 teaches what an image in the prompt means
     instruct    the paper's stage 2 teaches what to keep of it, and what to change
 """
@@ -91,10 +91,11 @@ class RunConfig:
 
 
 STAGES = {"tokenizer": (), "pretrain": ("tokenizer",), "align": ("tokenizer", "pretrain"),
-          "instruct": ("tokenizer", "align")}  # and what they start from
+          "instruct": ("tokenizer", "align")}  # and what each reads from
 
 PRESETS = {
     # the shapes at 32 pixels: minutes on two CPU cores
+    # stages by steps, global_batch, lr, muon_lr, final_lr, mix
     "tiny": RunConfig(
         weight_decay=0.1, save_every=200,
         vqgan=TokenizerConfig(image_size=32, ch=16, ch_mult=(1, 2, 2), num_res_blocks=1, norm_groups=1,
@@ -191,7 +192,7 @@ def start_machine(run):
 
 
 class ContrastiveHead(nn.Module):
-    """CLIP's loss (arXiv 2103.00020): in a micro-batch of all processes, an image should be nearest to its
+    """CLIP's loss (arXiv 2103.00020): in all processes' micro-batches, an image should be nearest to its
     caption, and a caption to its image."""
 
     def __init__(self, config, machine, width=128):
@@ -269,7 +270,7 @@ class MentorStage(nn.Module):
         """(loss, logs) of a batch. Logs: the loss of each task, and pretraining's two more."""
         losses, states = self.code_losses(batch)
         loss, model = losses.mean(), self.model
-        logs = {task: torch.stack([loss for loss, t in zip(losses.detach(), batch.tasks) if t == task]).mean()
+        logs = {task: torch.stack([one for one, t in zip(losses.detach(), batch.tasks) if t == task]).mean()
                 for task in set(batch.tasks)}
         if self.contrastive:
             pixels = as_vision_pixels(batch.targets, model.config.vision.image_size)
@@ -299,7 +300,7 @@ def as_vision_pixels(targets, size):
 
 class Muon(torch.optim.Optimizer):
     """Momentum with an orthogonalised update, so that all directions of a matrix learn at one rate (Keller
-    Jordan, 2024). As torch.optim.Muon, but in float32 on a CPU."""
+    Jordan, 2024). As torch.optim.Muon, but in float32 off CUDA."""
 
     def __init__(self, params, lr, weight_decay):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -408,9 +409,11 @@ def stop_signals():
         signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield received
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def leave_signals(worker):
@@ -450,6 +453,7 @@ def train_stage(name, run, machine, source, text_tokenizer):
     if machine.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, record)
+        write_json(folder.parent / "run.json", flatten(run))
 
     collate = Collate(text_tokenizer, run.model, run.vqgan.image_size)
     dataset, held_out = (make_dataset(name, run, source, held_out=h) for h in (False, True))
@@ -636,7 +640,7 @@ def load_checkpoint(folder, stage, optimizers):
         raise ValueError(f"{file} cannot be read ({error}): delete it to start again") from None
 
 
-# keys of speed or place, not of results: they may change in a used folder
+# may change in a used folder: speed, place; micro_batch: also CLIP's loss
 FREE = ("out", "stage", "data", "device", "dtype", "workers", "save_every", "micro_batch", "train_scale",
         "checkpoint", "compile", "model.sampling.")
 
@@ -722,7 +726,7 @@ def open_source(run):
 
 
 def check_mixes(run, defaults, source, machine):
-    """Print the tasks that the data lacks; refuse mixes with them that are not the preset's."""
+    """Tasks that the data lacks are refused in the user's mixes, told of in the preset's."""
     lacks = {stage: parse_mix(getattr(run, stage).mix).keys() - source.tasks for stage in STAGES}
     missing = ", ".join(sorted(set().union(*lacks.values())))
     wrong = [f"--{stage}.mix" for stage, tasks in lacks.items()
@@ -750,11 +754,10 @@ def start_run(run, machine, source):
         machine.say(f"data: {source.notes}; changed since the last run: {', '.join(changed) or 'nothing'}")
         unknown = words.unknown_words(" ".join(source.prompts()))
         require(not unknown, f"{out}/spiece.model lacks {', '.join(unknown)}: choose another --out")
-        Collate(words, run.model, run.vqgan.image_size).encode(max(source.prompts(), key=len), 1)  # fits?
+        [Collate(words, run.model, 0).encode(prompt, 1) for prompt in source.prompts()]  # do all fit?
     if machine.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "spiece.model", lambda path: path.write_bytes(words.proto))
-        write_json(out / "run.json", flatten(run))
         write_json(data, contents)
     return words
 

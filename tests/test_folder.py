@@ -218,8 +218,9 @@ def test_a_tenth_is_held_out_subjects_as_a_whole(tmp_path):
     assert {p.subject for p in Folder(tmp_path / "few", 32).pictures} == {"pet_0", ""}  # a small one alone
     [add(tmp_path / "one" / "rex", f"{i}", "a box") for i in range(11)]
     assert "subject_driven" not in Folder(tmp_path / "one", 32).tasks  # a large one is no subject
-    add(tmp_path / "few" / "alone", "y", "a box"), add(tmp_path / "few", "loose", mask=False)
-    assert {p.subject for p in Folder(tmp_path / "few", 32).pictures} == {"pet_0", "alone", ""}
+    add(tmp_path / "few" / "alone", "y", "a box"), add(tmp_path / "few", "pet_0", mask=False)
+    few = Folder(tmp_path / "few", 32)
+    assert {p.subject for p in few.pictures} == {"pet_0", "alone", ""} and len(few.groups["pet_0"]) == 3
     folder = Folder(make_pets(tmp_path / "many", 20, 3), 32)
     seen, look = {False: set(), True: set()}, folder.look
 
@@ -312,10 +313,10 @@ def test_a_run_ends_with_pictures_and_what_to_try(tmp_path, capsys):
 @pytest.mark.parametrize("keys, message", [
     (["--align.mix=recovery:1,text_to_image:1"], "recovery.*--align.mix"),
     (["--align.mix=segmentation:1", "--instruct.mix=recovery:1"], "recovery, segmentation.*--instruct.mix"),
-    (["--model.context=20"], "tokens.*--model.context"),
+    (["--model.context=40"], "tokens.*--model.context"),  # the prompt of most tokens, not of most letters
     (["--model.text.vocab_size=99"], r"vocab_size=99: .*\d\d\d")])
 def test_what_cannot_work_is_refused_before_training(keys, message, tmp_path):
-    add(tmp_path / "pets", "dog", "a dog and many words more than there is room for", mask=False)
+    add(tmp_path / "pets", "dog", f"a dog {'x' * 99}\na dog{',' * 25}", mask=False)
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "pets", tmp_path / "out", *keys)
     assert not list((tmp_path / "out").rglob("*.safetensors"))
@@ -337,7 +338,8 @@ def test_the_same_pictures_are_the_same_data_wherever_they_are(tmp_path, monkeyp
     assert "changed" in said and "pet_1/2" in said and said.count("pet_") == 1 and "already" in said
     add(tmp_path / "moved" / "pet_1", "3", "a box on ground 0")
     with pytest.raises(ValueError, match="data=12 pictures.*13 pictures"):
-        run("moved", "out", "--stage=tokenizer")
+        run("moved", "out", "--stage=tokenizer", "--seed=5")
+    assert '"seed": 0' in open("out/run.json").read()  # the run that was made
     add(tmp_path / "moved" / "pet_1", "2", "a zebra")  # for which the word table has no row
     with pytest.raises(ValueError, match="spiece.model.*zebra"):
         run("moved", "out")

@@ -81,7 +81,7 @@ def test_the_trained_model_draws_what_it_is_told(pipeline, world):
     errors = [np.square((a.astype(float) - b) / 255).mean() ** 0.5 for a, b in zip(rebuilt, targets)]
     assert np.mean(errors) < 0.08
 
-def test_a_folder_is_opened_at_its_last_finished_stage(pipeline, tmp_path):
+def test_a_folder_is_opened_at_its_last_finished_stage(pipeline, tmp_path, monkeypatch):
     out = shutil.copytree(TRAINED, tmp_path / "out")
     shutil.copytree(out / "instruct", out / "align")
     config = json.loads((out / "align" / "config.json").read_text())
@@ -90,6 +90,8 @@ def test_a_folder_is_opened_at_its_last_finished_stage(pipeline, tmp_path):
     assert scale(out) == pipeline.model.config.sampling.cfg_scale != 5 and scale(out / "align") == 5
     (out / "instruct" / "model.safetensors").unlink()  # still in training
     assert scale(out) == 5 and not pipeline.model.training and not pipeline.vqgan.training
+    monkeypatch.chdir(out / "align")
+    assert scale(".") == 5
 
 @pytest.mark.parametrize("name, change, message", [
     ("spiece.model", lambda whole: TextTokenizer.train(["another text"]).proto, "was trained with another"),
@@ -183,7 +185,8 @@ def test_the_command_line_draws(arguments, prompt, images, count, shown, referen
     assert [picture.text[key] for key in ("prompt", "seed", "top_k")] == [prompt, "7", "9"]
 
 @pytest.mark.parametrize("arguments, message", [
-    (["A big red staar on a green ocean"], "staar, ocean"),
+    (["A big red staar on a green ocean"], "staar, ocean"), (["A red_star"], "not know red_star"),
+    (["The star < <image>.", "--images=REF"], "not know <"), ([PROMPT, "--out=REF.psd"], "must end as"),
     (["The star in <image>."], "1 <image>, but 0 images"), (["", "--images=REF"], "0 <image>, but 1"),
     (["The star in <image>.\n" * 6, *["--images=REF"] * 6], "96"),
     (["The star in <image>.", "--images=REF", "--images=REF"], "1 <image>, but 2 images"),

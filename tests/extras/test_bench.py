@@ -95,5 +95,5 @@ def test_out_of_memory_is_one_line():
     program = "def main(keys):\n    raise torch.OutOfMemoryError('full')\nsample.cli(main, 'train.py')"
     done = subprocess.run([sys.executable, "-c", "import sample, torch\n" + program], cwd=gpu.ROOT,
                           capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("train.py: out of memory (full): halve --micro_b")
+    assert done.returncode == 2 and done.stderr.startswith("train.py: out of memory (full): lower --n")
     assert done.stderr.count("\n") == 1
