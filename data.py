@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
@@ -64,7 +65,7 @@ def load_image(path, least=0):
 
 def load_mask(path, picture_path):
     """A mask's object, bool (H, W): a cut-out's alpha or the larger of two greys; many greys are edges, 3 to
-    8 are classes."""
+    8 are refused."""
     size, tag = read_image(picture_path, lambda image: (image.size, image.getexif().get(ORIENTATION)))
     (grey, alpha), lossy = read_image(path, lambda image: (
         [*map(np.asarray, image.convert("LA").split())], image.format in ("JPEG", "WEBP")))
@@ -110,6 +111,14 @@ def vision_pixels(picture, size):
 def tokenizer_pixels(picture, size):
     """The centred square as the VQGAN's input: float32 (3, size, size) in [-1, 1]."""
     return torch.from_numpy(center_crop(picture, size).transpose(2, 0, 1).astype(np.float32) / 127.5 - 1)
+
+
+def as_vision_pixels(targets, size):
+    """Targets (B, 3, S, S) in [-1, 1] as the vision encoder's input (B, 3, size, size)."""
+    targets = F.interpolate(targets, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+    mean, std = (torch.from_numpy(x).to(targets.device, non_blocking=True)[:, None, None]
+                 for x in (CLIP_MEAN, CLIP_STD))
+    return ((targets + 1) / 2 - mean) / std
 
 
 def to_picture(image):
@@ -451,7 +460,7 @@ class Folder:
         require(self.path.is_dir(), f"--data={folder}: there is no such folder")
         self.pictures, self.notes = self.find()
 
-        # groups are subjects or single pictures; some are held out, by their names, never all
+        # groups: subjects or single pictures; some are held out, never all
         self.groups, held = defaultdict(list), np.zeros(len(self.pictures), bool)
         for i, p in enumerate(self.pictures):
             self.groups[p.subject or p.name + "."].append(i)
@@ -459,7 +468,8 @@ class Folder:
         for name in sorted(self.groups, key=lambda name: zlib.crc32(name.encode()))[:-1]:
             if held.sum() < enough:
                 held[self.groups[name]] = True
-        # what a task needs beside a picture: the pictures for it, held out or not
+        self.notes += f"; {held.sum()} held out"
+        # the field a task needs; the pictures that have it, held out or not
         needs = {"text_to_image": "file", "reconstruction": "file", "segmentation": "mask",
                  "recovery": "mask", "subject_driven": "subject"}
         self.usable = {(task, part): [i for i, p in enumerate(self.pictures)
@@ -567,11 +577,11 @@ class Folder:
         background, _ = self.look(rng.choice(others), crop, mirrored)
         return Sample(task, prompt, [paste_distorted(cut_out, mask, background, rng)], image)
 
-    def look(self, i, crop=None, mirrored=False):
+    def look(self, i, rng=None, mirrored=False):
         """Picture i cropped, uint8 (size, size, 3), and its mask, float32 (size, size, 1)."""
         picture, mask = self.kept.get(i) or self.read(i)
         turn = slice(None, None, -1 if mirrored else 1)
-        return square_of_object(picture[:, turn], mask[:, turn], self.size, crop)
+        return square_of_object(picture[:, turn], mask[:, turn], self.size, rng)
 
 
 def square_window(shape, box, rng=None):

@@ -34,7 +34,7 @@ class VisionConfig:
     width: int = 1024  # channels of a patch's features
     n_layer: int = 24  # blocks; features are taken before the last one
     n_head: int = 16
-    mlp_width: int = 4096  # hidden width of a block's MLP
+    mlp_width: int = 4096  # of a block's MLP
 
     @property
     def n_patch(self):
@@ -51,7 +51,7 @@ class TextConfig:
     n_layer: int = 24
     n_head: int = 32
     head_width: int = 64     # of each head, whatever the width
-    mlp_width: int = 5120    # hidden width of a block's gated MLP
+    mlp_width: int = 5120    # of a block's gated MLP
     n_bucket: int = 32       # buckets of relative distances, each with a bias per head
     max_distance: int = 128  # from here on all distances share a bucket
     dropout: float = 0.1     # on embeddings, in every block, and at the end
@@ -98,7 +98,7 @@ class MentorConfig:
     decoder: DecoderConfig = DecoderConfig()
     sampling: SamplingConfig = SamplingConfig()
     connector: str = "mlp"  # one of CONNECTORS
-    n_query: int = 0        # tokens per image; 0 (mlp): one a patch
+    n_query: int = 0        # tokens per image; mlp: 0, one a patch
     context: int = 512      # longest prefix
 
     def __post_init__(self):
@@ -216,8 +216,8 @@ CONNECTORS = {"mlp": MLPConnector}  # by MentorConfig.connector; extras/multi.py
 
 def relative_position_bucket(distance, n_bucket, max_distance):
     """T5's buckets (arXiv 1910.10683, section 2.1): signed distances (key - query) -> int64 in [0, n_bucket).
-    Half are for keys to the right. Of each half, the first half holds one distance each, and the rest grow
-    logarithmically up to max_distance."""
+    Half are for keys to the right. Of each half, half hold one distance each; the rest grow logarithmically
+    to max_distance."""
     half = n_bucket // 2
     side = (distance > 0).long() * half
     distance = distance.abs()

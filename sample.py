@@ -206,7 +206,7 @@ def marks(judge, pictures, samples):
 def judge_pictures(judge, pictures, samples):
     """The mean marks."""
     cp, pf = marks(judge, pictures, samples).mean(0).tolist()
-    return {"cp": cp, "pf": pf, "cp_pf": cp * pf, "cp_over_pf": cp / max(pf, 1e-9)}
+    return {"cp": cp, "pf": pf, "cp_pf": cp * pf}
 
 
 def score(pipeline, out, world=None, prompts=512):
@@ -229,7 +229,7 @@ def score(pipeline, out, world=None, prompts=512):
 
 
 def save_sheet(parts, path, side=96, width=330):
-    """A contact sheet of parts {heading: (samples, drawings)}: rows of reference, prompt, drawing, ideal."""
+    """Save parts {heading: (samples, drawings)} as rows of reference, prompt, drawing, ideal."""
     height = sum(20 + side * len(samples) for samples, _ in parts.values())
     sheet, y = Image.new("RGB", (3 * side + width, height), "white"), 0
     pen = ImageDraw.Draw(sheet)
@@ -248,7 +248,7 @@ def save_sheet(parts, path, side=96, width=330):
 
 
 def enlarged(pictures, least=256):
-    """Pictures of one size side by side, as a Pillow image, large enough to be looked at."""
+    """Pictures of one size side by side, enlarged to be looked at: a Pillow image."""
     image = Image.fromarray(np.concatenate(pictures, axis=1))
     return ImageOps.scale(image, -(-least // image.height), Image.NEAREST)
 
@@ -274,7 +274,7 @@ def parse(arguments):
     add("--device", default=best_device(), help="cuda, mps or cpu (default: %(default)s)")
     add("--compile", action="store_true", help="draw faster on a GPU, after a minute's wait")
     options, unknown = parser.parse_known_intermixed_args(arguments)
-    if options.prompt.startswith("--"):  # so argparse sees an unknown option with spaces
+    if options.prompt.startswith("--"):  # an unknown option with spaces, for argparse
         unknown.append(options.prompt)
     require(not unknown, f"{' '.join(unknown)}: no such option; the prompt is the second argument")
     require(options.n > 0, f"--n={options.n}: must be at least 1")

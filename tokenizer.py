@@ -174,7 +174,7 @@ class Encoder(nn.Module):
 
 class VectorQuantizer(nn.Module):
     """Replace every vector by the nearest of the codebook, all of length 1 (LlamaGen 2.1), so that no code
-    wins by being long, and 8 dimensions keep 16,384 codes in use."""
+    wins by being long."""
 
     def __init__(self, config):
         super().__init__()

@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import sample
-from data import CLIP_MEAN, CLIP_STD, TASKS, Collate, Folder, Shapes, tokenizer_pixels
+from data import TASKS, Collate, Folder, Shapes, as_vision_pixels, tokenizer_pixels
 from mentor import (DecoderConfig, Mentor, MentorConfig, SamplingConfig, TextConfig, VisionConfig,
                     length_mask, start_from_codebook)
 from tokenizer import (VQGAN, StageConfig, TextTokenizer, TokenizerConfig, TokenizerStage,
@@ -81,7 +81,7 @@ class RunConfig:
     compile: bool = False       # torch.compile the blocks of text encoder and decoder
     checkpoint: bool = False    # compute activations again when needed: less memory, slower
     workers: int = 0            # processes that prepare samples; 0: the training process does
-    save_every: int = 1000      # steps between checkpoints
+    save_every: int = 1000      # steps between checkpoints; 0: none
     vqgan: TokenizerConfig = TokenizerConfig()
     model: MentorConfig = MentorConfig()
     tokenizer: TokenizerStageConfig = TokenizerStageConfig()
@@ -287,14 +287,6 @@ class MentorStage(nn.Module):
         """Nothing; TokenizerStage does more."""
 
 
-def as_vision_pixels(targets, size):
-    """Targets (B, 3, S, S) in [-1, 1] as the vision encoder's input (B, 3, size, size)."""
-    targets = F.interpolate(targets, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
-    mean, std = (torch.from_numpy(x).to(targets.device, non_blocking=True)[:, None, None]
-                 for x in (CLIP_MEAN, CLIP_STD))
-    return ((targets + 1) / 2 - mean) / std
-
-
 # --- The optimizers ---
 
 
@@ -365,9 +357,10 @@ def check_same(folder, old, new):
 
 
 def load_as(cls, config, folder, prefix):
-    """load_model, but the folder must have this config."""
+    """load_model, of this config."""
     model = load_model(cls, config, folder)
     check_same(folder, flatten(model.config, prefix), flatten(config, prefix))
+    model.config = config  # sampling may differ
     return model
 
 
@@ -423,8 +416,8 @@ def leave_signals(worker):
 
 
 def make_batches(dataset, collate, config, run, machine, start):
-    """This process's micro-batches from step `start` on, all that a checkpoint must know of the data:
-    a sample depends on its index alone."""
+    """This process's micro-batches from step `start` on. A checkpoint holds no data: a sample depends
+    on its index alone."""
     micro, accumulate = micro_batches(config, run, machine)
     firsts = (step * config.global_batch + (machine.rank * accumulate + m) * micro
               for step in range(start, config.steps) for m in range(accumulate))
@@ -466,7 +459,8 @@ def train_stage(name, run, machine, source, text_tokenizer):
     machine.say(f"{name}: parameters that train {trains}, {config.steps} steps of {config.global_batch} = "
                 f"{machine.world_size} processes x {accumulate} x {micro}, from step {start}")
 
-    best = best if dataset.count < math.inf else None  # few samples may be learnt by heart
+    # few samples may be learnt by heart; a discriminator costs held-out loss
+    best = best if dataset.count < math.inf and not stage.own_optimizers else None
     with stop_signals() as stop:
         train_steps(stage, run, config, machine, batches, optimizers, log, start, best, validate, stop)
     if best and 0 < best["step"] < config.steps:
@@ -516,12 +510,12 @@ def train_steps(stage, run, config, machine, batches, optimizers, log, start, be
         done, last = step + 1, step + 1 == config.steps
         stopped = machine.average(torch.tensor([float(len(stop))])).item() > 0  # of any process
         validating = last or done % max(1, config.steps // 15) == 0
-        saving = stopped or not last and done % run.save_every == 0
+        saving = stopped or not last and run.save_every and done % run.save_every == 0
         if validating and (held_out := validate()) is not None:
             log.add(held_out=held_out)
             if best:
                 note_best(best, held_out, done, stage, log)
-        if validating or saving or done % max(1, config.steps // 200) == 0:  # reading a GPU's numbers waits
+        if validating or saving or done % max(1, config.steps // 200) == 0:  # float() waits for a GPU
             log.write(done)
         if saving:
             save_checkpoint(log.path.parent, stage, optimizers, done, best, machine)
@@ -640,7 +634,7 @@ def load_checkpoint(folder, stage, optimizers):
         raise ValueError(f"{file} cannot be read ({error}): delete it to start again") from None
 
 
-# may change in a used folder: speed, place; micro_batch: also CLIP's loss
+# may change in a used folder; micro_batch alters CLIP's loss and collages
 FREE = ("out", "stage", "data", "device", "dtype", "workers", "save_every", "micro_batch", "train_scale",
         "checkpoint", "compile", "model.sampling.")
 
@@ -713,7 +707,7 @@ def read_value(key, text, default):
 
 
 def print_help():
-    """Print this file's usage and the keys' source, with defaults and meanings."""
+    """Print this file's usage and the keys' source."""
     print(__doc__, f"\npython train.py PRESET [--key=value ...]   PRESET: {', '.join(PRESETS)}\n")
     for config in (RunConfig, StageConfig, MentorStageConfig, TokenizerStageConfig, TokenizerConfig,
                    MentorConfig, VisionConfig, TextConfig, DecoderConfig, SamplingConfig):
@@ -768,12 +762,13 @@ def main(arguments, open_source=open_source):
         return print_help()
     run, started = parse(arguments), time.perf_counter()
     machine = start_machine(run)
-    for stage in STAGES:
+    stages = STAGES if run.stage == "all" else [run.stage]
+    for stage in stages:
         micro_batches(getattr(run, stage), run, machine)
     source = open_source(run)
     check_mixes(run, PRESETS[arguments[0]], source, machine)
     text_tokenizer = start_run(run, machine, source)
-    for stage in STAGES if run.stage == "all" else [run.stage]:
+    for stage in stages:
         train_stage(stage, run, machine, source, text_tokenizer)
         machine.say(f"{stage}: finished after {time.perf_counter() - started:.0f} s in all")
     if machine.world_size > 1:

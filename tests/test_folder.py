@@ -66,8 +66,8 @@ def test_hidden_files_are_never_data_and_what_nothing_uses_is_told(tmp_path):
         (tmp_path / file).write_text("a picture that is not there")
     folder = Folder(tmp_path, 32)
     assert [p.name for p in folder.pictures] == ["cat", "some/dog"] and "old" not in folder.notes
-    for told in ("2 pictures", "1 with captions", "1 masks", "0 subjects", "2 .heic", "1 .bmp", "1 .md",
-                 "LICENSE", "lost", "a.mask"):
+    for told in ("2 pictures", "1 with captions", "1 masks", "0 subjects", "1 held out", "2 .heic", "1 .bmp",
+                 "1 .md", "LICENSE", "lost", "a.mask"):
         assert told in folder.notes
 
 def test_companions_are_found_whatever_their_case_and_unicode_form(tmp_path):
@@ -358,3 +358,6 @@ def test_what_is_learnt_by_heart_is_said_and_the_best_weights_are_kept(tmp_path,
     said, kept = capsys.readouterr().out, load_file(tmp_path / "out" / "pretrain" / "model.safetensors")
     assert same_weights(kept, seen[2]) and not same_weights(kept, seen[4])
     assert "pretrain: " in said and "weights of step 2" in said and "heart" in said
+    seen.clear()  # a discriminator makes pictures sharper and the held-out loss larger
+    run(tmp_path / "pets", tmp_path / "gan", "--stage=tokenizer", "--tokenizer.disc_start=0.5")
+    assert not seen and "weights of step" not in capsys.readouterr().out

@@ -134,7 +134,7 @@ def test_scores_count_attributes(world, judge):
         wrong = Placed(subject._replace(shape=(subject.shape + 1) % 8), (place + 1) % 9, size)
         drawn.append(world.draw(Scene((color + 1) % 8, (pattern + 1) % 4, (wrong,))))
     scores = judge_pictures(judge, drawn, asked)
-    assert (scores["cp"], scores["pf"], scores["cp_pf"], scores["cp_over_pf"]) == (0.75, 0.25, 0.1875, 3)
+    assert (scores["cp"], scores["pf"], scores["cp_pf"]) == (0.75, 0.25, 0.1875)
 
 def test_copying_the_reference_follows_the_prompt_by_chance_only(world, judge):
     asked = held_out(world, "subject_driven", 512)

@@ -528,6 +528,9 @@ def test_another_run_in_a_used_folder_is_refused_by_its_first_key(trained, tmp_p
                  "--save_every=7 --workers=1 --micro_batch=2 --checkpoint --model.sampling.cfg_scale=5"):
         run(trained, *keys.split())
     assert {name: contents(trained)[name] for name in there} == there
+    keys = "--tokenizer.global_batch=3 --micro_batch=2 --model.sampling.cfg_scale=5 --save_every=0"
+    run(link(trained, tmp_path / "own", "instruct"), "--stage=instruct", *keys.split())  # no tokenizer's step
+    assert '"sampling.cfg_scale": 5' in (tmp_path / "own" / "instruct" / "config.json").read_text()
     with dies_at(monkeypatch, 2):  # also while it is not finished
         run(link(trained, tmp_path, "align"), "--stage=align", "--save_every=1")
     with pytest.raises(ValueError, match="align.lr=0.003.*0.5"):
