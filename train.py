@@ -812,7 +812,7 @@ def draw_curves(out, width=400, height=220):
         losses = [line[key] for line in later for key in ("loss", "held_out") if key in line]
         low, high = min(losses), max(losses) + 1e-9
         place = lambda x, y: (left + 10 + (width - 50) * x / last,
-                              height - 20 - (height - 45) * (min(y, high) - low) / (high - low))
+                              height - 36 - (height - 60) * (min(y, high) - low) / (high - low))
         pen.line([place(line["step"], line["loss"]) for line in lines], fill="#2060c0", width=2)
         for line in lines:
             if "held_out" in line:

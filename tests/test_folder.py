@@ -307,6 +307,7 @@ def test_a_run_ends_with_pictures_and_what_to_try(tmp_path, capsys):
     assert any("6 pictures, 3 with captions" in line for line in lines)
     assert "python sample.py" in said.out and "\r" not in said.out + said.err
     assert all((tmp_path / "out" / file).is_file() for file in ("sheet.png", "curves.png"))
+    assert (np.asarray(Image.open(tmp_path / "out" / "curves.png"))[-1] == 255).all()  # no number is cut off
     run(tmp_path / "my pets", tmp_path / "alone", "--stage=tokenizer")
     assert (tmp_path / "alone" / "tokenizer.png").is_file()
 
