@@ -212,9 +212,10 @@ def main(arguments):
     require(o.device.type != "cuda" or torch.cuda.is_available(), "no CUDA here; try --small --device=cpu")
     name = torch.cuda.get_device_name() if o.device.type == "cuda" else "CPU"
     o.peak = 989e12 if re.search("H[12]00", name) else 312e12  # FLOPs/s, an A100's
+    if not o.part or not Path(o.out).is_file():
+        write_json(o.out, {"card": name, "torch": torch.__version__, "python": sys.version})
     if o.part:
         return globals().get(o.part, training)(o)
-    write_json(o.out, {"card": name, "torch": torch.__version__, "python": sys.version})
     for o.part, limit in PARTS.items():
         started = time.monotonic()
         command = ["timeout", "-s", "KILL", str(max(1, min(limit, end - started))), sys.executable, "-m",
