@@ -248,7 +248,7 @@ def save_sheet(parts, path, side=96, width=330):
 
 
 def enlarged(pictures, least=256):
-    """Pictures of one size side by side, enlarged to be looked at: a Pillow image."""
+    """Pictures of one size side by side, enlarged: a Pillow image."""
     image = Image.fromarray(np.concatenate(pictures, axis=1))
     return ImageOps.scale(image, -(-least // image.height), Image.NEAREST)
 
@@ -284,7 +284,7 @@ def parse(arguments):
 
 
 def check_words(pipeline, prompt):
-    """The prompt without punctuation that the model never met. Raises ValueError for other unknown words."""
+    """The prompt without punctuation that the model never met. Other words raise ValueError."""
     unknown = pipeline.text_tokenizer.unknown_words(prompt)
     words = [word for word in unknown if word[0].isalnum() or word in "<>"]
     if words:

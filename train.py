@@ -748,7 +748,9 @@ def start_run(run, machine, source):
         machine.say(f"data: {source.notes}; changed since the last run: {', '.join(changed) or 'nothing'}")
         unknown = words.unknown_words(" ".join(source.prompts()))
         require(not unknown, f"{out}/spiece.model lacks {', '.join(unknown)}: choose another --out")
-        [Collate(words, run.model, 0).encode(prompt, 1) for prompt in source.prompts()]  # do all fit?
+        collate = Collate(words, run.model, 0)
+        for prompt in source.prompts():
+            collate.encode(prompt, 1)  # fits?
     if machine.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "spiece.model", lambda path: path.write_bytes(words.proto))
