@@ -171,25 +171,17 @@ class VisionEncoder(nn.Module):
         self.position_embedding = nn.Parameter(torch.randn(1 + config.n_patch, config.width))
         self.pre_norm = nn.LayerNorm(config.width)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.n_layer))
-        self.post_norm = nn.LayerNorm(config.width)
+        self.post_norm = nn.LayerNorm(config.width)  # like the last block only for released weights
 
-    def before_last(self, pixels):
-        """The input of the last block, class token and patches: (M, 1 + n_patch, D)."""
+    def forward(self, pixels):
+        """Features for the connector: what the last block would read of the patches, (M, n_patch, D)."""
         patches = self.patch_embedding(pixels.to(self.class_embedding.dtype))  # (M, D, S/p, S/p)
         patches = patches.flatten(2).transpose(1, 2)                           # (M, n_patch, D)
         first = self.class_embedding.expand(len(pixels), 1, -1)
         x = self.pre_norm(torch.cat([first, patches], dim=1) + self.position_embedding)
         for block in self.blocks[:-1]:
             x = block(x)
-        return x
-
-    def forward(self, pixels):
-        """Features for the connector, of the patches alone: (M, n_patch, D)."""
-        return self.before_last(pixels)[:, 1:]
-
-    def pool(self, features):
-        """before_last's output -> the class token at the end, (M, D), for contrastive pretraining."""
-        return self.post_norm(self.blocks[-1](features)[:, 0])
+        return x[:, 1:]
 
 
 # --- Connectors ---

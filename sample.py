@@ -101,7 +101,7 @@ def newest_stage(folder):
     """The folder of a run's last finished stage, or `folder` itself if it is a stage's."""
     for stage in (Path(folder, name).resolve() for name in ("instruct", "align", "pretrain", "")):
         finished = (stage / "stage.json").is_file() and (stage / "model.safetensors").is_file()
-        if finished and stage.name != "tokenizer":
+        if finished and stage.name not in ("tokenizer", "encoder"):
             return stage
     raise ValueError(f"{folder} holds no trained model (a tokenizer is none): run `python train.py tiny`")
 

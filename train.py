@@ -5,10 +5,11 @@
     python train.py tiny --data=pets                     # a folder of your own pictures
     torchrun --nproc_per_node=8 train.py full            # on eight GPUs
 
-Four stages; all but the first need weights of earlier ones:
+Five stages, of which the first three stand in for released weights:
 
     tokenizer   the VQGAN: pixels to codes and back
-    pretrain    in place of released CLIP, T5 and LlamaGen: captions to codes, CLIP's loss, hidden words
+    encoder     in place of CLIP and T5: the hidden words of a picture's caption
+    pretrain    in place of LlamaGen: captions to codes, with the encoder frozen
     align       the paper's stage 1 teaches what an image in the prompt means
     instruct    the paper's stage 2 teaches what to keep of it, and what to change
 """
@@ -59,7 +60,6 @@ class MentorStageConfig(StageConfig):
 ALIGN_MIX = "text_to_image:700,reconstruction:180,segmentation:1600"  # thousands of samples, as published
 INSTRUCT_MIX = "text_to_image:600,segmentation:150,recovery:150,subject_driven:400"
 TINY_MIX = "text_to_image:300,segmentation:100,recovery:100,subject_driven:800"
-ALL_PARTS = "encoder,projector,decoder"
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,14 @@ class RunConfig:
     vqgan: TokenizerConfig = TokenizerConfig()
     model: MentorConfig = MentorConfig()
     tokenizer: TokenizerStageConfig = TokenizerStageConfig()
-    pretrain: MentorStageConfig = MentorStageConfig(trains=ALL_PARTS)
+    encoder: MentorStageConfig = MentorStageConfig(trains="encoder")
+    pretrain: MentorStageConfig = MentorStageConfig(trains="projector,decoder")
     align: MentorStageConfig = MentorStageConfig(19375, mix=ALIGN_MIX)
     instruct: MentorStageConfig = MentorStageConfig(20312, lr=1e-4, mix=INSTRUCT_MIX)
 
 
-STAGES = {"tokenizer": (), "pretrain": ("tokenizer",), "align": ("tokenizer", "pretrain"),
-          "instruct": ("tokenizer", "align")}  # and what each reads from
+STAGES = {"tokenizer": (), "encoder": (), "pretrain": ("tokenizer", "encoder"),
+          "align": ("tokenizer", "pretrain"), "instruct": ("tokenizer", "align")}  # and what each reads from
 
 PRESETS = {
     # the shapes at 32 pixels: minutes on two CPU cores
@@ -99,18 +100,19 @@ PRESETS = {
     "tiny": RunConfig(
         weight_decay=0.1, save_every=200,
         vqgan=TokenizerConfig(image_size=32, ch=16, ch_mult=(1, 2, 2), num_res_blocks=1, norm_groups=1,
-                              z_channels=64, codebook_size=256),
+                              z_channels=64, codebook_size=512),
         model=MentorConfig(
             vision=VisionConfig(image_size=32, patch_size=8, width=128, n_layer=2, n_head=4, mlp_width=256),
             text=TextConfig(vocab_size=2048, width=128, n_layer=2, n_head=4, head_width=32, mlp_width=256,
                             dropout=0.0),
             decoder=DecoderConfig(width=96, n_layer=4, n_head=4, multiple_of=32, dropout=0.0),
             sampling=SamplingConfig(cfg_scale=2.0, temperature=0.6), context=96),
-        tokenizer=TokenizerStageConfig(2000, 8, 1.5e-3, final_lr=0.0, codebook_weight=0.2, codebook_start=0.4,
-                                       consistency=0.2, restart_every=400, disc_start=1.0),
-        pretrain=MentorStageConfig(850, 24, 1e-2, 0.02, 0.3, trains=ALL_PARTS),
-        align=MentorStageConfig(850, 24, 4e-3, 0.01, 0.6, ALIGN_MIX),
-        instruct=MentorStageConfig(1200, 24, 3e-3, 0.008, 0.0, TINY_MIX)),
+        tokenizer=TokenizerStageConfig(800, 16, 1.5e-3, 0.02, 0.0, codebook_weight=0.2, codebook_start=0.4,
+                                       consistency=0.2, restart_every=160, disc_start=1.0),
+        encoder=MentorStageConfig(900, 64, 1e-2, 0.02, 0.05, trains="encoder"),
+        pretrain=MentorStageConfig(600, 24, 1e-2, 0.02, 0.3, trains="projector,decoder"),
+        align=MentorStageConfig(700, 24, 4e-3, 0.01, 0.6, ALIGN_MIX),
+        instruct=MentorStageConfig(1100, 24, 3e-3, 0.008, 0.0, TINY_MIX)),
     # 64 pixels, shapes or your own pictures: for one GPU
     "small": RunConfig(
         weight_decay=0.01, workers=4,
@@ -122,7 +124,8 @@ PRESETS = {
             sampling=SamplingConfig(cfg_scale=3.0), context=192),
         tokenizer=TokenizerStageConfig(8000, 32, 5e-4, codebook_start=0.2, consistency=0.2,
                                        restart_every=1600),
-        pretrain=MentorStageConfig(8000, 64, 1e-3, 0.02, trains=ALL_PARTS),
+        encoder=MentorStageConfig(8000, 64, 1e-3, 0.02, trains="encoder"),
+        pretrain=MentorStageConfig(8000, 64, 1e-3, 0.02, trains="projector,decoder"),
         align=MentorStageConfig(8000, 64, 1e-3, 0.02, mix=ALIGN_MIX),
         instruct=MentorStageConfig(16000, 64, 1e-3, 0.02, mix=INSTRUCT_MIX)),
     # 256 pixels, photographs: for a few GPUs
@@ -191,52 +194,13 @@ def start_machine(run):
 # --- The losses ---
 
 
-class ContrastiveHead(nn.Module):
-    """CLIP's loss (arXiv 2103.00020): in all processes' micro-batches, an image should be nearest to its
-    caption, and a caption to its image."""
-
-    def __init__(self, config, machine, width=128):
-        super().__init__()
-        self.machine = machine
-        self.image = nn.Linear(config.vision.width, width, bias=False)
-        self.text = nn.Linear(config.text.width, width, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-
-    def forward(self, image, text):
-        """(B, Dv), (B, Dt) -> scalar."""
-        image, text = (self.machine.gather(F.normalize(x.float(), dim=-1))
-                       for x in (self.image(image), self.text(text)))
-        with torch.autocast(image.device.type, enabled=False):  # bfloat16 rounds scores up to 100 to halves
-            logits = self.log_scale.clamp(max=math.log(100)).exp() * image @ text.T
-        own = torch.arange(len(logits), device=logits.device)
-        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-
-
-def losses_of(logits, targets):
-    """Cross entropy of logits (B, N, V) with targets (B, N) -> (B, N)."""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-
-
-def hidden_words_loss(model, batch, patches):
-    """Predict the hidden half of a caption's words from the others and the picture, in place of T5's
-    pretraining (BERT's task, arXiv 1810.04805). patches (B, n_patch, Dv) -> scalar."""
-    text, n = model.encoder.text, model.config.image_tokens
-    ids = batch.text_ids.masked_fill(batch.masked, TextTokenizer.UNKNOWN)
-    words, real = text.embedding(ids), length_mask(batch.lengths, ids.shape[1])  # (B, L, Dt), (B, L)
-    image = model.encoder.connector(patches, words, real)                        # (B, n, Dt)
-    states = text(torch.cat([image, words], 1), F.pad(real, (n, 0), value=True))[:, n:]
-    logits = F.linear(states * states.shape[-1] ** -0.5, text.embedding.weight)  # (B, L, vocab_size)
-    losses = losses_of(logits, batch.text_ids) * batch.masked
-    return (losses.sum(1) / batch.masked.sum(1).clamp(min=1)).mean()  # samples count the same
-
-
 class MentorStage(nn.Module):
     """Mentor with the next-code loss (equation 3) on a mix of tasks."""
 
     def __init__(self, name, run, machine, model, vqgan):
         super().__init__()
         self.machine, self.model, self.own_optimizers = machine, model, []  # beside make_optimizers' ones
-        self.vqgan = [vqgan.requires_grad_(False)]  # in a list: not trained, not saved
+        self.vqgan = [vqgan]  # in a list: not trained, not saved
         trains = getattr(run, name).trains
         model.requires_grad_(False)
         for part in trains.split(","):
@@ -244,10 +208,8 @@ class MentorStage(nn.Module):
             require(part and chosen, f"--{name}.trains={trains}: the model has no part {part!r}")
             for p in chosen:
                 p.requires_grad_(True)
-        self.contrastive = ContrastiveHead(model.config, machine) if name == "pretrain" else None
-        vision = model.encoder.vision
-        if not self.contrastive:  # nothing reads these
-            nn.ModuleList([vision.blocks[-1], vision.post_norm]).requires_grad_(False)
+        vision = model.encoder.vision  # nothing reads CLIP's end
+        nn.ModuleList([vision.blocks[-1], vision.post_norm]).requires_grad_(False)
         for block in (*model.decoder.blocks, *model.encoder.text.blocks):
             if run.compile:
                 block.forward = torch.compile(block.forward, dynamic=True)  # prompts have any length
@@ -255,36 +217,49 @@ class MentorStage(nn.Module):
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     def code_losses(self, batch):
-        """Each sample's mean next-code loss (B,), and the text encoder's states."""
+        """Each sample's mean next-code loss (B,)."""
         with torch.no_grad(), torch.autocast(batch.targets.device.type, enabled=False):
             codes = self.vqgan[0].encode(batch.targets)  # (B, N)
-        states = self.model.encoder(batch)               # (B, P, Dt)
-        prefix = self.model.projector(states, batch.lengths, batch.drop)
-        hidden = self.model.next_code_hidden(prefix, batch.lengths, codes)  # (B, N, D)
-        return losses_of(self.model.decoder.output(hidden), codes).mean(1), states
+        prefix = self.model.projector(self.model.encoder(batch), batch.lengths, batch.drop)  # (B, P, D)
+        hidden = self.model.next_code_hidden(prefix, batch.lengths, codes)                   # (B, N, D)
+        logits = self.model.decoder.output(hidden).float().flatten(0, 1)                     # (B * N, V)
+        return F.cross_entropy(logits, codes.flatten(), reduction="none").view_as(codes).mean(1)
 
     def validation_loss(self, batch):
-        return self.code_losses(batch)[0].mean()
+        return self.code_losses(batch).mean()
 
     def forward(self, batch, step):
-        """(loss, logs) of a batch. Logs: the loss of each task, and pretraining's two more."""
-        losses, states = self.code_losses(batch)
-        loss, model = losses.mean(), self.model
+        """(loss, logs) of a batch. Logs: the loss of each task."""
+        losses = self.code_losses(batch)
         logs = {task: torch.stack([one for one, t in zip(losses.detach(), batch.tasks) if t == task]).mean()
                 for task in set(batch.tasks)}
-        if self.contrastive:
-            pixels = as_vision_pixels(batch.targets, model.config.vision.image_size)
-            features = model.encoder.vision.before_last(pixels)  # (B, 1 + n_patch, Dv)
-            real = length_mask(batch.lengths, states.shape[1])[..., None]
-            text = (states * real).sum(1) / batch.lengths[:, None]  # (B, Dt), the mean of the real ones
-            contrastive = self.contrastive(model.encoder.vision.pool(features), text)
-            hidden_words = hidden_words_loss(model, batch, features[:, 1:])
-            loss = loss + contrastive + hidden_words
-            logs |= {"contrastive": contrastive.detach(), "hidden_words": hidden_words.detach()}
-        return loss, logs
+        return losses.mean(), logs
 
     def after_step(self, step):
         """Nothing; TokenizerStage does more."""
+
+
+class EncoderStage(MentorStage):
+    """Mentor's encoder alone learns BERT's task (arXiv 1810.04805) with pictures: to tell the hidden words of
+    a caption by the others and by the picture."""
+
+    def validation_loss(self, batch):
+        encoder, n = self.model.encoder, self.model.config.image_tokens
+        patches = encoder.vision(as_vision_pixels(batch.targets, self.model.config.vision.image_size))
+        ids = batch.text_ids.masked_fill(batch.masked, TextTokenizer.UNKNOWN)
+        table, real = encoder.text.embedding, length_mask(batch.lengths, ids.shape[1])  # real (B, L)
+        words = table(ids)                               # (B, L, Dt)
+        image = encoder.connector(patches, words, real)  # (B, n, Dt)
+        states = encoder.text(torch.cat([image, words], 1), F.pad(real, (n, 0), value=True))[:, n:]
+        # the word table is the head too, for the W hidden words alone
+        logits = F.linear(states[batch.masked] * states.shape[-1] ** -0.5, table.weight)  # (W, vocab_size)
+        losses = F.cross_entropy(logits.float(), batch.text_ids[batch.masked], reduction="none")  # (W,)
+        share = batch.masked / batch.masked.sum(1, keepdim=True).clamp(min=1)  # samples count the same
+        return (losses * share[batch.masked]).sum() / len(ids)
+
+    def forward(self, batch, step):
+        """(loss, no logs) of a batch."""
+        return self.validation_loss(batch), {}
 
 
 # --- The optimizers ---
@@ -292,7 +267,7 @@ class MentorStage(nn.Module):
 
 class Muon(torch.optim.Optimizer):
     """Momentum with an orthogonalised update, so that all directions of a matrix learn at one rate (Keller
-    Jordan, 2024). As torch.optim.Muon, but in float32 off CUDA."""
+    Jordan, 2024). As torch.optim.Muon, but in float32 off CUDA, and for convolutions too."""
 
     def __init__(self, params, lr, weight_decay):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -303,8 +278,8 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 0.05)
-                update = p.grad.lerp(momentum, 0.95)  # Nesterov's
-                tall = len(p) > p.shape[1]
+                update = p.grad.lerp(momentum, 0.95).flatten(1)  # Nesterov's, (outputs, inputs)
+                tall = len(update) > update.shape[1]
                 x = update.T if tall else update
                 x = x.bfloat16() if x.is_cuda else x
                 x = x / (x.norm() + 1e-7)
@@ -312,16 +287,18 @@ class Muon(torch.optim.Optimizer):
                     gram = x @ x.T
                     x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(x.T if tall else x, alpha=-group["lr"] * max(1, len(p) / p.shape[1]) ** 0.5)
+                rate = group["lr"] * max(1, len(update) / update.shape[1]) ** 0.5
+                p.sub_((x.T if tall else x).view_as(p), alpha=rate)
 
 
 def make_optimizers(stage, config, run):
     """AdamW for everything, or with muon_lr Muon for the matrices of hidden layers."""
-    others = ("embedding", "relative_bias", "unconditional", "queries", "decoder.output", "contrastive")
+    others = ("embedding", "relative_bias", "unconditional", "queries", "decoder.output", "conv_in",
+              "conv_out", "quant_conv")
     matrices, rest = [], []
     for name, p in stage.named_parameters():
         if p.requires_grad:
-            hidden = config.muon_lr and p.ndim == 2 and not any(other in name for other in others)
+            hidden = config.muon_lr and p.ndim in (2, 4) and not any(other in name for other in others)
             (matrices if hidden else rest).append(p)
     groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": run.weight_decay},
               {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
@@ -364,7 +341,7 @@ def load_as(cls, config, folder, prefix):
     return model
 
 
-STAGE_MODULES = dict.fromkeys(STAGES, MentorStage) | {"tokenizer": TokenizerStage}
+STAGE_MODULES = dict.fromkeys(STAGES, MentorStage) | {"tokenizer": TokenizerStage, "encoder": EncoderStage}
 
 
 def build_stage(name, run, machine, source):
@@ -374,12 +351,12 @@ def build_stage(name, run, machine, source):
     if name == "tokenizer":
         dataset, size = make_dataset(name, run, source), run.vqgan.image_size
         return module(run, machine, lambda i: tokenizer_pixels(dataset[i].target, size)).to(machine.device)
-    vqgan = load_as(VQGAN, run.vqgan, out / "tokenizer", "vqgan.")
+    if name == "encoder":
+        return module(name, run, machine, Mentor(run.model), None).to(machine.device)
+    vqgan = load_as(VQGAN, run.vqgan, out / "tokenizer", "vqgan.").requires_grad_(False)
+    model = load_as(Mentor, run.model, out / STAGES[name][-1], "model.")
     if name == "pretrain":
-        model = Mentor(run.model)
         start_from_codebook(model.decoder, vqgan.quantize.codebook())
-    else:
-        model = load_as(Mentor, run.model, out / STAGES[name][-1], "model.")
     return module(name, run, machine, model, vqgan.to(machine.device)).to(machine.device)
 
 
@@ -634,7 +611,7 @@ def load_checkpoint(folder, stage, optimizers):
         raise ValueError(f"{file} cannot be read ({error}): delete it to start again") from None
 
 
-# may change in a used folder; micro_batch alters CLIP's loss and collages
+# may change in a used folder; micro_batch alters collages
 FREE = ("out", "stage", "data", "device", "dtype", "workers", "save_every", "micro_batch", "train_scale",
         "checkpoint", "compile", "model.sampling.")
 
@@ -783,6 +760,8 @@ def show_result(name, run, machine, source):
     """Draw curves and a stage's pictures; print what to try next."""
     out, samples, seen = Path(run.out), {}, set()
     draw_curves(out)
+    if name == "encoder":
+        return machine.say(f"look at {out}/curves.png")
     for title, held_out in (("training samples", False), ("held-out samples", True)):
         dataset = make_dataset(name, run, source, held_out)
         some = {s.prompt: s for s in (dataset[i] for i in range(min(64, dataset.count)))}

@@ -3,7 +3,7 @@
     python -m extras.claims tiny --align.steps=300 --instruct.steps=600 --seeds=3
     python -m extras.claims tiny --rows="without recovery,query connector"
 
-All rows share tokenizer and pretraining of the run in --out (default out/tiny), trained if missing. The rest
+All rows share the first three stages of the run in --out (default out/tiny), trained if missing. The rest
 goes to OUT/claims, with the table, claims.md, and drawings, claims.png. The same command goes on after a
 stop.
 
@@ -13,15 +13,14 @@ is its target with probability COPY, and its caption lacks the place and the bac
 each.
 
 All rows see as many samples: a removed task's share goes to the others, stage 1's steps to stage 2; only
-multi-image training goes on from `full`, as in the paper. `captions alone` starts as the paper: text encoder
-and decoder know captions alone (LlamaGen), the vision encoder captions and pictures (CLIP).
+multi-image training goes on from `full`, as in the paper.
 """
 
 import argparse
 import json
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
@@ -56,17 +55,6 @@ class ShortcutWorld(Shapes):
         return made
 
 
-class CaptionsStage(train.MentorStage):
-    """No hidden words, and the contrastive loss trains the vision encoder alone."""
-
-    def code_losses(self, batch):
-        losses, states = super().code_losses(batch)
-        return losses, states.detach()  # for the contrastive loss
-
-    def forward(self, batch, step):
-        return super().forward(replace(batch, masked=batch.masked & False), step)
-
-
 # --- The rows ---
 
 
@@ -78,8 +66,6 @@ class Row:
     stages: tuple = ("instruct",)    # what it trains itself
     keys: Callable = lambda run: {}  # what it changes
     paper: tuple = ()                # the paper's CP, PF and CP*PF
-    of: str = "full"                 # the other, with which it is compared; "": the run in --out
-    pretraining: type = train.MentorStage
 
 
 def without(stage, task):
@@ -99,11 +85,10 @@ def longer(run):
     return {"instruct.steps": run.instruct.steps + more}
 
 
-BOTH, ALL = ("align", "instruct"), ("pretrain", "align", "instruct")
-PAPER, NO_STAGE_1 = (0.555, 0.839, 0.466), (0.179, 0.673, 0.120)
+BOTH, STAGES = ("align", "instruct"), list(train.STAGES)
 ROWS = {
-    "full": Row("pretrain", BOTH, paper=PAPER, of=""),
-    "without stage 1": Row("pretrain", keys=longer, paper=NO_STAGE_1),
+    "full": Row("pretrain", BOTH, paper=(0.555, 0.839, 0.466)),
+    "without stage 1": Row("pretrain", keys=longer, paper=(0.179, 0.673, 0.120)),
     "without segmentation in stage 1":
         Row("pretrain", BOTH, without("align", "segmentation"), (0.252, 0.479, 0.121)),
     "without recovery": Row("align", keys=without("instruct", "recovery"), paper=(0.661, 0.284, 0.188)),
@@ -111,12 +96,10 @@ ROWS = {
         Row("align", keys=without("instruct", "segmentation"), paper=(0.412, 0.918, 0.378)),
     "without subject-driven":
         Row("align", keys=without("instruct", "subject_driven"), paper=(0.407, 0.910, 0.370)),
-    "query connector": Row("tokenizer", ALL, lambda run: {"model.connector": "query", "model.n_query": 8},
-                           (0.421, 0.882, 0.371)),
+    "query connector":
+        Row("tokenizer", tuple(STAGES[1:]), lambda run: {"model.connector": "query", "model.n_query": 8},
+            (0.421, 0.882, 0.371)),
     "with multi-image": Row("instruct", keys=with_multi_image, paper=(0.586, 0.829, 0.486)),
-    "captions alone": Row("tokenizer", ALL, lambda run: {"pretrain.trains": "vision,text,projector,decoder"},
-                          pretraining=CaptionsStage),
-    "captions alone without stage 1": Row("pretrain", keys=longer, paper=NO_STAGE_1, of="captions alone"),
 }
 
 
@@ -129,12 +112,12 @@ def train_row(name, seed, run, machine, text_tokenizer):
     """Train what a row and seed lack. run: `full`'s."""
     row, folder = ROWS[name], folder_of(name, seed, run)
     links = {shared: Path(run.out, shared) for shared in ("spiece.model", "tokenizer")}
-    links[train.STAGES[row.stages[0]][-1]] = folder_of(row.of, seed, run) / row.start
+    before = folder_of("full" if name != "full" else "", seed, run) / row.start
+    links[STAGES[STAGES.index(row.stages[0]) - 1]] = before
     folder.mkdir(parents=True, exist_ok=True)
     for link, target in links.items():
         if not (folder / link).is_symlink():
             (folder / link).symlink_to(os.path.relpath(target, folder))
-    train.STAGE_MODULES["pretrain"] = row.pretraining
     run = rebuild(run, flatten(run) | row.keys(run) | {"seed": seed, "out": str(folder)})
     for stage in row.stages:
         world = (ShortcutWorld if stage == "instruct" else Shapes)(run.vqgan.image_size)
@@ -182,16 +165,16 @@ def claims_text(marks):
     lines = ["row seeds CP PF CP*PF paper direction".split(), ["---"] * 7]
     for name, part in parts.items():
         row, right = ROWS[name], ()
-        if row.paper and row.of:
-            more = part - parts[row.of]  # all rows draw the same prompts with the same seeds
+        if name != "full":
+            more = part - parts["full"]  # all rows draw the same prompts with the same seeds
             errors = more.mean((0, 1)) / np.maximum(standard_error(more), 1e-9)
-            right = errors * np.sign(np.subtract(row.paper, PAPER))
+            right = errors * np.sign(np.subtract(row.paper, ROWS["full"].paper))
         scores = map("{:.3f} ± {:.3f}".format, part.mean((0, 1)), standard_error(part))
         lines.append([name, len(part), *scores, " / ".join(map(str, row.paper)),
                       " / ".join(map("{:+.1f}".format, right))])
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines) + f"""
 ±: a standard error, of {PROMPTS} prompts and the seeds. Direction: by how many of them CP / PF / CP*PF
-differ as in the paper from `full`, or from `captions alone`.
+differ as in the paper from `full`.
 """
 
 
@@ -206,7 +189,7 @@ def main(arguments):
     run, wanted = train.parse(keys), options.rows.split(",")
     for name in wanted:
         require(name in ROWS, f"--rows: no row {name!r}, but {', '.join(ROWS)}")
-    rows = [name for name in ROWS if name in ("full", *wanted, *(ROWS[name].of for name in wanted))]
+    rows = [name for name in ROWS if name in ("full", *wanted)]
     require(options.seeds > 0, f"--seeds={options.seeds}: must be 1 or more")
     require(not run.data, f"--data={run.data}: claims are about the world of shapes alone")
 
@@ -215,7 +198,7 @@ def main(arguments):
     if not (out / "spiece.model").is_file():
         train.start_run(run, machine, world)
     text_tokenizer = train.find_words(run, world)
-    for stage in ("tokenizer", "pretrain"):
+    for stage in STAGES[:3]:
         train.train_stage(stage, run, machine, world, text_tokenizer)
 
     marks, drawn, sampling = {name: [] for name in rows}, {}, run.model.sampling

@@ -115,7 +115,7 @@ def train_one(o, run, machine, tokens):
 
     def steps():
         for batch in batches:
-            bench.take_step(stage, optimizers, lambda: stage.code_losses(batch)[0])
+            bench.take_step(stage, optimizers, lambda: stage.code_losses(batch))
 
     def measure(way):
         if cuda:

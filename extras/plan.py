@@ -38,8 +38,8 @@ def weights(module):
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
 
 
-def forward_pass(pretrain, model, tokens, images, s, checkpoint):
-    """One sample's way: [(part, FLOPs, bytes kept for gradients)].
+def forward_pass(hidden, model, tokens, images, s, checkpoint):
+    """One sample's way: [(part, FLOPs, bytes kept for gradients)]; hidden: words, in the encoder's stage.
 
     A block keeps its inputs (4 bytes a value), what its matrices read (s bytes, and a cast each), q, k, v,
     attention's output, the MLP's values, a byte for each dropout; with checkpoint one block at a time.
@@ -48,22 +48,22 @@ def forward_pass(pretrain, model, tokens, images, s, checkpoint):
         return 4 * layers * width + block if checkpoint else layers * block
 
     v, t, d, cast = model.config.vision, model.config.text, model.config.decoder, s == 2
-    prompts = [tokens, model.config.image_tokens + tokens][: 1 + pretrain]  # words hidden
-    P, pairs, inner = sum(prompts), sum(n * n for n in prompts), t.n_head * t.head_width
-    T, patches, seen = tokens + d.n_code - 1, (images + pretrain) * (1 + v.n_patch), v.n_layer - 1 + pretrain
+    P, inner = tokens + bool(hidden) * model.config.image_tokens, t.n_head * t.head_width
+    T, patches, seen = tokens + d.n_code - 1, images * (1 + v.n_patch), v.n_layer - 1
     vision, connector, text, blocks = *model.encoder.children(), model.decoder.blocks
-    hide, head = pretrain * tokens * t.vocab_size * t.width, d.n_code * d.codebook_size * d.width
+    hide, head = hidden * t.vocab_size * t.width, d.n_code * d.codebook_size * d.width
     look = patches * ((8 + (6 + 2 * cast) * s) * v.width + 3 * s * v.mlp_width)
     read = (10 + (2 + 3 * cast) * s) * t.width + 4 * s * inner + (4 * s + 1) * t.mlp_width
     draw = (10 + (8 + cast) * s) * d.width + 4 * s * blocks[0].mlp.w2.in_features
-    return [
+    rows = [
         (vision, 2 * patches * seen * (weights(vision.blocks[0]) + 2 * v.width * v.n_patch), seen * look),
         (connector, 2 * patches * weights(connector), 0),
-        (text, 2 * (P * weights(text) + 2 * t.n_layer * inner * pairs + hide),
-         P * (kept(t.n_layer, t.width, read) + 20 * t.width) + s * t.n_head * pairs),
+        (text, 2 * (P * weights(text) + 2 * t.n_layer * inner * P * P + hide),
+         P * (kept(t.n_layer, t.width, read) + 20 * t.width) + s * t.n_head * P * P),
         (model.projector, 2 * tokens * weights(model.projector), 0),
         (model.decoder, 2 * (T * (weights(blocks) + d.n_layer * d.width * T) + head),
          T * (kept(d.n_layer, d.width, draw) + 16 * d.width) + (4 + s) * d.n_code * d.width)]
+    return rows[:3] if hidden else rows
 
 
 def costs(name, run, machine, tokens, images):
@@ -71,19 +71,24 @@ def costs(name, run, machine, tokens, images):
     micro, s = train.micro_batches(getattr(run, name), run, machine)[0], machine.dtype.itemsize
     d, size = run.model.decoder, run.vqgan.image_size
     with torch.device("meta"):
+        vqgan = VQGAN(run.vqgan).requires_grad_(False)
         stage = (train.TokenizerStage(run, machine, None) if name == "tokenizer" else
-                 train.MentorStage(name, run, machine, Mentor(run.model), VQGAN(run.vqgan)))
-    vqgan = stage.model if name == "tokenizer" else stage.vqgan[0]
+                 train.STAGE_MODULES[name](name, run, machine, Mentor(run.model), vqgan))
+    vqgan = {"tokenizer": stage.model, "encoder": nn.Module()}.get(name, vqgan)
     every = {*stage.parameters(), *vqgan.parameters()}
     learning = sum(p.numel() * p.requires_grad for p in every)
     memory = {"weights": 4 * sum(map(torch.numel, every)), "gradients": 4 * learning, "AdamW": 8 * learning}
     if name == "tokenizer":  # keeps each value, also normalised and cast
         flops, made = picture(size, vqgan.encoder, vqgan.quant_conv, vqgan.post_quant_conv, vqgan.decoder)
         return 3 * flops, memory | {"activations": micro * made * (8 + s)}
-    flops, learns = picture(size, vqgan.encoder, vqgan.quant_conv)[0], False
-    memory |= {"bfloat16": 0, "activations": 0, "logits": 12 * micro * d.n_code * d.codebook_size,
-               "codes": 20 * min(micro, vqgan.at_once) * run.vqgan.ch * size**2}
-    rows = forward_pass(name == "pretrain", stage.model, tokens, images, s, run.checkpoint)
+    flops, learns = 0, False
+    hidden = 0.8 * tokens * (name == "encoder")
+    logits = hidden * run.model.text.vocab_size or d.n_code * d.codebook_size
+    memory |= {"bfloat16": 0, "activations": 0, "logits": 12 * micro * logits, "codes": 0}
+    if not hidden:
+        flops = picture(size, vqgan.encoder, vqgan.quant_conv)[0]
+        memory["codes"] = 20 * min(micro, vqgan.at_once) * run.vqgan.ch * size**2
+    rows = forward_pass(hidden, stage.model, tokens, images or bool(hidden), s, run.checkpoint)
     for part, forward, kept in rows:
         trains = any(p.requires_grad for p in part.parameters())
         learns |= trains

@@ -56,8 +56,7 @@ def curves(root):
         lines = [json.loads(line) for line in open(log)] if log.is_file() else []
         if lines:
             charts += f"<figure class=chart>{stage}" + chart({
-                "train": [(x["step"], x.get("reconstruction") or
-                           x["loss"] - x.get("contrastive", 0) - x.get("hidden_words", 0)) for x in lines],
+                "train": [(x["step"], x.get("reconstruction", x["loss"])) for x in lines],
                 "held": [(x["step"], x["held_out"]) for x in lines if "held_out" in x]}) + "</figure>"
     return charts or "This run has no log.jsonl."
 
@@ -235,7 +234,8 @@ def made_by(run):
 
 def page(pipeline, prompt, stage):
     """The page about the run with that stage's folder, HTML."""
-    run = rebuild(train.PRESETS["tiny"], json.loads((stage.parent / "run.json").read_text()))
+    keys = json.loads((stage.parent / "run.json").read_text())
+    run = rebuild(train.PRESETS["tiny"], flatten(train.PRESETS["tiny"]) | keys)  # old runs lack new keys
     source = train.open_source(run)
     require(source.digest == pipeline.record.get("data"), f"{stage}: not trained on {run.data or 'shapes'}")
     tasks = [task for task in train.parse_mix(pipeline.mix) if task in source.tasks][::-1]

@@ -109,6 +109,7 @@ def test_the_book_alone_runs_the_readmes_two_commands(tmp_path):
     run([sys.executable, *train[1:], *SMALL, *few_steps(steps=2, global_batch=4)], tmp_path, PYTHONPATH="")
     run([sys.executable, *draw[1:], "--device=cpu"], tmp_path, PYTHONPATH="")
     written = {name.as_posix() for name in contents(tmp_path)} - {page.name for page in PAGES}
-    weights = {f"out/tiny/{s}/model.safetensors" for s in ("tokenizer", "pretrain", "align", "instruct")}
+    weights = {f"out/tiny/{s}/model.safetensors" for s in ("tokenizer", "encoder", "pretrain", "align",
+                                                           "instruct")}
     assert written >= weights | {"sample.png", "out/tiny/sheet.png", "out/tiny/scores.json"}
     assert all(name.startswith("out/tiny/") for name in written - {"sample.png"})

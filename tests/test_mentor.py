@@ -16,6 +16,7 @@ from sample import generate, guide
 from tokenizer import VQGAN, TokenizerConfig
 
 close = partial(torch.testing.assert_close, atol=2e-5, rtol=1e-4)
+CLIPS_END = "encoder.vision.blocks.1.", "encoder.vision.post_norm."  # in released weights alone
 
 def some_codes(count):
     return torch.randint(64, (count, 64), generator=torch.Generator().manual_seed(1))
@@ -153,12 +154,11 @@ def test_a_batch_without_images_still_reaches_every_weight(model, make_batch):
     batch = make_batch(model.config, 2, text_to_image=1.0)
     model(batch, some_codes(2), torch.tensor([False, True])).sum().backward()
     unused = {n for n, p in model.named_parameters() if p.grad is None}
-    for_pooling = ("encoder.vision.blocks.1.", "encoder.vision.post_norm.")
-    assert len(batch.pixels) == 0 and all(n.startswith(for_pooling) for n in unused)
+    assert len(batch.pixels) == 0 and all(n.startswith(CLIPS_END) for n in unused)
 
 # --- Weights and training
 def test_a_new_model_guesses_and_its_weights_have_the_stated_spread():
-    model, codebook = Mentor(train.parse(["tiny"]).model), F.normalize(torch.randn(256, 8), dim=-1)
+    model, codebook = Mentor(train.parse(["tiny"]).model), F.normalize(torch.randn(512, 8), dim=-1)
     text, decoder, codebook[1] = model.encoder.text, model.decoder, codebook[0]
     for weight, std in ((model.projector.fc1.weight, 0.02), (decoder.blocks[0].attention.wqkv.weight, 0.02),
                         (decoder.code_embedding.weight, 0.02), (text.embedding.weight, 1.0),
@@ -184,13 +184,14 @@ def test_dropout_and_norms_are_where_t5_and_llamagen_have_them(model, make_batch
         assert {module.eps for module in part.modules() if isinstance(module, torch.nn.RMSNorm)} == {eps}
 
 @pytest.mark.parametrize("name, trains, frozen", [
-    ("align", "projector,decoder", ("encoder",)), ("pretrain", "encoder,projector,decoder", ()),
+    ("align", "projector,decoder", ("encoder",)),
+    ("encoder", "encoder", (*CLIPS_END, "projector", "decoder")),
     ("instruct", "connector,text,projector,decoder", ("encoder.vision",))])
 def test_frozen_parts_do_not_move(name, trains, frozen, model, make_batch):
     run = replace(train.PRESETS["tiny"], model=model.config, weight_decay=0.5)
     run = replace(run, **{name: replace(getattr(run, name), trains=trains, muon_lr=0.01)})
     vqgan = randomize(VQGAN(TokenizerConfig(32, 8, (1, 1, 1), 1, 4, 8, 64)))
-    stage = train.MentorStage(name, run, CPU, model, vqgan).train()
+    stage = train.STAGE_MODULES[name](name, run, CPU, model, vqgan).train()
     parameters = dict(model.named_parameters()) | {f"vqgan.{n}": p for n, p in vqgan.named_parameters()}
     before = {n: p.clone() for n, p in parameters.items()}
     stage(replace(make_batch(model.config, 6), drop=torch.arange(6) < 2), 0)[0].backward()

@@ -28,7 +28,6 @@ from data import Collate, Samples, to_picture, vision_pixels
 from mentor import Mentor
 from test_folder import make_pets
 from tokenizer import VQGAN, TextTokenizer
-from train import MentorStage
 
 close, STAGES, NO_DROPOUT = torch.testing.assert_close, list(train.STAGES), "--model.decoder.dropout=0"
 SHORT = ["tiny", *SMALL, "--tokenizer.restart_every=3", "--model.decoder.dropout=0.1",
@@ -55,16 +54,16 @@ def quick():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of all four stages."""
+    """A run of all five stages."""
     out = tmp_path_factory.mktemp("trained")
     run(out)
     return out
 
 @pytest.fixture(scope="module")
 def undisturbed(trained, tmp_path_factory):
-    """A run of three stages, without dropout."""
-    out = link(trained, tmp_path_factory.mktemp("undisturbed"), "pretrain")
-    for stage in ("pretrain", "align"):
+    """A run of four stages, without dropout."""
+    out = link(trained, tmp_path_factory.mktemp("undisturbed"), "encoder")
+    for stage in ("encoder", "pretrain", "align"):
         run(out, NO_DROPOUT, f"--stage={stage}", *few_steps(steps=2))
     return out
 
@@ -104,7 +103,7 @@ def dies_at(monkeypatch, number):
 def stage_and_batch(name, world, text_tokenizer, *keys, drop=0.0):
     config = train.parse([*SHORT, *keys])
     torch.manual_seed(0)
-    stage = MentorStage(name, config, CPU, Mentor(config.model), VQGAN(config.vqgan))
+    stage = train.STAGE_MODULES[name](name, config, CPU, Mentor(config.model), VQGAN(config.vqgan))
     dataset = Samples(world, train.parse_mix(getattr(config, name).mix), 0, prefix_drop=drop)
     return config, stage, Collate(text_tokenizer, config.model, 32)([dataset[i] for i in range(8)])
 
@@ -238,14 +237,14 @@ def test_a_full_disk_costs_no_more_than_what_did_not_fit(trained, tmp_path, monk
     train.draw_curves(tmp_path)
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(trained, tmp_path, monkeypatch):
-    forward = MentorStage.forward
+    forward = train.MentorStage.forward
 
     def not_finite(self, batch, step):
         loss, logs = forward(self, batch, step)
         return loss * (math.nan if step == 3 else 1), logs
 
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="nan.* 4.*--align.lr"):
-        patch.setattr(MentorStage, "forward", not_finite)
+        patch.setattr(train.MentorStage, "forward", not_finite)
         run(link(trained, tmp_path, "align"), "--stage=align", "--save_every=1")
     state = state_of(tmp_path, "align")
     assert state["step"] == 3 and all(t.isfinite().all() for t in state["stage"].values())
@@ -302,10 +301,10 @@ def two(rank, runs):
             train.main(arguments)
 
 def test_two_processes_equal_one(undisturbed, tmp_path, monkeypatch):
-    """A tokenizer with discriminator, restarts of its codes and validation; pretraining; a stage that one
+    """A tokenizer with discriminator, restarts of its codes and validation; the encoder; a stage that one
     process began and two go on with. A signal to either ends both, with a checkpoint."""
     commands, one, both = {}, tmp_path / "one", tmp_path / "both"
-    for stage, key in {"tokenizer": "--tokenizer.disc_start=0", "pretrain": NO_DROPOUT,
+    for stage, key in {"tokenizer": "--tokenizer.disc_start=0", "encoder": NO_DROPOUT,
                        "instruct": "--micro_batch=1"}.items():
         commands[stage] = [*SHORT, NO_DROPOUT, f"--stage={stage}", "--save_every=3", key]
         for out in (one, both):
@@ -377,10 +376,11 @@ def test_a_part_that_is_not_there_is_refused(wrong, world, text_tokenizer):
     with pytest.raises(ValueError, match=f"--align.trains.*{wrong[-6:]}"):
         stage_and_batch("align", world, text_tokenizer, f"--align.trains={wrong}")
 
-@pytest.mark.parametrize("name", ["pretrain", "align", "instruct"])
-def test_all_that_trains_gets_a_gradient(name, world, text_tokenizer):
-    """Also with all parts chosen: the vision encoder's last block is for pretraining alone."""
-    _, stage, batch = stage_and_batch(name, world, text_tokenizer, f"--{name}.trains={train.ALL_PARTS}")
+@pytest.mark.parametrize("name, trains", [
+    ("encoder", "encoder"), *((name, "encoder,projector,decoder") for name in STAGES[2:])])
+def test_all_that_trains_gets_a_gradient(name, trains, world, text_tokenizer):
+    """Also with all parts chosen: the vision encoder's last block is never used."""
+    _, stage, batch = stage_and_batch(name, world, text_tokenizer, f"--{name}.trains={trains}")
     stage(batch, 0)[0].backward()
     assert not [path for path, p in stage.named_parameters() if p.requires_grad == (p.grad is None)]
 
@@ -399,7 +399,7 @@ def test_a_new_model_guesses_and_a_dropped_prompt_is_not_seen(world, text_tokeni
 
 def test_hidden_words_are_predicted_from_the_picture_and_the_other_words(world, text_tokenizer):
     """Against each sample alone, without padding: the mean loss of its hidden words, which are not seen."""
-    _, stage, batch = stage_and_batch("pretrain", world, text_tokenizer)
+    _, stage, batch = stage_and_batch("encoder", world, text_tokenizer)
     model, losses = randomize(stage.model).eval(), []
     text, patches = model.encoder.text, model.encoder.vision(train.as_vision_pixels(batch.targets, 32))
     for i, length in enumerate(batch.lengths):
@@ -411,31 +411,17 @@ def test_hidden_words_are_predicted_from_the_picture_and_the_other_words(world, 
         losses.append(F.cross_entropy(logits[hidden], words[hidden]))
     padded = replace(batch, text_ids=F.pad(batch.text_ids, (0, 9)), masked=F.pad(batch.masked, (0, 9)))
     for given in (batch, padded):
-        loss = train.hidden_words_loss(model, given, patches)
-        close(loss, torch.stack(losses).mean(), rtol=1e-4, atol=1e-4)
+        close(stage(given, 0)[0], torch.stack(losses).mean(), rtol=1e-4, atol=1e-4)
 
-def test_contrastive_loss_is_clips_and_compares_pictures_with_their_real_words(world, text_tokenizer):
-    """The mean cross entropy of both directions, of cosines times a scale of at most 100."""
-    _, stage, batch = stage_and_batch("pretrain", world, text_tokenizer)
-    vision, states, pixels = stage.model.encoder.vision, stage.model.encoder(batch), {}
-    for size, images in ((32, batch.targets), (48, torch.rand(2, 3, 48, 48) * 2 - 1)):
+def test_targets_become_the_vision_encoders_pixels():
+    for size, atol in ((32, 1e-4), (48, 0.1)):  # 48: rounded to bytes once more
+        images = torch.randint(256, (2, 3, size, size)) / 127.5 - 1
         expected = torch.stack([vision_pixels(to_picture(image), 32) for image in images])
-        pixels[size] = train.as_vision_pixels(images, 32)
-        close(pixels[size], expected, atol=1e-4 if size == 32 else 0.1, rtol=0)  # 48: rounded to bytes, twice
-    image, head = vision.pool(vision.before_last(pixels[32])), stage.contrastive
-    text = torch.stack([own[:length].mean(0) for own, length in zip(states, batch.lengths)])
-    for log_scale, scale in ((1.0, math.e), (9.0, 100.0)):
-        torch.nn.init.constant_(head.log_scale, log_scale)
-        scores = scale * F.cosine_similarity(head.image(image)[:, None], head.text(text)[None], dim=-1)
-        expected = -(scores.log_softmax(0).diag() + scores.log_softmax(1).diag()).mean() / 2
-        loss, logs = stage(batch, 0)
-        close(logs["contrastive"], expected, atol=1e-4, rtol=1e-4)
-        close(logs["hidden_words"], train.hidden_words_loss(stage.model, batch, vision(pixels[32])))
-        close(loss, stage.code_losses(batch)[0].mean() + logs["contrastive"] + logs["hidden_words"])
+        close(train.as_vision_pixels(images, 32), expected, atol=atol, rtol=0)
 
 def test_gradients_do_not_depend_on_threads(world, text_tokenizer):
     """As index_put's do, the gradient of table[rows]: several threads add it up in any order."""
-    _, stage, batch = stage_and_batch("pretrain", world, text_tokenizer, drop=0.5)
+    _, stage, batch = stage_and_batch("align", world, text_tokenizer, drop=0.5)
     with torch.autograd.profiler.profile() as seen:
         stage(batch, 0)[0].backward()
     names = {event.key for event in seen.key_averages()}
@@ -446,7 +432,8 @@ def test_muon_is_its_formula_and_torchs():
     shapes, chance = ((12, 20), (12, 20), (20, 5)), torch.Generator().manual_seed(3)
     plain = [torch.randn(s, generator=chance) for s in shapes]
     ours, theirs = ([torch.nn.Parameter(p.clone()) for p in plain] for _ in range(2))
-    muon, momentum = train.Muon(ours, 0.02, 0.1), [torch.zeros(s) for s in shapes]
+    kernel = torch.nn.Parameter(plain[0].clone().view(12, 5, 2, 2))  # the first one as a convolution's
+    muon, momentum = train.Muon([*ours, kernel], 0.02, 0.1), [torch.zeros(s) for s in shapes]
     reference = torch.optim.Muon(theirs, 0.02, 0.1) if hasattr(torch.optim, "Muon") else None
     for _ in range(5):
         for i, (rows, columns) in enumerate(shapes):
@@ -458,14 +445,17 @@ def test_muon_is_its_formula_and_torchs():
             for _ in range(5):  # Newton-Schulz acts on the singular values alone
                 s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
             plain[i] = plain[i] * 0.998 - 0.02 * max(1, rows / columns) ** 0.5 * u @ s.diag() @ v
+        kernel.grad = ours[0].grad.view(kernel.shape)
         muon.step()
         reference.step() if reference else None
     close([p.data for p in ours], plain, atol=2e-5, rtol=1e-4)
+    assert torch.equal(kernel.flatten(1), ours[0])
     close(ours, theirs, atol=2e-3, rtol=0) if reference else None  # theirs iterates in bfloat16
 
 def test_every_parameter_has_its_optimizer_its_decay_and_its_rate(world, text_tokenizer):
-    config, stage, _ = stage_and_batch("pretrain", world, text_tokenizer)
-    adamw, muon = train.make_optimizers(stage, config.pretrain, config)
+    keys = "--encoder.trains=encoder,projector,decoder"
+    config, stage, _ = stage_and_batch("encoder", world, text_tokenizer, keys)
+    adamw, muon = train.make_optimizers(stage, config.encoder, config)
     (matrices, rest), (hidden,) = adamw.param_groups, muon.param_groups
     assert adamw.defaults["betas"] == (0.9, 0.95) and rest["weight_decay"] == 0 < config.weight_decay
     assert matrices["weight_decay"] == hidden["weight_decay"] == config.weight_decay
@@ -475,8 +465,14 @@ def test_every_parameter_has_its_optimizer_its_decay_and_its_rate(world, text_to
     assert {names[p] for p in matrices["params"]} == {
         "encoder.vision.position_embedding", "encoder.vision.patch_embedding.weight",
         "encoder.text.embedding.weight", "encoder.text.relative_bias.weight", "projector.unconditional",
-        "decoder.code_embedding.weight", "decoder.output.weight", "contrastive.image.weight",
-        "contrastive.text.weight"}
+        "decoder.code_embedding.weight", "decoder.output.weight"}
+    stage = train.TokenizerStage(config, CPU, None)
+    names = {p: name.removeprefix("model.") for name, p in stage.named_parameters()}
+    adamw, muon = train.make_optimizers(stage, config.tokenizer, config)
+    assert {names[p] for p in adamw.param_groups[0]["params"]} == {
+        "encoder.conv_in.weight", "encoder.conv_out.weight", "quant_conv.weight", "quantize.embedding.weight",
+        "post_quant_conv.weight", "decoder.conv_in.weight", "decoder.conv_out.weight"}
+    assert {p.ndim for p in muon.param_groups[0]["params"]} == {4}
     full = train.PRESETS["full"]
     factors = [train.schedule(step, replace(full.align, steps=1000), full) for step in range(1000)]
     assert factors[0] == 1 / 50 and factors[49] == max(factors) == 1
@@ -487,7 +483,7 @@ def test_command_lines_become_runs(monkeypatch, capsys):
     monkeypatch.setenv("HOME", "/home/me")
     config = train.parse(["tiny", "--out=~/x", "--data=~/pets", "--train_scale=1.5", "--vqgan.ch_mult=1,2"])
     assert (config.out, config.data, config.vqgan.ch_mult) == ("/home/me/x", "/home/me/pets", (1, 2))
-    assert [getattr(config, stage).steps for stage in STAGES] == [3000, 1275, 1275, 1800]
+    assert [getattr(config, stage).steps for stage in STAGES] == [1200, 1350, 900, 1050, 1650]
     keys = ["--model.vision.width=30", "--model.vision.n_head=3"]  # legal together, in any order
     assert train.parse(["tiny", *keys]) == train.parse(["tiny", *keys[::-1]])
     config = train.PRESETS["full"]  # as published
@@ -537,12 +533,14 @@ def test_another_run_in_a_used_folder_is_refused_by_its_first_key(trained, tmp_p
         run(tmp_path, "--stage=align", "--align.lr=0.5")
 
 def test_stages_have_an_order(trained, tmp_path):
-    for stage, missing in (("pretrain", "tokenizer"), ("align", "pretrain"), ("instruct", "align")):
+    for stage, missing in (("pretrain", "tokenizer"), ("pretrain", "encoder"), ("align", "pretrain"),
+                           ("instruct", "align")):
         with pytest.raises(ValueError, match=f"{missing}.*train the stage {missing}"):
-            run(link(trained, tmp_path / stage, missing), f"--stage={stage}")
-        assert not (tmp_path / stage / stage).exists()
+            run(link(trained, tmp_path / missing, missing), f"--stage={stage}")
+        assert not (tmp_path / missing / stage).exists()
     link(trained, tmp_path / "other", "tokenizer")
-    (tmp_path / "other" / "pretrain").symlink_to(trained / "pretrain")
+    for stage in ("encoder", "pretrain"):
+        (tmp_path / "other" / stage).symlink_to(trained / stage)
     run(tmp_path / "other", "--stage=tokenizer", "--tokenizer.lr=0.1")  # not the one of that pretraining
     for stage in ("pretrain", "align"):
         with pytest.raises(ValueError, match="pretrain.*weights of tokenizer"):

@@ -99,8 +99,7 @@ def test_the_nearest_training_picture_is_found(pipeline, world, monkeypatch):
 
 def test_curves_compare_what_can_be_compared(tmp_path):
     logs = {"tokenizer": [{"step": 1, "loss": -0.5, "reconstruction": 0.1}],             # with an adversary
-            "pretrain": [{"step": 10, "loss": 5.0}, {"step": 200, "loss": 3.0, "contrastive": 0.5,
-                                                     "hidden_words": 0.5, "held_out": 2.0}], "align": []}
+            "encoder": [{"step": 10, "loss": 5.0}, {"step": 200, "loss": 2.0, "held_out": 2.0}], "align": []}
     for stage, lines in logs.items():
         (tmp_path / stage).mkdir()
         (tmp_path / stage / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -121,7 +120,7 @@ def test_own_pictures_and_the_logs_that_training_writes(monkeypatch, tmp_path):
     train.main(keys)
     show.main([f"{tmp_path}/run"])
     page, run = (tmp_path / "run/show.html").read_text(), train.parse(keys)
-    assert page.count("<svg") == len(re.findall(r'class=held points="\d', page)) == 4 and "(3.47 is" in page
+    assert page.count("<svg") == len(re.findall(r'class=held points="\d', page)) == 5 and "(3.47 is" in page
     count = train.make_dataset("instruct", run, train.open_source(run)).count
     assert f"the nearest of {count} training" in page and ">reference </figcaption>" in page
     command = shlex.split(re.search("</h2>(python .*)<script>", page)[1].replace("&#x27;", "'"))
