@@ -67,7 +67,7 @@ class RunConfig:
     """A whole run. Nested keys have dots: --model.decoder.n_layer=6."""
 
     out: str = ""               # folder to write
-    stage: str = "all"          # all, tokenizer, pretrain, align or instruct
+    stage: str = "all"          # all, tokenizer, encoder, pretrain, align or instruct
     data: str = ""              # a folder of your own pictures; empty: the world of shapes
     seed: int = 0               # of all that is random
     train_scale: float = 1.0    # multiplies the steps of every stage
@@ -110,9 +110,9 @@ PRESETS = {
         tokenizer=TokenizerStageConfig(800, 16, 1.5e-3, 0.02, 0.0, codebook_weight=0.2, codebook_start=0.4,
                                        consistency=0.2, restart_every=160, disc_start=1.0),
         encoder=MentorStageConfig(900, 64, 1e-2, 0.02, 0.05, trains="encoder"),
-        pretrain=MentorStageConfig(600, 24, 1e-2, 0.02, 0.3, trains="projector,decoder"),
-        align=MentorStageConfig(700, 24, 4e-3, 0.01, 0.6, ALIGN_MIX),
-        instruct=MentorStageConfig(1100, 24, 3e-3, 0.008, 0.0, TINY_MIX)),
+        pretrain=MentorStageConfig(850, 24, 1e-2, 0.02, 0.3, trains="projector,decoder"),
+        align=MentorStageConfig(850, 24, 4e-3, 0.01, 0.6, ALIGN_MIX),
+        instruct=MentorStageConfig(1200, 24, 3e-3, 0.008, 0.0, TINY_MIX)),
     # 64 pixels, shapes or your own pictures: for one GPU
     "small": RunConfig(
         weight_decay=0.01, workers=4,
