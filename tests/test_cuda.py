@@ -30,7 +30,7 @@ def new_stage(name, config, device="cpu", dtype=torch.float32, **keys):
     stage = stage if device == "cpu" else stage.to(device)
     return stage, train.make_optimizers(stage, getattr(run, name), run)
 
-@pytest.mark.parametrize("name", [name for name in train.STAGES if name != "encoder"])  # it picks hidden words
+@pytest.mark.parametrize("name", [name for name in train.STAGES if name != "encoder"])  # picks hidden words
 def test_a_training_step_waits_for_no_number(name, text_tokenizer, make_batch):
     """FakeTensorMode's tensors hold nothing: reading a number, or a size that depends on one, fails."""
     batch = make_batch(small_config(text_tokenizer), 6)
