@@ -82,13 +82,13 @@ def costs(name, run, machine, tokens, images):
         flops, made = picture(size, vqgan.encoder, vqgan.quant_conv, vqgan.post_quant_conv, vqgan.decoder)
         return 3 * flops, memory | {"activations": micro * made * (8 + s)}
     flops, learns = 0, False
-    hidden = 0.8 * tokens * (name == "encoder")
-    logits = hidden * run.model.text.vocab_size or d.n_code * d.codebook_size
+    hidden = 0.8 * tokens if name == "encoder" else 0  # words
+    logits = hidden * run.model.text.vocab_size if hidden else d.n_code * d.codebook_size
     memory |= {"bfloat16": 0, "activations": 0, "logits": 12 * micro * logits, "codes": 0}
     if not hidden:
         flops = picture(size, vqgan.encoder, vqgan.quant_conv)[0]
         memory["codes"] = 20 * min(micro, vqgan.at_once) * run.vqgan.ch * size**2
-    rows = forward_pass(hidden, stage.model, tokens, images or bool(hidden), s, run.checkpoint)
+    rows = forward_pass(hidden, stage.model, tokens, 1 if hidden else images, s, run.checkpoint)
     for part, forward, kept in rows:
         trains = any(p.requires_grad for p in part.parameters())
         learns |= trains
