@@ -290,26 +290,29 @@ class TokenizerStageConfig(StageConfig):
 
 
 def collages(images, cells, step):
-    """Paste cells of each even image (B, 3, S, S) into the odd one after it: those in `same`, a window or all
-    around one. Returns images and `same` (cells, cells) bool, which depends on `step` alone."""
+    """Move each even image (B, 3, S, S) by `shift` cells, what leaves at one edge coming back at the other,
+    and paste cells of it into the odd image after it: those in `same`, a window or all around one. Returns
+    images, `same` (cells, cells) bool and shift (down, right); both depend on `step` alone."""
     rng = random.Random(step)
     top, bottom = sorted(rng.sample(range(cells + 1), 2))
     left, right = sorted(rng.sample(range(cells + 1), 2))
     same = torch.full((cells, cells), rng.random() < 0.5, device=images.device)
     same[top:bottom, left:right] ^= True
-    cell = images.shape[-1] // cells
+    shift, cell = (rng.randrange(cells), rng.randrange(cells)), images.shape[-1] // cells
     pixels = same.repeat_interleave(cell, 0).repeat_interleave(cell, 1)  # (S, S)
     images = images.clone()
     before, own = images[::2], images[1::2]
-    own.copy_(torch.where(pixels, before[: len(own)], own))
-    return images, same
+    moved = before[: len(own)].roll([cell * n for n in shift], (2, 3))
+    own.copy_(torch.where(pixels, moved, own))
+    return images, same, shift
 
 
-def consistency_loss(z, same):
-    """Mean squared change of the same cells' features z (B, C, h, w) between images and their collages."""
+def consistency_loss(z, same, shift):
+    """Mean squared change of the same cells' features z (B, C, h, w) between images and their collages: a
+    code then says what its cell shows, not what is around it or where in the picture it is."""
     z = F.normalize(z.float(), dim=1)
     before, after = z[::2], z[1::2]
-    change = (before[: len(after)] - after).square().mean(1)
+    change = (before[: len(after)].roll(shift, (2, 3)) - after).square().mean(1)
     return (change * same).sum() / (same.sum() * len(after)).clamp(min=1)
 
 
@@ -397,12 +400,12 @@ class TokenizerStage(nn.Module):
         """(loss, logs) of a batch."""
         config, images = self.config, batch.targets
         if config.consistency:
-            images, same = collages(images, self.model.config.grid_size, step)
+            images, same, shift = collages(images, self.model.config.grid_size, step)
         made, reconstruction, quantizer_loss, z, codes = self.reconstruct(images, step)
         loss = reconstruction + config.codebook_weight * quantizer_loss
         logs = {"reconstruction": reconstruction.detach()}
         if config.consistency:
-            change = consistency_loss(z, same)
+            change = consistency_loss(z, same, shift)
             loss, logs["consistency"] = loss + config.consistency * change, change.detach()
         # the discriminator learns a little before it judges
         if step >= self.disc_start:

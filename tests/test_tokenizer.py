@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -147,27 +148,31 @@ def test_before_codebook_start_nothing_is_rounded():
     close(rounded, stage.model.decode(codes.flatten(1)), atol=1e-5, rtol=1e-5)
     assert quantizer_loss == 0 < later_loss
 
-def test_collages_keep_whole_cells():
-    pictures = torch.arange(6.0)[:, None, None, None].expand(6, 3, 32, 32)
-    before, own, windows = pictures[::2, 0, :8, :8], pictures[1::2, 0, :8, :8], set()
-    for step in range(20):
-        targets, kept = collages(pictures, 8, step)
-        cells = targets.unflatten(2, (8, 4)).unflatten(4, (8, 4))                    # (B, 3, 8, 4, 8, 4)
+def test_collages_move_and_keep_whole_cells():
+    pictures = torch.arange(6 * 64.0).view(6, 1, 8, 8).expand(6, 3, 8, 8).repeat_interleave(4, 2)
+    pictures, seen = pictures.repeat_interleave(4, 3), set()  # all cells differ
+    before, own = pictures[::2, 0, ::4, ::4], pictures[1::2, 0, ::4, ::4]
+    for step in range(80):
+        images, same, (down, right) = collages(pictures, 8, step)
+        cells = images.unflatten(2, (8, 4)).unflatten(4, (8, 4))                     # (B, 3, 8, 4, 8, 4)
         shown = cells.amax((1, 3, 5))
         assert torch.equal(shown, cells.amin((1, 3, 5))) and torch.equal(shown[::2], before)
-        assert torch.equal(shown[1::2], torch.where(kept, before, own))
-        windows.add((bool(kept[0, 0]), int(kept.sum())))
-    assert torch.equal(collages(pictures, 8, 19)[1], kept)                           # the step's alone
-    assert len(windows) > 9 and {corner for corner, _ in windows} == {True, False}
+        for y, x in product(range(8), range(8)):
+            expected = before[:, y - down, x - right] if same[y, x] else own[:, y, x]  # -1 is the last row
+            assert torch.equal(shown[1::2, y, x], expected)
+        seen.add((bool(same[0, 0]), int(same.sum()), down, right))
+    assert torch.equal(collages(pictures, 8, 79)[1], same)                           # the step's alone
+    outside, _, down, right = map(set, zip(*seen))
+    assert outside == {True, False} and down == right == set(range(8)) and len(seen) > 30
     assert torch.equal(collages(pictures[:5], 8, 0)[0][4], pictures[4])              # an odd last one stays
 
 def test_consistency_is_the_change_of_kept_cells():
-    z, kept = torch.randn(5, 8, 8, 8), torch.zeros(8, 8, dtype=torch.bool)
-    kept[2:4, 3:6] = True
-    z[1:4:2, :, kept] = 2 * z[:4:2, :, kept]  # length says nothing
-    assert consistency_loss(z, kept) < 1e-12
-    z[1, :, 2, 3] = -z[0, :, 2, 3]           # as far as can be: 4 over 8 channels, in one of 12 pairs
-    assert consistency_loss(z, kept).item() == pytest.approx(4 / 8 / 12)
+    z, same = torch.randn(5, 8, 8, 8), torch.zeros(8, 8, dtype=torch.bool)
+    same[2:4, 3:6] = True
+    z[1:4:2, :, 2:4, 3:6] = 2 * z[:4:2, :, 1:3, :3]
+    assert consistency_loss(z, same, (1, 3)) < 1e-12  # length says nothing
+    z[1, :, 2, 3] = -z[0, :, 1, 0]  # as far as can be: 4 over 8 channels, in one of 12 pairs
+    assert consistency_loss(z, same, (1, 3)).item() == pytest.approx(4 / 8 / 12)
 
 def test_the_discriminator_and_its_losses():
     logits = PatchDiscriminator()(torch.randn(2, 3, 64, 64))
@@ -188,10 +193,10 @@ def test_every_part_of_the_loss_has_its_weight_and_its_time():
     batch = SimpleNamespace(targets=some_images(4))
     for step, seen, weighed in ((19, 0, False), (20, 1, False), (21, 2, True)):
         loss, logs = stage(batch, step)
-        images, kept = collages(batch.targets, 8, step)
+        images, same, shift = collages(batch.targets, 8, step)
         made, reconstruction, quantizer_loss, z, _ = stage.reconstruct(images, step)
         close(reconstruction, F.mse_loss(made, images))
-        expected = reconstruction + 0.2 * quantizer_loss + 0.3 * consistency_loss(z, kept)
+        expected = reconstruction + 0.2 * quantizer_loss + 0.3 * consistency_loss(z, same, shift)
         if weighed:
             expected = expected - 0.7 * logs["d_weight"] * stage.disc(made).mean()
         assert len(stage.seen) == seen and ("d_weight" in logs) == weighed
