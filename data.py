@@ -637,7 +637,7 @@ class Batch:
     image_slots: torch.Tensor  # (M * image_tokens,) int64: their positions in the flattened text_ids
     targets: torch.Tensor      # (B, 3, S, S) float32 in [-1, 1], for the tokenizer; (0, 3, S, S): none
     drop: torch.Tensor         # (B,) bool: samples to train without their prompt
-    masked: torch.Tensor       # (B, L) bool: four fifths of the real tokens, for the encoder's stage
+    masked: torch.Tensor       # (B, L) bool: four fifths of the real tokens or all, for the encoder's stage
     tasks: list[str]
 
     def to(self, device):
@@ -677,7 +677,8 @@ class Collate:
         images = [vision_pixels(image, size) for s in samples for image in s.images]
         targets = [tokenizer_pixels(s.target, self.target_size) for s in samples if s.target is not None]
         seeds = (torch.Generator().manual_seed(s.mask_seed) for s in samples)
-        hidden = torch.stack([torch.rand(longest, generator=seed) < 0.8 for seed in seeds])
+        chance = torch.stack([torch.rand(1 + longest, generator=seed) for seed in seeds])
+        hidden = (chance[:, 1:] < 0.8) | (chance[:, :1] < 0.5)
         batch = Batch(
             text_ids=text_ids,
             lengths=torch.tensor([len(i) for i in ids]),

@@ -68,6 +68,8 @@ class DecoderConfig:
     n_head: int = 20
     multiple_of: int = 256  # the MLP's hidden width is 8/3 of the width, rounded up to a multiple of this
     dropout: float = 0.1    # on embeddings, attention output and MLP output
+    rope_scale: float = 1.0     # radians by which a row or column turns the fastest pair of channels
+    rope_base: float = 10000.0  # how much slower the slowest pair turns, about
 
     @property
     def n_code(self):
@@ -334,11 +336,11 @@ class Projector(nn.Module):
 # --- Image decoder ---
 
 
-def rotary_table(grid_size, head_width, base=10000.0):
+def rotary_table(grid_size, head_width, scale=1.0, base=10000.0):
     """Rotations as unit complex numbers, (1 + N, head_width / 2): row 0 for the prefix, which is not rotated,
     row 1 + k for code k. Half of a head's pairs rotate with the code's row in the grid, half with its column
     (LlamaGen 2.2)."""
-    frequency = base ** (-torch.arange(head_width // 4) / (head_width // 4))  # (hd / 4,)
+    frequency = scale * base ** (-torch.arange(head_width // 4) / (head_width // 4))  # (hd / 4,)
     k = torch.arange(grid_size**2)[:, None]
     angles = torch.cat([k // grid_size * frequency, k % grid_size * frequency], 1)  # (N, hd / 2)
     return torch.polar(torch.tensor(1.0), F.pad(angles, (0, 0, 1, 0)))              # (1 + N, hd / 2)
@@ -452,7 +454,8 @@ class ImageDecoder(nn.Module):
         self.output = nn.Linear(config.width, config.codebook_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         with torch.device("cpu"):  # load_model builds on the meta device, and no file holds this table
-            rotary = rotary_table(config.grid_size, config.width // config.n_head)
+            rotary = rotary_table(config.grid_size, config.width // config.n_head, config.rope_scale,
+                                  config.rope_base)
         self.register_buffer("rotary", rotary, persistent=False)
 
     def forward(self, x, positions, cache=None):

@@ -308,12 +308,12 @@ def collages(images, cells, step):
 
 
 def consistency_loss(z, same, shift):
-    """Mean squared change of the same cells' features z (B, C, h, w) between images and their collages: a
-    code then says what its cell shows, not what is around it or where in the picture it is."""
+    """Mean squared change of the same cells' features z (B, C, h, w) between images and their collages, over
+    z's variance: a code then says what its cell shows, not what is around it or where it is."""
     z = F.normalize(z.float(), dim=1)
     before, after = z[::2], z[1::2]
     change = (before[: len(after)].roll(shift, (2, 3)) - after).square().mean(1)
-    return (change * same).sum() / (same.sum() * len(after)).clamp(min=1)
+    return (change * same).sum() / (same.sum() * len(after)).clamp(min=1) / z.var((0, 2, 3)).mean()
 
 
 def spread_codes(z, size, generator):

@@ -105,10 +105,11 @@ PRESETS = {
             vision=VisionConfig(image_size=32, patch_size=8, width=128, n_layer=2, n_head=4, mlp_width=256),
             text=TextConfig(vocab_size=2048, width=128, n_layer=2, n_head=4, head_width=32, mlp_width=256,
                             dropout=0.0),
-            decoder=DecoderConfig(width=96, n_layer=4, n_head=4, multiple_of=32, dropout=0.0),
+            decoder=DecoderConfig(width=96, n_layer=4, n_head=4, multiple_of=32, dropout=0.0,
+                                  rope_scale=3.14, rope_base=10.0),
             sampling=SamplingConfig(cfg_scale=2.0, temperature=0.6), context=96),
         tokenizer=TokenizerStageConfig(800, 16, 1.5e-3, 0.02, 0.0, codebook_weight=0.2, codebook_start=0.4,
-                                       consistency=0.2, restart_every=160, disc_start=1.0),
+                                       consistency=0.05, restart_every=160, disc_start=1.0),
         encoder=MentorStageConfig(900, 64, 1e-2, 0.02, 0.05, trains="encoder"),
         pretrain=MentorStageConfig(850, 24, 1e-2, 0.02, 0.3, trains="projector,decoder"),
         align=MentorStageConfig(850, 24, 4e-3, 0.01, 0.6, ALIGN_MIX),
@@ -122,7 +123,7 @@ PRESETS = {
             text=TextConfig(vocab_size=2048, width=256, n_layer=4, n_head=4, mlp_width=512, dropout=0.0),
             decoder=DecoderConfig(width=384, n_layer=8, n_head=6, dropout=0.05),
             sampling=SamplingConfig(cfg_scale=3.0), context=192),
-        tokenizer=TokenizerStageConfig(8000, 32, 5e-4, codebook_start=0.2, consistency=0.2,
+        tokenizer=TokenizerStageConfig(8000, 32, 5e-4, codebook_start=0.2, consistency=0.05,
                                        restart_every=1600),
         encoder=MentorStageConfig(8000, 64, 1e-3, 0.02, trains="encoder"),
         pretrain=MentorStageConfig(8000, 64, 1e-3, 0.02, trains="projector,decoder"),
@@ -241,21 +242,25 @@ class MentorStage(nn.Module):
 
 class EncoderStage(MentorStage):
     """Mentor's encoder alone learns BERT's task (arXiv 1810.04805) with pictures: to tell the hidden words of
-    a caption by the others and by the picture."""
+    a caption by the others and by the picture. Where all words are hidden, the image tokens themselves must
+    tell them, unaided, the first one the first word and so on: then a prompt's images read like captions."""
 
     def validation_loss(self, batch):
-        encoder, n = self.model.encoder, self.model.config.image_tokens
+        encoder, n, ids = self.model.encoder, self.model.config.image_tokens, batch.text_ids
         patches = encoder.vision(as_vision_pixels(batch.targets, self.model.config.vision.image_size))
-        ids = batch.text_ids.masked_fill(batch.masked, TextTokenizer.UNKNOWN)
         table, real = encoder.text.embedding, length_mask(batch.lengths, ids.shape[1])  # real (B, L)
-        words = table(ids)                               # (B, L, Dt)
-        image = encoder.connector(patches, words, real)  # (B, n, Dt)
-        states = encoder.text(torch.cat([image, words], 1), F.pad(real, (n, 0), value=True))[:, n:]
-        # the word table is the head too, for the W hidden words alone
-        logits = F.linear(states[batch.masked] * states.shape[-1] ** -0.5, table.weight)  # (W, vocab_size)
-        losses = F.cross_entropy(logits.float(), batch.text_ids[batch.masked], reduction="none")  # (W,)
-        share = batch.masked / batch.masked.sum(1, keepdim=True).clamp(min=1)  # samples count the same
-        return (losses * share[batch.masked]).sum() / len(ids)
+        alone = (batch.masked == real).all(1, keepdim=True)                             # (B, 1)
+        words = table(ids.masked_fill(batch.masked, TextTokenizer.UNKNOWN))             # (B, L, Dt)
+        image = encoder.connector(patches, words, real)                                 # (B, n, Dt)
+        mask = F.pad(real & ~alone, (n, 0), value=True)
+        states = encoder.text(torch.cat([image, words], 1), mask)  # (B, n + L, Dt)
+        answers = torch.cat([F.pad(ids, (0, n - ids.shape[1])), ids], 1)
+        asked = torch.cat([F.pad(real & alone, (0, n - ids.shape[1])), batch.masked & ~alone], 1)
+        # the word table is the head too, for the W asked positions alone
+        logits = F.linear(states[asked] * states.shape[-1] ** -0.5, table.weight)  # (W, vocab_size)
+        losses = F.cross_entropy(logits.float(), answers[asked], reduction="none")  # (W,)
+        share = asked / asked.sum(1, keepdim=True).clamp(min=1)  # samples count the same
+        return (losses * share[asked]).sum() / len(ids)
 
     def forward(self, batch, step):
         """(loss, no logs) of a batch."""

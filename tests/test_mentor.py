@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 import train
 from conftest import CPU, only, randomize
-from mentor import (Mentor, MentorConfig, SamplingConfig, TextConfig, VisionConfig, rotary_table, rotate,
-                    sequence_order, splice, start_from_codebook)
+from mentor import (DecoderConfig, ImageDecoder, Mentor, MentorConfig, SamplingConfig, TextConfig,
+                    VisionConfig, rotary_table, rotate, sequence_order, splice, start_from_codebook)
 from sample import generate, guide
 from tokenizer import VQGAN, TokenizerConfig
 
@@ -109,10 +109,13 @@ def test_the_prefix_is_not_rotated_and_codes_differ_along_both_axes():
     close(turned[30].norm(), x.norm())
 
 def test_rotation_by_hand():
-    """Pair (2i, 2i + 1) turns by cell * 10000^(-2i / (head / 2)), interleaved."""
-    turned = rotate(torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0]), rotary_table(4, 8)[1 + 2 * 4 + 3])
-    angles = torch.tensor([2.0, 2.0 / 100, 3.0, 3.0 / 100])
-    close(turned, torch.stack([angles.cos(), angles.sin()], -1).flatten())
+    """Pair (2i, 2i + 1) turns by cell * scale * base^(-2i / (head / 2)), interleaved."""
+    for table, fast, slow in ((rotary_table(4, 8), 1, 1 / 100), (rotary_table(4, 8, 3.0, 16.0), 3, 3 / 4)):
+        turned = rotate(torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0]), table[1 + 2 * 4 + 3])
+        angles = torch.tensor([2.0 * fast, 2 * slow, 3 * fast, 3 * slow])
+        close(turned, torch.stack([angles.cos(), angles.sin()], -1).flatten())
+    config = DecoderConfig(grid_size=4, width=8, n_layer=1, n_head=1, rope_scale=3.0, rope_base=16.0)
+    close(torch.view_as_real(ImageDecoder(config).rotary), torch.view_as_real(table))
 
 def test_the_prefix_has_no_order_but_that_of_its_contents(model):
     """All its tokens have position 0; positions of words are in T5's attention bias."""

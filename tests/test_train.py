@@ -397,21 +397,30 @@ def test_a_new_model_guesses_and_a_dropped_prompt_is_not_seen(world, text_tokeni
         assert losses == len({stage(replace(given, **change), 0)[0].item() for change in (
             {}, {"text_ids": words}, {"pixels": batch.pixels + 1})})
 
-def test_hidden_words_are_predicted_from_the_picture_and_the_other_words(world, text_tokenizer):
-    """Against each sample alone, without padding: the mean loss of its hidden words, which are not seen."""
+@pytest.mark.parametrize("length", [6, 30])  # less and more than an image's 16 tokens
+def test_hidden_words_are_predicted_from_the_picture_and_the_other_words(length, world, text_tokenizer):
+    """Against each sample alone, without padding: the mean loss of its hidden words, which are not seen, and
+    that of the image tokens where all are hidden."""
     _, stage, batch = stage_and_batch("encoder", world, text_tokenizer)
-    model, losses = randomize(stage.model).eval(), []
+    size = min(length, batch.text_ids.shape[1])
+    batch = replace(batch, text_ids=batch.text_ids[:, :size], masked=batch.masked[:, :size],
+                    lengths=batch.lengths.clamp(max=size))
+    model, losses = randomize(stage.model).eval(), {True: [], False: []}
     text, patches = model.encoder.text, model.encoder.vision(train.as_vision_pixels(batch.targets, 32))
     for i, length in enumerate(batch.lengths):
         words, hidden = batch.text_ids[i, :length], batch.masked[i, :length]
         seen = text.embedding(torch.where(hidden, TextTokenizer.UNKNOWN, words))
         tokens = model.encoder.connector(patches[i : i + 1], None, None)[0]
-        states = text(torch.cat([tokens, seen])[None], torch.ones(1, len(tokens) + length, dtype=torch.bool))
-        logits = states[0, len(tokens) :] @ text.embedding.weight.T / text.config.width**0.5
-        losses.append(F.cross_entropy(logits[hidden], words[hidden]))
+        sequence = tokens if hidden.all() else torch.cat([tokens, seen])
+        states = text(sequence[None], torch.ones(1, len(sequence), dtype=torch.bool))[0]
+        logits = states @ text.embedding.weight.T / text.config.width**0.5
+        answers = words[:16] if hidden.all() else words[hidden]
+        asked = logits[: len(answers)] if hidden.all() else logits[len(tokens) :][hidden]
+        losses[bool(hidden.all())].append(F.cross_entropy(asked, answers))
+    assert all(losses.values())
     padded = replace(batch, text_ids=F.pad(batch.text_ids, (0, 9)), masked=F.pad(batch.masked, (0, 9)))
     for given in (batch, padded):
-        close(stage(given, 0)[0], torch.stack(losses).mean(), rtol=1e-4, atol=1e-4)
+        close(stage(given, 0)[0], torch.stack(sum(losses.values(), [])).mean(), rtol=1e-4, atol=1e-4)
 
 def test_targets_become_the_vision_encoders_pixels():
     for size, atol in ((32, 1e-4), (48, 0.1)):  # 48: rounded to bytes once more
