@@ -336,14 +336,15 @@ class Projector(nn.Module):
 # --- Image decoder ---
 
 
-def rotary_table(grid_size, head_width, scale=1.0, base=10000.0):
-    """Rotations as unit complex numbers, (1 + N, head_width / 2): row 0 for the prefix, which is not rotated,
-    row 1 + k for code k. Half of a head's pairs rotate with the code's row in the grid, half with its column
+def rotary_table(config):
+    """Rotations as unit complex numbers, (1 + N, hd / 2): row 0 for the prefix, which is not rotated, row
+    1 + k for code k. Half of a head's pairs rotate with the code's row in the grid, half with its column
     (LlamaGen 2.2)."""
-    frequency = scale * base ** (-torch.arange(head_width // 4) / (head_width // 4))  # (hd / 4,)
-    k = torch.arange(grid_size**2)[:, None]
-    angles = torch.cat([k // grid_size * frequency, k % grid_size * frequency], 1)  # (N, hd / 2)
-    return torch.polar(torch.tensor(1.0), F.pad(angles, (0, 0, 1, 0)))              # (1 + N, hd / 2)
+    pairs = config.width // config.n_head // 4  # of each half
+    frequency = config.rope_scale * config.rope_base ** (-torch.arange(pairs) / pairs)  # (hd / 4,)
+    k = torch.arange(config.n_code)[:, None]
+    angles = torch.cat([k // config.grid_size * frequency, k % config.grid_size * frequency], 1)
+    return torch.polar(torch.tensor(1.0), F.pad(angles, (0, 0, 1, 0)))  # (1 + N, hd / 2)
 
 
 def rotate(x, rotations):
@@ -454,8 +455,7 @@ class ImageDecoder(nn.Module):
         self.output = nn.Linear(config.width, config.codebook_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         with torch.device("cpu"):  # load_model builds on the meta device, and no file holds this table
-            rotary = rotary_table(config.grid_size, config.width // config.n_head, config.rope_scale,
-                                  config.rope_base)
+            rotary = rotary_table(config)
         self.register_buffer("rotary", rotary, persistent=False)
 
     def forward(self, x, positions, cache=None):

@@ -290,9 +290,9 @@ class TokenizerStageConfig(StageConfig):
 
 
 def collages(images, cells, step):
-    """Move each even image (B, 3, S, S) by `shift` cells, what leaves at one edge coming back at the other,
-    and paste cells of it into the odd image after it: those in `same`, a window or all around one. Returns
-    images, `same` (cells, cells) bool and shift (down, right); both depend on `step` alone."""
+    """Roll each even image (B, 3, S, S) by `shift` cells and paste cells of it into the odd image after it:
+    those in `same`, a window or all around one. Returns images, `same` (cells, cells) bool and shift (down,
+    right); both depend on `step` alone."""
     rng = random.Random(step)
     top, bottom = sorted(rng.sample(range(cells + 1), 2))
     left, right = sorted(rng.sample(range(cells + 1), 2))
@@ -309,11 +309,11 @@ def collages(images, cells, step):
 
 def consistency_loss(z, same, shift):
     """Mean squared change of the same cells' features z (B, C, h, w) between images and their collages, over
-    z's variance: a code then says what its cell shows, not what is around it or where it is."""
-    z = F.normalize(z.float(), dim=1)
-    before, after = z[::2], z[1::2]
-    change = (before[: len(after)].roll(shift, (2, 3)) - after).square().mean(1)
-    return (change * same).sum() / (same.sum() * len(after)).clamp(min=1) / z.var((0, 2, 3)).mean()
+    a pair's variance: a code then says what its cell shows, not what is around it, or where."""
+    pairs = F.normalize(z.float(), dim=1)[: len(z) // 2 * 2].unflatten(0, (-1, 2))  # (K, 2, C, h, w)
+    change = (pairs[:, 0].roll(shift, (2, 3)) - pairs[:, 1]).square().mean(1)       # (K, h, w)
+    spread = (pairs - pairs.mean((1, 3, 4), keepdim=True)).square().mean((1, 2, 3, 4))  # (K,)
+    return ((change * same).sum((1, 2)) / spread).sum() / (same.sum() * len(pairs)).clamp(min=1)
 
 
 def spread_codes(z, size, generator):

@@ -110,10 +110,10 @@ PRESETS = {
             sampling=SamplingConfig(cfg_scale=2.0, temperature=0.6), context=96),
         tokenizer=TokenizerStageConfig(800, 16, 1.5e-3, 0.02, 0.0, codebook_weight=0.2, codebook_start=0.4,
                                        consistency=0.05, restart_every=160, disc_start=1.0),
-        encoder=MentorStageConfig(900, 64, 1e-2, 0.02, 0.05, trains="encoder"),
-        pretrain=MentorStageConfig(850, 24, 1e-2, 0.02, 0.3, trains="projector,decoder"),
-        align=MentorStageConfig(850, 24, 4e-3, 0.01, 0.6, ALIGN_MIX),
-        instruct=MentorStageConfig(1200, 24, 3e-3, 0.008, 0.0, TINY_MIX)),
+        encoder=MentorStageConfig(1300, 64, 1e-2, 0.02, 0.05, trains="encoder"),
+        pretrain=MentorStageConfig(1300, 24, 1e-2, 0.02, 0.3, trains="projector,decoder"),
+        align=MentorStageConfig(300, 24, 4e-3, 0.01, 0.6, ALIGN_MIX, trains="projector,decoder"),
+        instruct=MentorStageConfig(1100, 24, 1.5e-3, 0.004, 0.0, TINY_MIX, "text,projector,decoder")),
     # 64 pixels, shapes or your own pictures: for one GPU
     "small": RunConfig(
         weight_decay=0.01, workers=4,
@@ -242,8 +242,8 @@ class MentorStage(nn.Module):
 
 class EncoderStage(MentorStage):
     """Mentor's encoder alone learns BERT's task (arXiv 1810.04805) with pictures: to tell the hidden words of
-    a caption by the others and by the picture. Where all words are hidden, the image tokens themselves must
-    tell them, unaided, the first one the first word and so on: then a prompt's images read like captions."""
+    a caption by the others and by the picture. Where all words are hidden, the image tokens must tell them
+    unaided, the first one the first word and so on: a prompt's images then read like captions."""
 
     def validation_loss(self, batch):
         encoder, n, ids = self.model.encoder, self.model.config.image_tokens, batch.text_ids
@@ -256,7 +256,7 @@ class EncoderStage(MentorStage):
         states = encoder.text(torch.cat([image, words], 1), mask)  # (B, n + L, Dt)
         answers = torch.cat([F.pad(ids, (0, n - ids.shape[1])), ids], 1)
         asked = torch.cat([F.pad(real & alone, (0, n - ids.shape[1])), batch.masked & ~alone], 1)
-        # the word table is the head too, for the W asked positions alone
+        # the word table is the head too, for the W asked positions
         logits = F.linear(states[asked] * states.shape[-1] ** -0.5, table.weight)  # (W, vocab_size)
         losses = F.cross_entropy(logits.float(), answers[asked], reduction="none")  # (W,)
         share = asked / asked.sum(1, keepdim=True).clamp(min=1)  # samples count the same

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import train
 from conftest import CPU, only, randomize
-from mentor import (DecoderConfig, ImageDecoder, Mentor, MentorConfig, SamplingConfig, TextConfig,
+from mentor import (DecoderConfig, Mentor, MentorConfig, SamplingConfig, TextConfig,
                     VisionConfig, rotary_table, rotate, sequence_order, splice, start_from_codebook)
 from sample import generate, guide
 from tokenizer import VQGAN, TokenizerConfig
@@ -99,7 +99,7 @@ def test_the_unconditional_prefix_is_the_last_rows_of_a_learned_table(model):
 
 # --- Positions
 def test_the_prefix_is_not_rotated_and_codes_differ_along_both_axes():
-    table, x = rotary_table(8, 16), torch.randn(1, 1, 1, 16)
+    table, x = rotary_table(DecoderConfig(grid_size=8, width=16, n_head=1)), torch.randn(1, 1, 1, 16)
     assert len(table) == 1 + 64
     turned = [rotate(x, rotations) for rotations in table]
     assert torch.equal(turned[0], x) and torch.equal(turned[1], x)  # nor is cell (0, 0)
@@ -110,12 +110,12 @@ def test_the_prefix_is_not_rotated_and_codes_differ_along_both_axes():
 
 def test_rotation_by_hand():
     """Pair (2i, 2i + 1) turns by cell * scale * base^(-2i / (head / 2)), interleaved."""
-    for table, fast, slow in ((rotary_table(4, 8), 1, 1 / 100), (rotary_table(4, 8, 3.0, 16.0), 3, 3 / 4)):
-        turned = rotate(torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0]), table[1 + 2 * 4 + 3])
-        angles = torch.tensor([2.0 * fast, 2 * slow, 3 * fast, 3 * slow])
+    config = DecoderConfig(grid_size=4, width=8, n_head=1)
+    for change, fast, slow in (({}, 1, 1 / 100), ({"rope_scale": 3.0, "rope_base": 16.0}, 3, 3 / 4)):
+        rotations = rotary_table(replace(config, **change))[1 + 11]
+        turned = rotate(torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0]), rotations)
+        angles = torch.tensor([2.0 * fast, 2 * slow, 3 * fast, 3 * slow])  # row 2, column 3
         close(turned, torch.stack([angles.cos(), angles.sin()], -1).flatten())
-    config = DecoderConfig(grid_size=4, width=8, n_layer=1, n_head=1, rope_scale=3.0, rope_base=16.0)
-    close(torch.view_as_real(ImageDecoder(config).rotary), torch.view_as_real(table))
 
 def test_the_prefix_has_no_order_but_that_of_its_contents(model):
     """All its tokens have position 0; positions of words are in T5's attention bias."""

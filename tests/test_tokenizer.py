@@ -171,9 +171,10 @@ def test_consistency_is_the_change_of_kept_cells():
     same[2:4, 3:6] = True
     z[1:4:2, :, 2:4, 3:6] = 2 * z[:4:2, :, 1:3, :3]
     assert consistency_loss(z, same, (1, 3)) < 1e-12  # length says nothing
-    z[1, :, 2, 3] = -z[0, :, 1, 0]  # as far as can be: 4 over 8 channels, in one of 12 pairs
-    spread = F.normalize(z, dim=1).movedim(1, 0).flatten(1).var(1).mean()  # of a channel
-    close(consistency_loss(z, same, (1, 3)), 4 / 8 / 12 / spread)
+    z[1, :, 2, 3] = -z[0, :, 1, 0]  # as far as can be: 4 over 8 channels, in one of 6 cells of one pair
+    spread = F.normalize(z[:2], dim=1).transpose(0, 1).flatten(1).var(1, correction=0).mean()
+    close(consistency_loss(z, same, (1, 3)), 4 / 8 / 6 / spread / 2)
+    assert consistency_loss(z[:1], same, (1, 3)) == 0  # one image has no collage
 
 def test_the_discriminator_and_its_losses():
     logits = PatchDiscriminator()(torch.randn(2, 3, 64, 64))
