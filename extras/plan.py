@@ -39,7 +39,8 @@ def weights(module):
 
 
 def forward_pass(hidden, model, tokens, images, s, checkpoint):
-    """One sample's way: [(part, FLOPs, bytes kept for gradients)]; hidden: words, in the encoder's stage.
+    """One sample's way: [(part, FLOPs, bytes kept for gradients)]; hidden: positions asked for words in the
+    encoder's stage, else 0.
 
     A block keeps its inputs (4 bytes a value), what its matrices read (s bytes, and a cast each), q, k, v,
     attention's output, the MLP's values, a byte for each dropout; with checkpoint one block at a time.
@@ -82,7 +83,8 @@ def costs(name, run, machine, tokens, images):
         flops, made = picture(size, vqgan.encoder, vqgan.quant_conv, vqgan.post_quant_conv, vqgan.decoder)
         return 3 * flops, memory | {"activations": micro * made * (8 + s)}
     flops, learns = 0, False
-    hidden = 0.8 * tokens if name == "encoder" else 0  # words
+    # positions that are asked: of half of the samples image tokens, of the others hidden words
+    hidden = (0.8 * tokens + min(tokens, run.model.image_tokens)) / 2 if name == "encoder" else 0
     logits = hidden * run.model.text.vocab_size if hidden else d.n_code * d.codebook_size
     memory |= {"bfloat16": 0, "activations": 0, "logits": 12 * micro * logits, "codes": 0}
     if not hidden:
