@@ -254,9 +254,10 @@ class EncoderStage(MentorStage):
         image = encoder.connector(patches, words, real)                                 # (B, n, Dt)
         mask = F.pad(real & ~alone, (n, 0), value=True)
         states = encoder.text(torch.cat([image, words], 1), mask)  # (B, n + L, Dt)
-        answers = torch.cat([F.pad(ids, (0, n - ids.shape[1])), ids], 1)
-        asked = torch.cat([F.pad(real & alone, (0, n - ids.shape[1])), batch.masked & ~alone], 1)
-        # the word table is the head too, for the W asked positions
+        fit = 0, n - ids.shape[1]  # a word for each image token
+        answers = torch.cat([F.pad(ids, fit), ids], 1)  # (B, n + L)
+        asked = torch.cat([F.pad(real & alone, fit), batch.masked & ~alone], 1)
+        # the word table is the head too
         logits = F.linear(states[asked] * states.shape[-1] ** -0.5, table.weight)  # (W, vocab_size)
         losses = F.cross_entropy(logits.float(), answers[asked], reduction="none")  # (W,)
         share = asked / asked.sum(1, keepdim=True).clamp(min=1)  # samples count the same
