@@ -7,10 +7,10 @@ image.
     hidden states --Projector--> prefix --ImageDecoder--> image codes, one after the other (eqs. 1 and 2)
 
 One sequence, no cross-attention: the decoder sees [prefix | codes] and predicts the next code. The file
-follows the data, from the configuration to Mentor, the whole.
+follows the data, from configuration to Mentor.
 
 Shapes: B samples, M images in all prompts together, L text positions, P prefix positions, N = grid_size**2
-codes, D the width of the module in question, V codebook_size.
+codes, D the module's width, V codebook_size.
 """
 
 import math
@@ -31,14 +31,14 @@ class VisionConfig:
 
     image_size: int = 224  # pixels per side
     patch_size: int = 14
-    width: int = 1024  # channels of a patch's features
+    width: int = 1024  # of a patch
     n_layer: int = 24  # blocks; features are taken before the last one
     n_head: int = 16
     mlp_width: int = 4096  # of a block's MLP
 
     @property
     def n_patch(self):
-        """Patches, and so features, per image."""
+        """Patches per image."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -52,7 +52,7 @@ class TextConfig:
     n_head: int = 32
     head_width: int = 64     # of each head, whatever the width
     mlp_width: int = 5120    # of a block's gated MLP
-    n_bucket: int = 32       # buckets of relative distances, each with a bias per head
+    n_bucket: int = 32       # of relative distances, each with a bias per head
     max_distance: int = 128  # from here on all distances share a bucket
     dropout: float = 0.1     # on embeddings, in every block, and at the end
 
@@ -66,10 +66,10 @@ class DecoderConfig:
     width: int = 1280           # of a position
     n_layer: int = 36
     n_head: int = 20
-    multiple_of: int = 256  # the MLP's hidden width is 8/3 of the width, rounded up to a multiple of this
+    multiple_of: int = 256  # the MLP is 8/3 as wide, rounded up to a multiple of this
     dropout: float = 0.1    # on embeddings, attention output and MLP output
-    rope_scale: float = 1.0     # radians by which a row or column turns the fastest pair of channels
-    rope_base: float = 10000.0  # how much slower the slowest pair turns, about
+    rope_scale: float = 1.0     # radians that a row or column turns the fastest pair of channels
+    rope_base: float = 10000.0  # the slowest pair turns about this much slower
 
     @property
     def n_code(self):
@@ -108,15 +108,16 @@ class MentorConfig:
         for key, size, unit, n in (
                 ("vision.image_size", vision.image_size, "vision.patch_size", vision.patch_size),
                 ("vision.width", vision.width, "vision.n_head", vision.n_head),
-                # a head's rotary pairs, two channels each, are for rows and columns
+                # a head's pairs of channels turn by rows and columns
                 ("decoder.width", decoder.width, "4 * decoder.n_head", 4 * decoder.n_head)):
             require(size % n == 0, f"{key}={size}: must be a multiple of {unit}={n}")
         require(text.max_distance > text.n_bucket // 4 > 0,
                 f"text.n_bucket={text.n_bucket}: must be 4 or more, and less than 4 * max_distance")
         require(self.context > self.image_tokens,
                 f"context={self.context}: must be above {self.image_tokens}, the tokens of an image")
-        require(self.connector in CONNECTORS,
-                f"connector={self.connector}: must be {', '.join(CONNECTORS)}; extras/multi.py has more")
+        require(self.connector in CONNECTORS and (self.connector != "mlp" or not self.n_query),
+                f"connector={self.connector}, n_query={self.n_query}: must be {', '.join(CONNECTORS)} "
+                "(mlp with 0); extras/multi.py has more")
 
     @property
     def image_tokens(self):
