@@ -217,7 +217,7 @@ def test_in_bfloat16_the_logits_stay_near_float32(model, make_batch):
 
 @pytest.mark.parametrize("changes, message", [
     (dict(context=256), "context=256: .*256"), (dict(connector="resampler"), "connector=resampler.*mlp"),
-    (dict(n_query=8), "connector=mlp, n_query=8: must be mlp .mlp with 0"),
+    (dict(n_query=8), "connector=mlp, n_query=8: must be mlp.*mlp with 0"),
     (dict(vision=VisionConfig(image_size=225)), "vision.image_size=225: .*vision.patch_size=14"),
     (dict(vision=VisionConfig(n_head=15)), "vision.width=1024: .*n_head"),
     (dict(text=TextConfig(n_bucket=3)), "n_bucket=3"), (dict(text=TextConfig(max_distance=8)), "distance")])
