@@ -68,7 +68,7 @@ class DecoderConfig:
     n_head: int = 20
     multiple_of: int = 256  # the MLP is 8/3 as wide, rounded up to a multiple of this
     dropout: float = 0.1    # on embeddings, attention output and MLP output
-    rope_scale: float = 1.0     # radians that a row or column turns the fastest pair of channels
+    rope_scale: float = 1.0     # radians by which a row or column turns the fastest pair of channels
     rope_base: float = 10000.0  # the slowest pair turns about this much slower
 
     @property
