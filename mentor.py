@@ -169,9 +169,10 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.class_embedding = nn.Parameter(torch.randn(config.width) * config.width**-0.5)
+        scale = config.width**-0.5
+        self.class_embedding = nn.Parameter(torch.randn(config.width) * scale)
         self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
-        self.position_embedding = nn.Parameter(torch.randn(1 + config.n_patch, config.width))
+        self.position_embedding = nn.Parameter(torch.randn(1 + config.n_patch, config.width) * scale)
         self.pre_norm = nn.LayerNorm(config.width)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.n_layer))
         self.post_norm = nn.LayerNorm(config.width)  # like the last block only for released weights
@@ -531,15 +532,12 @@ def init_weights(model):
 
     projector, decoder   N(0, 0.02), as LlamaGen; output head zero, until start_from_codebook
     text encoder         T5's: 1 / sqrt(fan in); queries also / sqrt(head_width), as scores are not scaled
-    vision, connector    PyTorch's, but positions are N(0, 1), as large as patches, and the norm before the
-                         blocks scales by 4, well above what they add: short pretraining then leaves place
-                         and pixels in the features
+    vision, connector    PyTorch's; class and position embeddings N(0, 1 / width), as CLIP
     """
     for module in (*model.projector.modules(), *model.decoder.modules()):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
     nn.init.zeros_(model.decoder.output.weight)
-    nn.init.constant_(model.encoder.vision.pre_norm.weight, 4.0)
     text = model.encoder.text
     nn.init.normal_(text.embedding.weight, std=1.0)
     nn.init.normal_(text.relative_bias.weight, std=text.config.width**-0.5)

@@ -102,7 +102,7 @@ PRESETS = {
         vqgan=TokenizerConfig(image_size=32, ch=16, ch_mult=(1, 2, 2), num_res_blocks=1, norm_groups=1,
                               z_channels=64, codebook_size=512),
         model=MentorConfig(
-            vision=VisionConfig(image_size=32, patch_size=8, width=128, n_layer=2, n_head=4, mlp_width=256),
+            vision=VisionConfig(image_size=32, patch_size=8, width=128, n_layer=3, n_head=4, mlp_width=256),
             text=TextConfig(vocab_size=2048, width=128, n_layer=2, n_head=4, head_width=32, mlp_width=256,
                             dropout=0.0),
             decoder=DecoderConfig(width=96, n_layer=4, n_head=4, multiple_of=32, dropout=0.0,
