@@ -159,16 +159,6 @@ class Machine:
             dist.all_reduce(tensor)
         return tensor.div_(self.world_size)
 
-    def gather(self, tensor):
-        """All processes' tensors, concatenated; gradients flow back."""
-        if self.world_size == 1:
-            return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor.contiguous())
-        # all compute this loss, and DDP divides the sum of their gradients by their number
-        parts[self.rank] = tensor + (self.world_size - 1) * (tensor - tensor.detach())
-        return torch.cat(parts)
-
     def say(self, words):
         """Print, in the first process alone."""
         if self.rank == 0:

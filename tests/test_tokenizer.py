@@ -134,7 +134,12 @@ def test_codes_are_placed_at_the_end_of_every_window_but_the_last():
 def test_the_codes_in_use_are_counted_over_a_window(capsys):
     stage, images = make_stage(some_images(64), restart_every=3), some_images(4)
     stage(SimpleNamespace(targets=images), 0), stage(SimpleNamespace(targets=images), 1)
-    assert torch.equal(stage.counts, 2 * torch.bincount(stage.model.encode(images).flatten(), minlength=32))
+    uses, others = torch.bincount(stage.model.encode(images).flatten(), minlength=32), torch.arange(32)
+    assert torch.equal(stage.counts, 2 * uses)
+    stage.machine = SimpleNamespace(world_size=3, average=lambda tensor: (tensor + others) / 3)
+    stage(SimpleNamespace(targets=images), 1)
+    assert torch.equal(stage.counts, 3 * uses + others)  # of all processes
+    stage.machine = CPU
     stage.counts.zero_()[:8] = 2**24 + 1  # what float32 can no longer count
     stage.after_step(2)
     assert capsys.readouterr().out == "tokenizer: 25% of the codes in use, perplexity 8\n"
