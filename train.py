@@ -111,9 +111,9 @@ PRESETS = {
         tokenizer=TokenizerStageConfig(800, 16, 1.5e-3, 0.02, 0.0, codebook_weight=0.2, codebook_start=0.4,
                                        consistency=0.05, restart_every=160, disc_start=1.0),
         encoder=MentorStageConfig(1300, 64, 1e-2, 0.02, 0.05, trains="encoder"),
-        pretrain=MentorStageConfig(1300, 24, 1e-2, 0.02, 0.3, trains="projector,decoder"),
-        align=MentorStageConfig(300, 24, 4e-3, 0.01, 0.6, ALIGN_MIX, trains="projector,decoder"),
-        instruct=MentorStageConfig(1100, 24, 1.5e-3, 0.004, 0.0, TINY_MIX, "text,projector,decoder")),
+        pretrain=MentorStageConfig(1150, 24, 1e-2, 0.02, 0.3, trains="projector,decoder"),
+        align=MentorStageConfig(250, 24, 4e-3, 0.01, 0.6, ALIGN_MIX, trains="projector,decoder"),
+        instruct=MentorStageConfig(850, 24, 1.5e-3, 0.004, 0.0, TINY_MIX, "text,projector,decoder")),
     # 64 pixels, shapes or your own pictures: for one GPU
     "small": RunConfig(
         weight_decay=0.01, workers=4,
