@@ -414,7 +414,8 @@ class TokenizerStage(nn.Module):
             adversarial, last_layer = -self.disc(made).mean(), self.model.decoder.conv_out.weight
             weight = adaptive_weight(reconstruction, adversarial, last_layer, self.machine.average)
             loss, logs["d_weight"] = loss + config.disc_weight * weight * adversarial, weight
-        counts = torch.bincount(codes.flatten(), minlength=len(self.counts)).float()
+        codes = codes.flatten()
+        counts = torch.zeros_like(self.counts).index_add_(0, codes, torch.ones_like(codes)).float()
         self.counts += (self.machine.average(counts) * self.machine.world_size).round().long()
         return loss, logs
 
