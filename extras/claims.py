@@ -1,20 +1,16 @@
 """The paper's ablations, small: one thing changed at a time, and its effect on the scores.
 
-    python -m extras.claims tiny --instruct.steps=600 --instruct.lr=0.003 --instruct.muon_lr=0.01 \
-        --instruct.trains=connector,text,projector,decoder --seeds=3
-    python -m extras.claims tiny --rows="without recovery,query connector"
+    python -m extras.claims tiny --align.steps=600 --instruct.steps=600 --instruct.lr=0.003 \
+        --instruct.muon_lr=0.01 --instruct.trains=connector,text,projector,decoder --seeds=3
 
-All rows share the first three stages of the run in --out (default out/tiny), trained if missing. The rest
-goes to OUT/claims, with the table, claims.md, and drawings, claims.png. The same command goes on after a
-stop.
+All rows share the tokenizer of the run in --out (default out/tiny), trained if missing, and all but the
+query connector share `full`'s encoder and pretraining. All goes to OUT/claims, with the table, claims.md, and
+drawings, claims.png. The same command goes on after a stop.
 
-Photographs of one subject are often near-duplicates, and captions leave things out, so copying is a good
-guess that must be unlearned. Among the shapes it never is. So in training a subject-driven sample's reference
-is its target with probability COPY, and its caption lacks the place and the background with probability OMIT
-each.
-
-A removed task's share goes to the others. Without stage 1 its samples are missing, or go to stage 2.
-Multi-image training goes on from `full`, as in the paper.
+Captions of photographs leave things out, and those of one subject are often near-duplicates: details are left
+to stage 1, and copying is a good guess that must be unlearned. Among the shapes neither is so. So in training
+the encoder's captions lack subjects' looks with probability GIST, a subject-driven sample's reference is its
+target with probability COPY, and its caption lacks the place and the background with probability OMIT each.
 """
 
 import argparse
@@ -33,10 +29,22 @@ import train
 from data import PLACES, Shapes
 from tokenizer import file_hash, flatten, rebuild, require, write_atomically, write_json
 
-COPY, OMIT = 1.0, 0.5  # chosen by `full` alone: CP 0.75, PF 0.97; 0.78, 0.99 at 0
+GIST, COPY, OMIT = 0.9, 1.0, 0.5  # chosen by `full` alone
 PROMPTS = 512
 
-# --- A training world with a shortcut ---
+# --- The worlds of two stages ---
+
+
+class GistWorld(Shapes):
+    """Shapes, mostly with captions that lack the subjects' looks."""
+
+    digest = f"shapes, gist {GIST:g}"
+
+    def sample(self, task, rng, held_out=False):
+        made = super().sample(task, rng, held_out)
+        if rng.random() < GIST:
+            made.prompt = self.caption(made.scene, looks=False)
+        return made
 
 
 class ShortcutWorld(Shapes):
@@ -61,9 +69,9 @@ class ShortcutWorld(Shapes):
 
 @dataclass(frozen=True)
 class Row:
-    """A run that shares the first stages of another."""
+    """A run that shares the first stages of `full`."""
 
-    start: str                       # the other's stage that it starts from
+    start: str                       # the stage of `full` that it starts from
     stages: tuple = ("instruct",)    # what it trains itself
     keys: Callable = lambda run: {}  # what it changes
     paper: tuple = ()                # the paper's CP, PF and CP*PF
@@ -75,7 +83,7 @@ def without(stage, task):
 
 
 def with_multi_image(run):
-    """As many steps again with the new task, at half the learning rates, as the paper."""
+    """As many steps again, with the new task at half the learning rates, as the paper."""
     return {"instruct.mix": f"{run.instruct.mix},multi_image:1500", "instruct.lr": run.instruct.lr / 2,
             "instruct.muon_lr": run.instruct.muon_lr / 2}
 
@@ -86,9 +94,10 @@ def longer(run):
     return {"instruct.steps": run.instruct.steps + more}
 
 
-BOTH, STAGES = ("align", "instruct"), list(train.STAGES)
+WORLDS = {"encoder": GistWorld, "instruct": ShortcutWorld}  # of a stage; all others: Shapes
+BOTH, STAGES = ("align", "instruct"), tuple(train.STAGES)
 ROWS = {
-    "full": Row("pretrain", BOTH, paper=(0.555, 0.839, 0.466)),
+    "full": Row("tokenizer", STAGES[1:], paper=(0.555, 0.839, 0.466)),
     "without stage 1": Row("pretrain", paper=(0.179, 0.673, 0.120)),
     "stage 2 in place of stage 1": Row("pretrain", keys=longer, paper=(0.179, 0.673, 0.120)),
     "without segmentation in stage 1":
@@ -99,23 +108,22 @@ ROWS = {
     "without subject-driven":
         Row("align", keys=without("instruct", "subject_driven"), paper=(0.407, 0.910, 0.370)),
     "query connector":
-        Row("tokenizer", tuple(STAGES[1:]), lambda run: {"model.connector": "query", "model.n_query": 8},
+        Row("tokenizer", STAGES[1:], lambda run: {"model.connector": "query", "model.n_query": 8},
             (0.421, 0.882, 0.371)),
     "with multi-image": Row("instruct", keys=with_multi_image, paper=(0.586, 0.829, 0.486)),
 }
 
 
 def folder_of(name, seed, run):
-    """The folder of a row and seed, a whole run's with links to what it shares; for "" the one in --out."""
-    return Path(run.out, "claims", name.replace(" ", "_"), f"seed_{seed}") if name else Path(run.out)
+    """The folder of a row and seed, a whole run's with links to what it shares."""
+    return Path(run.out, "claims", name.replace(" ", "_"), f"seed_{seed}")
 
 
 def train_row(name, seed, run, machine, text_tokenizer):
     """Train what a row and seed lack. run: `full`'s."""
     row, folder = ROWS[name], folder_of(name, seed, run)
-    links = {shared: Path(run.out, shared) for shared in ("spiece.model", "tokenizer")}
-    before = folder_of("full" if name != "full" else "", seed, run) / row.start
-    links[STAGES[STAGES.index(row.stages[0]) - 1]] = before
+    links = {STAGES[STAGES.index(row.stages[0]) - 1]: folder_of("full", seed, run) / row.start}
+    links |= {shared: Path(run.out, shared) for shared in ("spiece.model", "tokenizer")}
     if seed != run.seed:  # what comes before stage 1 is trained once
         first = folder_of(name, run.seed, run)
         links |= {stage: first / stage for stage in STAGES[:3] if stage in row.stages}
@@ -125,7 +133,7 @@ def train_row(name, seed, run, machine, text_tokenizer):
             (folder / link).symlink_to(os.path.relpath(target, folder))
     run = rebuild(run, flatten(run) | row.keys(run) | {"seed": seed, "out": str(folder)})
     for stage in (stage for stage in row.stages if stage not in links):
-        world = (ShortcutWorld if stage == "instruct" else Shapes)(run.vqgan.image_size)
+        world = WORLDS.get(stage, Shapes)(run.vqgan.image_size)
         train.train_stage(stage, run, machine, world, text_tokenizer)
 
 
@@ -187,7 +195,7 @@ def main(arguments):
     """Train and score the rows, write claims.md and claims.png."""
     parser = argparse.ArgumentParser("extras.claims", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=",".join(ROWS), help="to train (%(default)s)")
+    parser.add_argument("--rows", default=",".join(ROWS), help="beside full (%(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each row (%(default)s)")
     options, keys = parser.parse_known_args(arguments)
     require(keys, "the first argument must be a preset, such as tiny")
@@ -203,8 +211,7 @@ def main(arguments):
     if not (out / "spiece.model").is_file():
         train.start_run(run, machine, world)
     text_tokenizer = train.find_words(run, world)
-    for stage in STAGES[:3]:
-        train.train_stage(stage, run, machine, world, text_tokenizer)
+    train.train_stage("tokenizer", run, machine, world, text_tokenizer)
 
     marks, drawn, sampling = {name: [] for name in rows}, {}, run.model.sampling
     for seed in range(run.seed, run.seed + options.seeds):
