@@ -29,7 +29,7 @@ import train
 from data import PLACES, Shapes
 from tokenizer import file_hash, flatten, rebuild, require, write_atomically, write_json
 
-GIST, COPY, OMIT = 0.9, 1.0, 0.5  # chosen by `full` alone
+GIST, COPY, OMIT = 0.9, 1.0, 0.5  # chosen by `full`: docs/claims.md
 PROMPTS = 512
 
 # --- The worlds of two stages ---
@@ -83,7 +83,7 @@ def without(stage, task):
 
 
 def with_multi_image(run):
-    """As many steps again, with the new task at half the learning rates, as the paper."""
+    """As many steps again with the new task, at half the learning rates, as the paper."""
     return {"instruct.mix": f"{run.instruct.mix},multi_image:1500", "instruct.lr": run.instruct.lr / 2,
             "instruct.muon_lr": run.instruct.muon_lr / 2}
 
