@@ -500,10 +500,10 @@ class Mentor(nn.Module):
         """batch (a data.Batch), codes (B, N) int64, drop (B,) bool, samples that get no prompt -> logits of
         every code given prompt and codes before, (B, N, V) float32."""
         prefix = self.projector(self.encoder(batch), batch.lengths, drop)
-        return self.decoder.output(self.next_code_hidden(prefix, batch.lengths, codes)).float()
+        return self.next_code_logits(prefix, batch.lengths, codes)
 
-    def next_code_hidden(self, prefix, lengths, codes):
-        """prefix (B, P, D), lengths (B,), codes (B, N) -> the hidden states that predict them, (B, N, D)."""
+    def next_code_logits(self, prefix, lengths, codes):
+        """prefix (B, P, D), lengths (B,), codes (B, N) -> logits of the codes, (B, N, V) float32."""
         P, N = prefix.shape[1], codes.shape[1]
         order = sequence_order(lengths, P, N - 1)  # the last code is never read
         x = torch.cat([prefix, self.decoder.code_embedding(codes[:, :-1])], dim=1)
@@ -511,7 +511,8 @@ class Mentor(nn.Module):
         positions = (order - P + 1).clamp(min=0)        # 0 in the prefix, 1 + k at code k
         hidden = self.decoder(x, positions)
         predicts = lengths[:, None] - 1 + torch.arange(N, device=codes.device)  # from the prefix's last on
-        return hidden.gather(1, predicts[..., None].expand(-1, -1, x.shape[-1]))  # no others need the head
+        hidden = hidden.gather(1, predicts[..., None].expand(-1, -1, x.shape[-1]))
+        return self.decoder.output(hidden).float()
 
     def prefill(self, prefix, lengths):
         """Read the prefix (B, P, D) of lengths (B,) -> logits of the first code (B, V) float32, a KVCache."""

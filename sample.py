@@ -2,8 +2,8 @@ r"""Draw with a trained model, and score it.
 
     python sample.py out/tiny "The star in <image>.\nA big star at the top on a red background" --images=a.png
 
-Read in order: choosing a code, `generate`, Pipeline (a trained model with its tokenizers), the judge and the
-scores, the command line.
+Read in order: choosing a code, `generate`, Pipeline (a trained model with its tokenizers), the judge, the
+command line.
 """
 
 import argparse

@@ -55,6 +55,7 @@ class MentorStageConfig(StageConfig):
     """Training of Mentor's stages."""
 
     trains: str = "connector,text,projector,decoder"  # parts that train; all others are frozen
+    guess_start: float = 1.0  # fraction of the steps after which half the codes read are guessed
 
 
 ALIGN_MIX = "text_to_image:700,reconstruction:180,segmentation:1600"  # thousands of samples, as published
@@ -108,12 +109,12 @@ PRESETS = {
             decoder=DecoderConfig(width=96, n_layer=4, n_head=4, multiple_of=32, dropout=0.0,
                                   rope_scale=3.14, rope_base=10.0),
             sampling=SamplingConfig(cfg_scale=2.0, temperature=0.6), context=96),
-        tokenizer=TokenizerStageConfig(800, 16, 1.5e-3, 0.02, 0.0, codebook_weight=0.2, codebook_start=0.4,
-                                       consistency=0.05, restart_every=160, disc_start=1.0),
+        tokenizer=TokenizerStageConfig(1400, 16, 1.5e-3, 0.02, 0.0, codebook_weight=0.2, codebook_start=0.4,
+                                       consistency=0.05, restart_every=280, disc_start=1.0),
         encoder=MentorStageConfig(1300, 64, 1e-2, 0.02, 0.05, trains="encoder"),
-        pretrain=MentorStageConfig(1150, 24, 1e-2, 0.02, 0.3, trains="projector,decoder"),
-        align=MentorStageConfig(250, 24, 4e-3, 0.01, 0.6, ALIGN_MIX, trains="projector,decoder"),
-        instruct=MentorStageConfig(850, 24, 1.5e-3, 0.004, 0.0, TINY_MIX, "text,projector,decoder")),
+        pretrain=MentorStageConfig(1150, 24, 1e-2, 0.02, 0.3, trains="projector,decoder", guess_start=0.5),
+        align=MentorStageConfig(150, 24, 4e-3, 0.01, 0.6, ALIGN_MIX, trains="projector,decoder"),
+        instruct=MentorStageConfig(700, 24, 1.5e-3, 0.004, 0.0, TINY_MIX, "text,projector,decoder")),
     # 64 pixels, shapes or your own pictures: for one GPU
     "small": RunConfig(
         weight_decay=0.01, workers=4,
@@ -192,11 +193,12 @@ class MentorStage(nn.Module):
         super().__init__()
         self.machine, self.model, self.own_optimizers = machine, model, []  # beside make_optimizers' ones
         self.vqgan = [vqgan]  # in a list: not trained, not saved
-        trains = getattr(run, name).trains
+        config = getattr(run, name)
+        self.guess_from = config.guess_start * config.steps
         model.requires_grad_(False)
-        for part in trains.split(","):
+        for part in config.trains.split(","):
             chosen = [p for path, p in model.named_parameters() if path.startswith((part, f"encoder.{part}"))]
-            require(part and chosen, f"--{name}.trains={trains}: the model has no part {part!r}")
+            require(part and chosen, f"--{name}.trains={config.trains}: the model has no part {part!r}")
             for p in chosen:
                 p.requires_grad_(True)
         vision = model.encoder.vision  # nothing reads CLIP's end
@@ -207,13 +209,18 @@ class MentorStage(nn.Module):
             if run.checkpoint:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
-    def code_losses(self, batch):
-        """Each sample's mean next-code loss (B,)."""
+    def code_losses(self, batch, guess=False):
+        """Each sample's mean next-code loss (B,). guess: half of the codes are read as the model guesses
+        them, wrong ones too, so that it learns to trust the prompt (scheduled sampling, arXiv 1906.07651)."""
         with torch.no_grad(), torch.autocast(batch.targets.device.type, enabled=False):
-            codes = self.vqgan[0].encode(batch.targets)  # (B, N)
+            codes = read = self.vqgan[0].encode(batch.targets)  # (B, N)
         prefix = self.model.projector(self.model.encoder(batch), batch.lengths, batch.drop)  # (B, P, D)
-        hidden = self.model.next_code_hidden(prefix, batch.lengths, codes)                   # (B, N, D)
-        logits = self.model.decoder.output(hidden).float().flatten(0, 1)                     # (B * N, V)
+        if guess:
+            with torch.no_grad():
+                logits = self.model.next_code_logits(prefix, batch.lengths, codes)
+            guesses = (logits.softmax(-1) / torch.empty_like(logits).exponential_()).argmax(-1)  # as choose
+            read = torch.where(torch.rand(codes.shape, device=codes.device) < 0.5, guesses, codes)
+        logits = self.model.next_code_logits(prefix, batch.lengths, read).flatten(0, 1)  # (B * N, V)
         return F.cross_entropy(logits, codes.flatten(), reduction="none").view_as(codes).mean(1)
 
     def validation_loss(self, batch):
@@ -221,7 +228,7 @@ class MentorStage(nn.Module):
 
     def forward(self, batch, step):
         """(loss, logs) of a batch. Logs: the loss of each task."""
-        losses = self.code_losses(batch)
+        losses = self.code_losses(batch, guess=step >= self.guess_from)
         logs = {task: torch.stack([one for one, t in zip(losses.detach(), batch.tasks) if t == task]).mean()
                 for task in set(batch.tasks)}
         return losses.mean(), logs

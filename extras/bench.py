@@ -75,8 +75,7 @@ def cache_free(model, prefix, lengths):
     def decode_step(codes, cache):
         k = cache.advance().item()
         read[:, k - 1] = codes
-        hidden = model.next_code_hidden(prefix, lengths, read[:, : k + 1])  # the last code is not read
-        return model.decoder.output(hidden[:, -1]).float()
+        return model.next_code_logits(prefix, lengths, read[:, : k + 1])[:, -1]  # the last code is not read
 
     return decode_step
 

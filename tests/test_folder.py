@@ -93,12 +93,10 @@ def test_folders_that_cannot_be_used_are_named(tmp_path, monkeypatch):
     refused(tmp_path, "no pictures.*.jpg")
     add(tmp_path / "deep", "dog")
     scandir = os.scandir
-
     def forbidden(path):  # as root may list all
         if os.fspath(path).endswith("deep"):
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
-
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", forbidden)
         refused(tmp_path, "deep: .*cannot be listed .*Permission denied")
@@ -223,11 +221,9 @@ def test_a_tenth_is_held_out_subjects_as_a_whole(tmp_path):
     assert {p.subject for p in few.pictures} == {"pet_0", "alone", ""} and len(few.groups["pet_0"]) == 3
     folder = Folder(make_pets(tmp_path / "many", 20, 3), 32)
     seen, look = {False: set(), True: set()}, folder.look
-
     def watched(held_out, i, *how):
         seen[held_out].add((folder.pictures[i].name, folder.pictures[i].subject))
         return look(i, *how)
-
     for held_out in (False, True):
         for task in folder.tasks - {"recovery"} if held_out else folder.tasks:  # on a ground from all others
             folder.look = partial(watched, held_out)
@@ -348,11 +344,9 @@ def test_the_same_pictures_are_the_same_data_wherever_they_are(tmp_path, monkeyp
 def test_what_is_learnt_by_heart_is_said_and_the_best_weights_are_kept(tmp_path, monkeypatch, capsys):
     """The held-out loss is best at step 2 of 4, while the training loss falls."""
     seen, note_best = [], train.note_best
-
     def falls_then_rises(best, held_out, step, stage, log):
         note_best(best, abs(step - 2) + 1.0, step, stage, log)
         seen.append({name: tensor.clone() for name, tensor in stage.model.state_dict().items()})
-
     monkeypatch.setattr(train, "note_best", falls_then_rises)
     make_pets(tmp_path / "pets")
     run(tmp_path / "pets", tmp_path / "out", *few_steps(steps=1), "--pretrain.steps=4")

@@ -172,7 +172,7 @@ def test_decoder_with_a_left_padded_prefix():
 
     def logits_of(codes, drop):
         prefix = model.projector(hidden, lengths, drop)
-        return model.decoder.output(model.next_code_hidden(prefix, lengths, codes))
+        return model.next_code_logits(prefix, lengths, codes)
 
     mixed = torch.tensor([False, True, False])
     for drop, name in ((nobody, ""), (~nobody, "_uncond"), (mixed, "_uncond_mixed")):

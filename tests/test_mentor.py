@@ -122,7 +122,7 @@ def test_the_prefix_has_no_order_but_that_of_its_contents(model):
     prefix, codes, length = torch.randn(1, 6, 64), some_codes(1), torch.tensor([6])
     model.decoder.blocks = model.decoder.blocks[:1]  # deeper ones see that attention is causal
     swapped = prefix[:, [1, 0, 2, 3, 4, 5]]
-    close(*(model.next_code_hidden(p, length, codes)[:, 1:] for p in (prefix, swapped)))
+    close(*(model.next_code_logits(p, length, codes)[:, 1:] for p in (prefix, swapped)))
     x, mask = torch.randn(1, 6, 32), torch.ones(1, 6, dtype=torch.bool)
     assert (model.encoder.text(x.flip(1), mask).flip(1) - model.encoder.text(x, mask)).abs().max() > 0.1
 

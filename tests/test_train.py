@@ -135,13 +135,11 @@ def child(arguments, kill_at=0):
     be written for the kill_at-th time."""
     torch.set_num_threads(1)
     written, note_best = itertools.count(1), train.note_best
-
     def watched(write):
         def writing(*arguments, **options):
             os.kill(os.getpid(), signal.SIGKILL if next(written) == kill_at else 0)
             return write(*arguments, **options)
         return writing
-
     with quickly() as patch:
         patch.setattr(train, "note_best", lambda best, held_out, step, *rest: note_best(
             best, abs(step - 4), step, *rest))
@@ -175,7 +173,6 @@ def test_signals_save_before_they_end_the_run(number, trained, tmp_path, monkeyp
         for process in multiprocessing.active_children() if number == signal.SIGINT else ():
             os.kill(process.pid, number)
         os.kill(os.getpid(), number)
-
     command = link(trained, tmp_path, "pretrain"), "--stage=pretrain", "--workers=1"
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         at_step(patch, 2, told)
@@ -209,18 +206,15 @@ def test_a_damaged_or_foreign_checkpoint_is_one_line(trained, tmp_path, monkeypa
 def test_a_full_disk_costs_no_more_than_what_did_not_fit(trained, tmp_path, monkeypatch, capsys):
     """A checkpoint fails half-way, a line of the log too, and another as a whole."""
     save, log = torch.save, tmp_path / "pretrain" / "log.jsonl"
-
     def full_at_2(state, path):
         save(state, path)
         if state["step"] == 2:
             Path(path).write_bytes(b"half")
             raise OSError(28, "No space left on device")
-
     def full_log(path, mode="r"):
         if mode == "a" and log.read_text().endswith("lo"):
             raise OSError(28, "No space left on device", str(path))
         return open(path, mode)
-
     link(trained, tmp_path, "pretrain")
     with dies_at(monkeypatch, 3) as patch:
         patch.setattr(torch, "save", full_at_2)
@@ -238,11 +232,9 @@ def test_a_full_disk_costs_no_more_than_what_did_not_fit(trained, tmp_path, monk
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(trained, tmp_path, monkeypatch):
     forward = train.MentorStage.forward
-
     def not_finite(self, batch, step):
         loss, logs = forward(self, batch, step)
         return loss * (math.nan if step == 3 else 1), logs
-
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="nan.* 4.*--align.lr"):
         patch.setattr(train.MentorStage, "forward", not_finite)
         run(link(trained, tmp_path, "align"), "--stage=align", "--save_every=1")
@@ -352,7 +344,6 @@ def test_what_fails_in_a_data_process_is_one_line(tmp_path, monkeypatch):
     # unless a process shares its batch itself, this fails unseen, and the run waits for a batch forever
     def full(tensor):
         raise RuntimeError("unable to allocate shared memory: No space left on device")
-
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # there too: it is a fork
     with pytest.raises(ValueError, match="No space left"):
         run(tmp_path, "--stage=tokenizer", "--workers=1")
@@ -396,6 +387,21 @@ def test_a_new_model_guesses_and_a_dropped_prompt_is_not_seen(world, text_tokeni
         given = replace(batch, drop=torch.full((8,), drop))
         assert losses == len({stage(replace(given, **change), 0)[0].item() for change in (
             {}, {"text_ids": words}, {"pixels": batch.pixels + 1})})
+
+def test_half_of_the_codes_are_read_as_guessed(world, text_tokenizer, monkeypatch):
+    """After half of the steps; targets stay the true codes, and validation reads these alone."""
+    _, stage, batch = stage_and_batch("pretrain", world, text_tokenizer, "--pretrain.guess_start=0.5")
+    next_logits, read = randomize(stage.model).eval().next_code_logits, []
+    monkeypatch.setattr(stage.model, "next_code_logits", lambda prefix, lengths, codes: (
+        read.append(codes), next_logits(prefix, lengths, codes) if torch.is_grad_enabled()
+        else 1e3 * F.one_hot((codes + 1) % 32, 32))[1])  # it guesses the code after the right one
+    before, after, held_out = stage(batch, 2)[0], stage(batch, 3)[0], stage.validation_loss(batch)
+    codes, true, seen, last = read
+    assert torch.equal(codes, true) and torch.equal(codes, last) and before == held_out != after
+    share = torch.bincount(((seen - codes) % 32).flatten(), minlength=32) / codes.numel()
+    assert share[:2].sum() == 1 and 0.4 < share[1] < 0.6
+    prefix = stage.model.projector(stage.model.encoder(batch), batch.lengths, batch.drop)
+    close(after, F.cross_entropy(next_logits(prefix, batch.lengths, seen).flatten(0, 1), codes.flatten()))
 
 @pytest.mark.parametrize("length", [6, 30])  # less and more than an image's 16 tokens
 def test_hidden_words_are_predicted_from_the_picture_and_the_other_words(length, world, text_tokenizer):
