@@ -109,12 +109,12 @@ PRESETS = {
             decoder=DecoderConfig(width=96, n_layer=4, n_head=4, multiple_of=32, dropout=0.0,
                                   rope_scale=3.14, rope_base=10.0),
             sampling=SamplingConfig(cfg_scale=2.0, temperature=0.6), context=96),
-        tokenizer=TokenizerStageConfig(1400, 16, 1.5e-3, 0.02, 0.0, codebook_weight=0.2, codebook_start=0.4,
-                                       consistency=0.05, restart_every=280, disc_start=1.0),
-        encoder=MentorStageConfig(1300, 64, 1e-2, 0.02, 0.05, trains="encoder"),
+        tokenizer=TokenizerStageConfig(1300, 16, 1.5e-3, 0.02, 0.0, codebook_weight=0.2, codebook_start=0.4,
+                                       consistency=0.05, restart_every=260, disc_start=1.0),
+        encoder=MentorStageConfig(1200, 64, 1e-2, 0.02, 0.05, trains="encoder"),
         pretrain=MentorStageConfig(1150, 24, 1e-2, 0.02, 0.3, trains="projector,decoder", guess_start=0.5),
-        align=MentorStageConfig(150, 24, 4e-3, 0.01, 0.6, ALIGN_MIX, trains="projector,decoder"),
-        instruct=MentorStageConfig(700, 24, 1.5e-3, 0.004, 0.0, TINY_MIX, "text,projector,decoder")),
+        align=MentorStageConfig(200, 24, 4e-3, 0.01, 0.6, ALIGN_MIX, trains="projector,decoder"),
+        instruct=MentorStageConfig(650, 24, 1.5e-3, 0.004, 0.0, TINY_MIX, "text,projector,decoder")),
     # 64 pixels, shapes or your own pictures: for one GPU
     "small": RunConfig(
         weight_decay=0.01, workers=4,
