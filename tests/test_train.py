@@ -498,7 +498,7 @@ def test_command_lines_become_runs(monkeypatch, capsys):
     monkeypatch.setenv("HOME", "/home/me")
     config = train.parse(["tiny", "--out=~/x", "--data=~/pets", "--train_scale=1.5", "--vqgan.ch_mult=1,2"])
     assert (config.out, config.data, config.vqgan.ch_mult) == ("/home/me/x", "/home/me/pets", (1, 2))
-    assert [getattr(config, stage).steps for stage in STAGES] == [1200, 1950, 1725, 375, 1275]
+    assert [getattr(config, stage).steps for stage in STAGES] == [1950, 1800, 1725, 300, 975]
     keys = ["--model.vision.width=30", "--model.vision.n_head=3"]  # legal together, in any order
     assert train.parse(["tiny", *keys]) == train.parse(["tiny", *keys[::-1]])
     config = train.PRESETS["full"]  # as published
