@@ -5,14 +5,12 @@
         --instruct.trains=connector,text,projector,decoder --seeds=3
 
 All rows share the tokenizer, encoder and pretraining of the run in --out (default out/tiny), trained if
-missing, but each starts with a new connector: before the paper's two stages no image was ever read. All goes
-to OUT/claims, with the table, claims.md, and drawings, claims.png. The same command goes on after a stop.
+missing, but each starts with a new connector: before the paper's two stages no image was ever read.
+OUT/claims then holds the table, claims.md, and drawings, claims.png. The same command goes on after a stop.
 
-Pairs of pictures of one subject are few, often near-duplicates, and their captions leave things out: so what
-stage 1 taught is needed, and copying is a good guess that must be unlearned. Among the shapes nothing of this
-is so. So in stage 2's training the tasks with images show SUBJECTS subjects alone, a subject-driven sample's
-reference is its target with probability COPY, and its caption lacks the place and the background with
-probability OMIT each.
+Pairs of photographs of one subject are few and often near-duplicates, and captions leave things out. So in
+training stage 2's tasks with images show SUBJECTS subjects alone; a subject-driven reference is the target
+with probability COPY, and the caption lacks place and background with probability OMIT each.
 """
 
 import argparse
@@ -33,7 +31,7 @@ import sample
 import train
 from data import PLACES, Shapes
 from mentor import Mentor
-from tokenizer import file_hash, flatten, load_model, rebuild, require, save_model, write_atomically, write_json
+from tokenizer import file_hash, flatten, load_model, rebuild, require, save_model, write_json
 
 SUBJECTS, COPY, OMIT = 60, 0.95, 0.2  # chosen by `full`: docs/claims.md
 PROMPTS = 512
@@ -70,7 +68,7 @@ class ShortcutWorld(Shapes):
 class Row:
     """A run that differs from `full` in one thing."""
 
-    start: str                       # pretrain, with a new connector, or the stage of `full` that it goes on from
+    start: str                       # pretrain or a stage of `full`
     stages: tuple = ("instruct",)    # what it trains itself
     keys: Callable = lambda run: {}  # what it changes
     paper: tuple = ()                # the paper's CP, PF and CP*PF
@@ -113,12 +111,12 @@ ROWS = {
 
 
 def folder_of(name, seed, run):
-    """The folder of a row and seed, a whole run's."""
+    """The folder of a row and seed."""
     return Path(run.out, "claims", name.replace(" ", "_"), f"seed_{seed}")
 
 
 def renew_connector(source, folder, run):
-    """Save source's weights in folder, but for a new connector, run's."""
+    """Save source's weights in folder, with run's connector, a new one."""
     torch.manual_seed(run.seed)
     model = load_model(Mentor, run.model, source)
     model.config = run.model
@@ -132,15 +130,15 @@ def train_row(name, seed, run, machine, text_tokenizer):
     row, out, folder = ROWS[name], Path(run.out), folder_of(name, seed, run)
     own = rebuild(run, flatten(run) | row.keys(run) | {"seed": seed, "out": str(folder)})
     folder.mkdir(parents=True, exist_ok=True)
-    before = train.STAGES[row.stages[0]][-1]  # where the first stage looks for the weights it starts from
+    before = train.STAGES[row.stages[0]][-1]  # where its first stage looks for weights
     links = {shared: out / shared for shared in ("spiece.model", "tokenizer")}
     if row.start == "pretrain":
         renew_connector(out / "pretrain", folder / before, own)
     else:
         links[before] = folder_of("full", seed, run) / row.start
-    for name, target in links.items():
-        if not (folder / name).is_symlink():
-            (folder / name).symlink_to(os.path.relpath(target, folder))
+    for link, target in links.items():
+        if not (folder / link).is_symlink():
+            (folder / link).symlink_to(os.path.relpath(target, folder))
     for stage in row.stages:
         world = ShortcutWorld if stage == "instruct" else Shapes
         train.train_stage(stage, own, machine, world(run.vqgan.image_size), text_tokenizer)
@@ -150,13 +148,13 @@ def train_row(name, seed, run, machine, text_tokenizer):
 
 
 def held_out(world):
-    """All scores' prompts, with subjects that no training has seen."""
+    """The prompts of all scores, of subjects that are in no training."""
     dataset = world.dataset({"subject_driven": 1.0}, "scores", held_out=True)
     return [dataset[i] for i in range(PROMPTS)]
 
 
 def marks_of(folder, world, sampling, device):
-    """CP and PF of each of a model's drawings, as in sample.judge_pictures: (PROMPTS, 2). Read from
+    """CP and PF of each of a model's drawings, as in sample.marks: (PROMPTS, 2). Read from
     scores.json if nothing has changed."""
     file, weights = folder / "scores.json", folder / "instruct" / "model.safetensors"
     made_with = {"weights": file_hash(weights), "prompts": PROMPTS, "sampling": flatten(sampling)}
@@ -220,7 +218,7 @@ def main(arguments):
     if not (out / "spiece.model").is_file():
         train.start_run(run, machine, world)
     text_tokenizer = train.find_words(run, world)
-    for stage in ("tokenizer", "encoder", "pretrain"):
+    for stage in list(train.STAGES)[:3]:
         train.train_stage(stage, run, machine, world, text_tokenizer)
 
     marks, drawn, sampling = {name: [] for name in rows}, {}, run.model.sampling
@@ -235,7 +233,7 @@ def main(arguments):
         pipeline = sample.Pipeline(folder_of(name, run.seed, run), machine.device)
         drawn[name] = samples, pipeline.draw(samples, sampling)
     sample.save_sheet(drawn, out / "claims" / "claims.png")
-    write_atomically(out / "claims" / "claims.md", lambda file: file.write_text(text, encoding="utf-8"))
+    (out / "claims" / "claims.md").write_text(text, encoding="utf-8")
     machine.say(text)
 
 

@@ -90,9 +90,7 @@ def model(text_tokenizer):
 @pytest.fixture
 def make_batch(world, text_tokenizer):
     """make_batch(config, count, task=share, ...) -> a Batch of that many samples; without tasks, of all."""
-
     def make(config, count, seed=0, **mix):
         dataset = Samples(world, mix or dict.fromkeys(FIVE, 1.0), seed)
         return Collate(text_tokenizer, config, world.image_size)([dataset[i] for i in range(count)])
-
     return make

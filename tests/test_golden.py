@@ -169,11 +169,9 @@ def test_decoder_with_a_left_padded_prefix():
     load(model, golden.weights(), "encoder")
     lengths, codes, nobody = golden["in.emb_masks"].sum(1), golden["in.idx"], torch.zeros(3).bool()
     hidden = torch.stack([F.pad(c[12 - n :], (0, 0, 0, 12 - n)) for c, n in zip(golden["in.cond"], lengths)])
-
     def logits_of(codes, drop):
         prefix = model.projector(hidden, lengths, drop)
         return model.next_code_logits(prefix, lengths, codes)
-
     mixed = torch.tensor([False, True, False])
     for drop, name in ((nobody, ""), (~nobody, "_uncond"), (mixed, "_uncond_mixed")):
         close(logits_of(codes, drop), golden[f"out.empty_fix.tf_logits{name}"], 1e-4)

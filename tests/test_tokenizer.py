@@ -322,12 +322,10 @@ def test_files_may_be_read_as_the_users_umask_says(vqgan, tmp_path, mask, mode):
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, error):
     file = tmp_path / "a.json"
     write_json(file, {"a": 1})
-
     def fail_half_way(path):
         path.write_text("half")
         assert json.loads(file.read_text()) == {"a": 1}  # the old one has its name until the new one is whole
         raise error
-
     with pytest.raises(OSError, match="a.json could not be written .*(No space left|unexpected pos)"):
         write_atomically(file, fail_half_way)
     assert json.loads(file.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [file]

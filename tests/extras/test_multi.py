@@ -51,11 +51,9 @@ def test_a_batch_without_images_trains_every_weight_that_others_train(model):
 def test_the_connector_by_hand(model):
     connector, generator = model.encoder.connector, torch.Generator().manual_seed(1)
     patches, words = (torch.randn(2, n, 32, generator=generator) for n in (4, 6))
-
     def attend(attention, x, y):
         heads = zip(*(z.split(16, -1) for z in (attention.q(x), attention.k(y), attention.v(y))))
         return attention.out(torch.cat([(q @ k.mT / 4).softmax(-1) @ v for q, k, v in heads], -1))
-
     x = torch.cat([connector.queries.expand(2, -1, -1), connector.word_in(words)], 1)
     for block in connector.blocks:
         x = x + attend(block.attention, block.norm1(x), block.norm1(x))

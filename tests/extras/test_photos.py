@@ -35,7 +35,6 @@ def test_distance_is_that_of_vgg16s_features(weights):
             weight, bias = vgg[f"features.{number}.weight"], vgg[f"features.{number}.bias"]
             x = F.conv2d(x, weight, bias, padding=1).relu()
         yield x / x.norm(dim=1, keepdim=True)
-
     folder, vgg = weights
     lpips, a, b = LPIPS(folder), *(torch.rand(2, 2, 3, 32, 32) * 2 - 1)
     pairs = zip(HEADS.values(), features(a), features(b.requires_grad_()))

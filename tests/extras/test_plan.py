@@ -34,12 +34,10 @@ def real_step(name, dtype, checkpoint, world, text_tokenizer):
     stage.model.encoder.text.relative_bias.requires_grad_(False)  # else the CPU has no fused attention for it
     for p in filter(lambda p: p.requires_grad, stage.parameters()):
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-
     def step():
         with one_card(dtype).autocast():
             loss, _ = stage(batch, 0)
         loss.backward()
-
     return run, batch, step
 
 @pytest.mark.parametrize("name", ["encoder", "align"])

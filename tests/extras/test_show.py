@@ -62,13 +62,11 @@ def test_inside_shows_the_drawing_of_sample_py(pipeline):
 def test_attention_and_probabilities_are_those_of_drawing(pipeline, monkeypatch):
     _, probabilities, attention = show.look(pipeline, PROMPT)  # to be those of the cached steps
     attend, maps, logits, guide = F.scaled_dot_product_attention, [], [], sample.guide
-
     def cached(q, k, v, attn_mask=None, is_causal=False, **options):
         if q.shape[2] == 1:
             scores = q @ k.mT / q.shape[-1] ** 0.5
             maps.append(scores.masked_fill(~attn_mask, -torch.inf).softmax(-1).mean(1)[0, 0])
         return attend(q, k, v, attn_mask=attn_mask, is_causal=is_causal, **options)
-
     monkeypatch.setattr(F, "scaled_dot_product_attention", cached)
     monkeypatch.setattr(sample, "guide", lambda x, scale: logits.append(x[0]) or guide(x, scale))
     sample.generate(pipeline.model, pipeline.collate([PROMPT]), pipeline.model.config.sampling,
