@@ -2,11 +2,12 @@
 
     python -m extras.claims tiny --align.steps=400 --instruct.steps=400 --instruct.lr=0.0008 \
         --instruct.muon_lr=0.002 --align.trains=connector,text,projector,decoder \
-        --instruct.trains=connector,text,projector,decoder --seeds=3
+        --instruct.trains=connector,text,projector,decoder --seeds=3 \
+        --instruct.mix=text_to_image:600,segmentation:150,recovery:150,subject_driven:400
 
-All rows share the tokenizer, encoder and pretraining of the run in --out (default out/tiny), trained if
-missing, but each starts with a new connector: before the paper's two stages no image was ever read.
-OUT/claims then holds the table, claims.md, and drawings, claims.png. The same command goes on after a stop.
+All rows share the tokenizer, encoder and pretraining of the run in --out, trained if missing, but each starts
+with a new connector: before the paper's two stages no image was ever read. OUT/claims then holds claims.md,
+the table, and claims.png, drawings. The same command goes on after a stop.
 
 Pairs of photographs of one subject are few and often near-duplicates, and captions leave things out. So in
 training stage 2's tasks with images show SUBJECTS subjects alone; a subject-driven reference is the target
@@ -33,14 +34,14 @@ from data import PLACES, Shapes
 from mentor import Mentor
 from tokenizer import file_hash, flatten, load_model, rebuild, require, save_model, write_json
 
-SUBJECTS, COPY, OMIT = 60, 0.95, 0.2  # chosen by `full`: docs/claims.md
+SUBJECTS, COPY, OMIT = 100, 1.0, 0.2  # why: docs/claims.md
 PROMPTS = 512
 
 # --- The world of stage 2 ---
 
 
 class ShortcutWorld(Shapes):
-    """Shapes, in training with few subjects, near-duplicate pairs and incomplete captions."""
+    """Shapes, with few subjects, copies and incomplete captions."""
 
     digest = f"shapes, {SUBJECTS} subjects, copy {COPY:g}, omit {OMIT:g}"
 
@@ -69,7 +70,7 @@ class Row:
     """A run that differs from `full` in one thing."""
 
     start: str                       # pretrain or a stage of `full`
-    stages: tuple = ("instruct",)    # what it trains itself
+    stages: tuple = ("instruct",)    # what it trains
     keys: Callable = lambda run: {}  # what it changes
     paper: tuple = ()                # the paper's CP, PF and CP*PF
 
@@ -116,7 +117,7 @@ def folder_of(name, seed, run):
 
 
 def renew_connector(source, folder, run):
-    """Save source's weights in folder, with run's connector, a new one."""
+    """Save source's weights in folder, with a new connector, run's."""
     torch.manual_seed(run.seed)
     model = load_model(Mentor, run.model, source)
     model.config = run.model
@@ -148,7 +149,7 @@ def train_row(name, seed, run, machine, text_tokenizer):
 
 
 def held_out(world):
-    """The prompts of all scores, of subjects that are in no training."""
+    """The prompts of all scores, of unseen subjects."""
     dataset = world.dataset({"subject_driven": 1.0}, "scores", held_out=True)
     return [dataset[i] for i in range(PROMPTS)]
 
